@@ -1,0 +1,1 @@
+"""Triton kernels of vtoken. None yet: the plain torch paths of `vtoken.ops` serve every device."""

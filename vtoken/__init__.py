@@ -1,0 +1,60 @@
+"""vtoken: vision transformers that spend fewer tokens. See `vtoken.apply`."""
+
+from vtoken import nn, ops
+from vtoken.core.apply import applied, apply, config_of, configure, is_applied, plan, remove
+from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
+from vtoken.core.errors import (
+    AlreadyAppliedError,
+    ConfigError,
+    InputError,
+    ShapeError,
+    UnsupportedModelError,
+    VTokenError,
+)
+from vtoken.core.host import HostAdapter, HostSpec, register_adapter
+from vtoken.core.plan import Plan
+from vtoken.core.trace import Trace, trace, tracing, unmerge
+from vtoken.hosts.names import supported
+from vtoken.methods.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
+from vtoken.methods.pitome import PiToMe
+from vtoken.accounting.report import Report, report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyAppliedError",
+    "ConfigError",
+    "HostAdapter",
+    "HostSpec",
+    "InputError",
+    "MethodConfig",
+    "PiToMe",
+    "Plan",
+    "RandomMerge",
+    "RandomPrune",
+    "Report",
+    "ShapeError",
+    "StrideMerge",
+    "ToMe",
+    "Trace",
+    "UnsupportedModelError",
+    "VTokenError",
+    "applied",
+    "apply",
+    "config_from_dict",
+    "config_of",
+    "configure",
+    "is_applied",
+    "methods",
+    "nn",
+    "ops",
+    "plan",
+    "register_adapter",
+    "register_method",
+    "remove",
+    "report",
+    "supported",
+    "trace",
+    "tracing",
+    "unmerge",
+]

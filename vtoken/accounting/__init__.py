@@ -1,0 +1,1 @@
+"""What a model costs, in tokens and FLOPs, before and after; and how long it takes."""

@@ -1,0 +1,188 @@
+"""`vtoken.report`: tokens, multiply-adds and FLOPs per layer and in total, before and after a method."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vtoken.accounting.shadow import meta_copy
+from vtoken.core.apply import Config, apply, build_methods, config_tuple, is_applied, remove, resolve
+from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.core.host import HostAdapter, find_adapter
+from vtoken.core.method import BlockMethod
+from vtoken.core.plan import count_tokens
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One block, for one image: tokens in and out, multiply-adds before and after, the matching's share of the latter."""
+
+    layer: int
+    tokens_in: int
+    tokens_out: int
+    macs_before: int
+    macs_after: int
+    matching_macs: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a model costs for one image, without and with a method.
+
+    Matrix products and convolutions count, as in torch's FlopCounterMode; 1 multiply-add (MAC) = 2 FLOPs. Papers print
+    multiply-adds as "FLOPs". `other_*` is what lies outside the blocks: patch embedding, pooling, head.
+    """
+
+    model: str
+    method: dict[str, Any]
+    input_size: tuple[int, int, int]
+    layers: tuple[LayerCost, ...]
+    other_macs_before: int
+    other_macs_after: int
+
+    @property
+    def macs_before(self) -> int:
+        """Multiply-adds of the unpatched model."""
+        return self.other_macs_before + sum(layer.macs_before for layer in self.layers)
+
+    @property
+    def macs_after(self) -> int:
+        """Multiply-adds of the patched model, matching included."""
+        return self.other_macs_after + sum(layer.macs_after for layer in self.layers)
+
+    @property
+    def matching_macs(self) -> int:
+        """Multiply-adds that the method itself spends."""
+        return sum(layer.matching_macs for layer in self.layers)
+
+    @property
+    def flops_before(self) -> int:
+        """2 * macs_before."""
+        return 2 * self.macs_before
+
+    @property
+    def flops_after(self) -> int:
+        """2 * macs_after."""
+        return 2 * self.macs_after
+
+    @property
+    def flops_factor(self) -> float:
+        """FLOPs before / FLOPs after: the speed-up if every saved FLOP were saved time."""
+        return self.flops_before / self.flops_after
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens before block 0 and after every block."""
+        return (self.layers[0].tokens_in, *(layer.tokens_out for layer in self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, totals included, JSON-ready."""
+        names = ("macs_before", "macs_after", "matching_macs", "flops_before", "flops_after", "flops_factor", "tokens")
+        totals = {name: getattr(self, name) for name in names}
+        return asdict(self) | totals | {"tokens": list(self.tokens), "input_size": list(self.input_size)}
+
+    def __str__(self) -> str:
+        head = f"{'layer':>7} {'tokens':>13} {'MMACs before':>13} {'after':>9} {'matching':>9}"
+        name = f"{self.model} at {'x'.join(map(str, self.input_size))}, {self.method['method']}, one image"
+        rows = [name, head]
+        for c in self.layers:
+            tokens = f"{c.tokens_in} -> {c.tokens_out}"
+            macs = f"{c.macs_before / 1e6:>13.1f} {c.macs_after / 1e6:>9.1f} {c.matching_macs / 1e6:>9.2f}"
+            rows.append(f"{c.layer:>7} {tokens:>13} {macs}")
+        rows.append(f"{'other':>7} {'':>13} {self.other_macs_before / 1e6:>13.1f} {self.other_macs_after / 1e6:>9.1f}")
+        total = f"{self.macs_before / 1e6:>13.1f} {self.macs_after / 1e6:>9.1f} {self.matching_macs / 1e6:>9.2f}"
+        rows.append(f"{'total':>7} {'':>13} {total}")
+        rows.append(f"FLOPs {self.flops_before / 1e9:.2f} G -> {self.flops_after / 1e9:.2f} G, factor {self.flops_factor:.2f}")
+        return "\n".join(rows)
+
+
+def report(
+    model: nn.Module,
+    config: Config | None = None,
+    *,
+    input_size: tuple[int, int, int] | None = None,
+    **options: Any,
+) -> Report:
+    """Count what `config` saves on `model`, on the meta device: no weight is read and the model is not changed.
+
+    Args:
+        model: a supported model, patched or not.
+        config: settings or a method's name (settings as `options`); None means those that are applied.
+        input_size: channels, height, width of one image; None means the model's own.
+
+    Raises:
+        UnsupportedModelError, ConfigError: as `vtoken.apply`.
+        ShapeError: if the model does not take images of that size.
+
+    Example:
+        >>> import timm, vtoken
+        >>> cost = vtoken.report(timm.create_model("deit_tiny_patch16_224"), vtoken.PiToMe(ratio=0.9))
+        >>> cost.tokens[0], cost.tokens[-1], round(cost.flops_factor, 2)
+        (197, 60, 1.74)
+    """
+    adapter = find_adapter(model)
+    configs = resolve(config, options) if config is not None else config_tuple(model)
+    if not configs:
+        raise ConfigError("no settings given and no method applied to this model")
+    method = build_methods(model, adapter, configs)["on_block"]
+    assert isinstance(method, BlockMethod)
+    size = input_size or (_in_channels(model), *adapter.image_size(model))
+    shadow = meta_copy(model)
+    if is_applied(shadow):
+        remove(shadow)
+    before = _count(shadow, adapter, size)
+    after = _count(apply(shadow, list(configs)), adapter, size)
+    spec = adapter.spec(model)
+    height, width = adapter.grid(model, size[1:])
+    tokens = count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix).tokens
+    layers = tuple(
+        LayerCost(
+            layer=i,
+            tokens_in=tokens[i],
+            tokens_out=tokens[i + 1],
+            macs_before=before[1][i] // 2,
+            macs_after=after[1][i] // 2,
+            matching_macs=method.matching_macs(i, tokens[i] - spec.num_prefix, spec.head_dim, spec.width),
+        )
+        for i in range(spec.depth)
+    )
+    described = configs[0].to_dict() if len(configs) == 1 else {"method": "+".join(c.method for c in configs)}
+    return Report(type(model).__name__, described, size, layers, before[0] // 2, after[0] // 2)
+
+
+def _in_channels(model: Any) -> int:
+    return int(getattr(model, "in_chans", 3))
+
+
+def _count(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> tuple[int, list[int]]:
+    """FLOPs outside the blocks and of every block, counted by torch while the shadow runs one image."""
+    dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
+    image = torch.empty(1, *size, device="meta", dtype=dtype)
+    blocks = [block for _, block in adapter.blocks(shadow)]
+    spent = [0] * len(blocks)
+    handles = []
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for index, block in enumerate(blocks):
+            # Hooks on the shadow's blocks read the running total on the way in and out.
+            handles.append(block.register_forward_pre_hook(_meter(counter, spent, index, -1)))
+            handles.append(block.register_forward_hook(_meter(counter, spent, index, 1)))
+        try:
+            shadow(image)
+        except (AssertionError, RuntimeError) as error:
+            raise ShapeError(f"{type(shadow).__name__} does not take images of {size}: {error}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = counter.get_total_flops()
+    return total - sum(spent), spent
+
+
+def _meter(counter: FlopCounterMode, spent: list[int], index: int, sign: int) -> Any:
+    def read(*_: Any) -> None:
+        spent[index] += sign * counter.get_total_flops()
+
+    return read

@@ -1,0 +1,190 @@
+"""The public verbs: apply, remove, applied, is_applied, config_of, configure, plan."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vtoken.core.config import MethodConfig, make_config
+from vtoken.core.errors import AlreadyAppliedError, ConfigError, VTokenError
+from vtoken.core.host import HostAdapter, find_adapter
+from vtoken.core.method import BlockMethod, Method
+from vtoken.core.patch import is_patched, patch, unpatch
+from vtoken.core.plan import Plan, count_tokens
+
+Config = MethodConfig | str | Sequence[MethodConfig]
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """What a patched model carries: the settings, and the methods built from them by the hook they serve."""
+
+    configs: tuple[MethodConfig, ...]
+    methods: dict[str, Method]
+
+
+def apply(model: M, config: Config, *, replace: bool = False, **options: Any) -> M:
+    """Make a model carry fewer tokens, in place.
+
+    The model stays the same object with the same class name, parameters and state-dict keys. `remove` undoes it.
+
+    Args:
+        model: a supported model (see `vtoken.supported`), not compiled or wrapped.
+        config: settings such as `vtoken.PiToMe(ratio=0.9)`; or a method's name, with its settings as `options`; or a
+            list of settings whose methods act in different places.
+        replace: replace what is applied instead of raising.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: if tokens cannot be taken from it, with the reason.
+        ConfigError: if the settings do not fit it.
+        AlreadyAppliedError: if it carries a method and `replace` is false.
+        In every case the model is left as it was.
+
+    Example:
+        >>> import timm, vtoken
+        >>> model = timm.create_model("test_vit")
+        >>> vtoken.apply(model, vtoken.PiToMe(ratio=0.9)) is model
+        True
+    """
+    configs = resolve(config, options)
+    adapter = find_adapter(model)
+    built = build_methods(model, adapter, configs)
+    carriers = patched_modules(model)
+    if carriers and not replace:
+        names = ", ".join(c.method for c in config_tuple(model))
+        raise AlreadyAppliedError(
+            f"{type(model).__name__} already carries {names or 'a method on a submodule'}; "
+            "call vtoken.remove(model) first, use vtoken.configure to change settings, or pass replace=True"
+        )
+    previous = [(m, type(m).__mro__[1], _additions(m)) for m in carriers]
+    for module in carriers:
+        unpatch(module)
+    try:
+        targets = adapter.targets(model, built)
+        targets[0][2]["_vtoken"] = Applied(configs, built)
+        patch(targets)
+    except BaseException:
+        patch(previous)
+        raise
+    return model
+
+
+def remove(model: M) -> M:
+    """Give back exactly the model that came in: its classes restored, everything that was added deleted.
+
+    Works on a model or on any module that holds patched ones. Raises VTokenError if nothing is applied.
+    """
+    carriers = patched_modules(model)
+    if not carriers:
+        raise VTokenError(f"nothing to remove: no method is applied to this {type(model).__name__}")
+    for module in carriers:
+        unpatch(module)
+    return model
+
+
+@contextlib.contextmanager
+def applied(model: M, config: Config, **options: Any) -> Iterator[M]:
+    """`apply` for the length of a `with` block; always undone, also on an error."""
+    apply(model, config, **options)
+    try:
+        yield model
+    finally:
+        remove(model)
+
+
+def is_applied(model: nn.Module) -> bool:
+    """Whether the model, or a module inside it, carries a method."""
+    return bool(patched_modules(model))
+
+
+def config_of(model: nn.Module) -> MethodConfig | tuple[MethodConfig, ...] | None:
+    """The settings that the model carries: None, one, or a tuple if several methods are applied."""
+    configs = config_tuple(model)
+    return configs if len(configs) > 1 else configs[0] if configs else None
+
+
+def configure(model: M, **changes: Any) -> M:
+    """Change settings of the applied method without patching again; for sweeps.
+
+    Raises:
+        VTokenError: if not exactly one method is applied.
+        ConfigError: if a value is wrong; the old settings stay.
+    """
+    configs = config_tuple(model)
+    if len(configs) != 1:
+        raise VTokenError(f"configure needs exactly one applied method, found {len(configs)}; use vtoken.apply")
+    new = (configs[0].replace(**changes),)
+    owner = next(m for m in model.modules() if "_vtoken" in m.__dict__)
+    owner.__dict__["_vtoken"] = Applied(new, build_methods(owner, find_adapter(owner), new))
+    return model
+
+
+def plan(
+    model: nn.Module, config: Config | None = None, *, img_size: int | tuple[int, int] | None = None, **options: Any
+) -> Plan:
+    """Token counts per layer; nothing is run and the model is not changed.
+
+    Args:
+        model: a supported model; its weights are not read.
+        config: settings; None means those that are applied.
+        img_size: pixels, one side or (height, width); None means the model's own.
+    """
+    adapter = find_adapter(model)
+    configs = resolve(config, options) if config is not None else config_tuple(model)
+    if not configs:
+        raise ConfigError("no settings given and no method applied to this model")
+    method = build_methods(model, adapter, configs)["on_block"]
+    assert isinstance(method, BlockMethod)
+    spec = adapter.spec(model)
+    size = adapter.image_size(model) if img_size is None else img_size
+    height, width = adapter.grid(model, (size, size) if isinstance(size, int) else (size[0], size[1]))
+    return count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix)
+
+
+def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]:
+    """Whatever `apply` accepts as one tuple of settings."""
+    if isinstance(config, str):
+        return (make_config(config, options),)
+    if options:
+        raise ConfigError(f"options {sorted(options)} go with a method's name, not with a settings object")
+    configs = (config,) if isinstance(config, MethodConfig) else tuple(config)
+    if not configs or not all(isinstance(c, MethodConfig) for c in configs):
+        raise ConfigError(f"expected settings such as vtoken.PiToMe(ratio=0.9), a method name or a list, got {config!r}")
+    return configs
+
+
+def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodConfig, ...]) -> dict[str, Method]:
+    """The methods by the hook they serve, checked against the model; nothing is changed."""
+    spec = adapter.spec(model)
+    built: dict[str, Method] = {}
+    for config in configs:
+        method = config.build(spec.depth)
+        if method.hook in built:
+            raise ConfigError(f"two methods act at {method.hook}: {', '.join(c.method for c in configs)}; apply one of them")
+        if method.hook not in adapter.hooks:
+            raise ConfigError(f"{config.method} acts at {method.hook}, which {adapter.name} does not offer")
+        built[method.hook] = method
+    return built
+
+
+def config_tuple(model: nn.Module) -> tuple[MethodConfig, ...]:
+    """The settings of every method applied to the model or inside it."""
+    found = [m.__dict__["_vtoken"] for m in model.modules() if "_vtoken" in m.__dict__]
+    return tuple(config for carried in found for config in carried.configs)
+
+
+def patched_modules(model: nn.Module) -> list[nn.Module]:
+    """Every patched module in the model, itself included."""
+    return [m for m in model.modules() if is_patched(m)]
+
+
+def _additions(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if name.startswith("_vtoken")}

@@ -1,0 +1,97 @@
+"""Settings of a method: frozen dataclasses that validate themselves, and the names they are found by."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+from vtoken.core.errors import ConfigError
+from vtoken.core.method import Method
+
+CONFIG_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What a method should do; knows nothing of models. Subclasses set `method` and implement `build`."""
+
+    method: ClassVar[str] = ""
+
+    def build(self, depth: int) -> Method:
+        """The method for a model with `depth` blocks; raises ConfigError if the settings do not fit that depth."""
+        raise NotImplementedError(f"{type(self).__name__} must implement build(depth)")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed; unknown names raise ConfigError."""
+        names = [f.name for f in fields(self)]
+        check_names(type(self).__name__, changes, names)
+        return type(self)(**{name: getattr(self, name) for name in names} | changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict with "method" and "version"; `config_from_dict` reads it back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"method": self.method, "version": CONFIG_VERSION} | values
+
+
+_registry: dict[str, type[MethodConfig]] = {}
+
+
+def register_method(config: type[MethodConfig]) -> type[MethodConfig]:
+    """Make a method known under its `config.method` name; usable as a class decorator.
+
+    Raises:
+        ConfigError: if the name is empty or taken by another class.
+    """
+    name = config.method
+    if not name or _registry.get(name, config) is not config:
+        raise ConfigError(f"{config.__name__}.method={name!r} must be a new, non-empty name; taken: {methods()}")
+    _registry[name] = config
+    return config
+
+
+def methods() -> list[str]:
+    """Names of the registered methods, as `vtoken.apply(model, "name", ...)` takes them."""
+    return sorted(_registry)
+
+
+def make_config(method: str, options: Mapping[str, Any]) -> MethodConfig:
+    """The settings of the method called `method`; unknown methods or options raise ConfigError with a suggestion."""
+    if method not in _registry:
+        raise ConfigError(f"unknown method {method!r}{_hint(method, methods())}; known methods: {', '.join(methods())}")
+    config = _registry[method]
+    check_names(config.__name__, options, [f.name for f in fields(config)])
+    return config(**options)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> MethodConfig:
+    """Read what `MethodConfig.to_dict` wrote (also after a JSON round trip).
+
+    Raises:
+        ConfigError: for unknown methods, versions or keys.
+    """
+    options = dict(values)
+    method, version = options.pop("method", None), options.pop("version", None)
+    if version != CONFIG_VERSION:
+        raise ConfigError(f"settings have version {version!r}, this vtoken reads version {CONFIG_VERSION}")
+    return make_config(str(method), options)
+
+
+def check_names(owner: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise ConfigError for the first name in `given` that is not known, with the nearest known one."""
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{owner} has no setting {name!r}{_hint(name, known)}; it has: {', '.join(known)}")
+
+
+def check_choice(owner: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ConfigError unless `value` is one of the allowed strings."""
+    if value not in allowed:
+        hint = _hint(value, allowed) if isinstance(value, str) else ""
+        raise ConfigError(f"{owner}({name}={value!r}): {name} must be one of {', '.join(allowed)}{hint}")
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,127 @@
+"""What vtoken knows of a family of models, and how the family of a model is found."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vtoken.core.errors import UnsupportedModelError, VTokenError
+from vtoken.core.method import Method
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """What a method may know of a host.
+
+    Args:
+        name: class name of the model, for messages.
+        depth: number of blocks L.
+        width: channels C.
+        num_heads: attention heads H of the first block.
+        head_dim: channels per head D.
+        num_prefix: class, register and distillation tokens P.
+        grid: patch rows and columns at the model's own image size.
+        pooling: the model's own word for its pooling ("token", "avg", "map", ...).
+        position: "absolute" or "rotary".
+    """
+
+    name: str
+    depth: int
+    width: int
+    num_heads: int
+    head_dim: int
+    num_prefix: int
+    grid: tuple[int, int]
+    pooling: str
+    position: str
+
+
+class HostAdapter:
+    """Knowledge of one family. Subclass it and pass the class to `vtoken.register_adapter` to support your own."""
+
+    #: Shown in messages and in `python -m vtoken models`.
+    name: str = ""
+    #: Hooks (see Method.hook) that this family can serve.
+    hooks: frozenset[str] = frozenset()
+
+    def matches(self, model: nn.Module) -> bool:
+        """Whether the model belongs to this family; cheap, by class."""
+        raise NotImplementedError
+
+    def spec(self, model: nn.Module) -> HostSpec:
+        """The model's measures; raises UnsupportedModelError, with the reason, if any part of it is unknown."""
+        raise NotImplementedError
+
+    def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Patch rows and columns of an image of `img_size` (height, width) pixels."""
+        raise NotImplementedError
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Names and modules of the blocks, in order."""
+        raise NotImplementedError
+
+    def targets(
+        self, model: nn.Module, methods: dict[str, Method]
+    ) -> list[tuple[nn.Module, type, dict[str, Any]]]:  # fmt: skip
+        """What `patch` needs: module, mixin, attributes; the model itself first."""
+        raise NotImplementedError
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        """The model's own input height and width in pixels."""
+        raise NotImplementedError
+
+
+# Adapter modules by the top-level package of the classes they know; imported only when such a model arrives.
+_BUILTIN = {"timm": ("vtoken.hosts.timm_vit", "TimmAdapter")}
+_registered: list[HostAdapter] = []
+
+
+def register_adapter(adapter: type[HostAdapter]) -> type[HostAdapter]:
+    """Make vtoken ask your adapter before its own; usable as a class decorator."""
+    _registered.append(adapter())
+    return adapter
+
+
+def find_adapter(model: nn.Module) -> HostAdapter:
+    """The adapter of the model's family.
+
+    Raises:
+        UnsupportedModelError: if there is none.
+        VTokenError: if the model is wrapped or compiled; names the module to use instead.
+    """
+    refuse_wrappers(model)
+    for adapter in [*_registered, *_builtin_adapters(model)]:
+        if adapter.matches(model):
+            return adapter
+    raise UnsupportedModelError(
+        f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this class. "
+        "Supported hosts: timm VisionTransformer (vit, deit, ...), Eva (EVA-02, DINOv3, ...), NaFlexVit. "
+        "`python -m vtoken models` lists names; vtoken.register_adapter adds your own. The model was left as it was."
+    )
+
+
+def _builtin_adapters(model: nn.Module) -> list[HostAdapter]:
+    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    found = [_BUILTIN[p] for p in _BUILTIN if p in packages]
+    return [getattr(importlib.import_module(module), name)() for module, name in found]
+
+
+def refuse_wrappers(model: object) -> None:
+    """Raise for anything that is not a plain module, and name the plain module inside it."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise VTokenError(
+            f"apply before compiling: got {type(model).__name__}; use vtoken.apply(model._orig_mod, ...) and compile again"
+        )
+    if type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        raise VTokenError(
+            f"apply before wrapping: got {type(model).__name__}; use vtoken.apply(model.module, ...) and wrap again"
+        )
+    if type(model).__module__.startswith("torch.jit"):
+        raise UnsupportedModelError("scripted and traced modules cannot be patched; apply to the module they came from")
+    if any(m._compiled_call_impl is not None for m in model.modules()):
+        raise VTokenError("apply before compiling: the model or a submodule was compiled in place (module.compile())")

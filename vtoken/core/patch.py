@@ -1,0 +1,84 @@
+"""Entering a live model and leaving it: same-name subclasses and views (architecture.md 6)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+_derived: dict[tuple[type, type], type] = {}
+_lock = threading.Lock()
+
+
+def derive(base: type, mixin: type) -> type:
+    """The subclass of `base` that runs `mixin` first; made once, with the name and module of `base`.
+
+    The name stays because saved configs, device maps and sharding policies match classes by name.
+    """
+    with _lock:
+        if (base, mixin) not in _derived:
+            body = {
+                "__module__": base.__module__,
+                "__qualname__": base.__qualname__,
+                "__doc__": base.__doc__,
+                "_vtoken_base": base,
+                "__reduce_ex__": _reduce,
+            }
+            _derived[base, mixin] = type(base.__name__, (mixin, base), body)
+        return _derived[base, mixin]
+
+
+def base_of(cls: type) -> type:
+    """The class that `cls` was before it was patched; `cls` itself if it was not."""
+    base: type = cls.__dict__.get("_vtoken_base", cls)
+    return base
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether this very module (not its children) is patched."""
+    return "_vtoken_base" in type(module).__dict__
+
+
+def view(module: nn.Module, **parts: Any) -> Any:
+    """A stand-in of the unpatched class that shares everything with `module` except `parts`.
+
+    Parameters, buffers, hooks and settings are the module's own. It lets the host's code run for one call with some
+    attributes replaced, without writing to the model. Attributes that the host's code writes to it are lost.
+    """
+    stand_in = object.__new__(base_of(type(module)))
+    stand_in.__dict__.update(module.__dict__)
+    stand_in.__dict__.update(parts)
+    return stand_in
+
+
+def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
+    """Give every module its mixin and its `_vtoken*` attributes; all of them or, if one fails, none."""
+    done: list[nn.Module] = []
+    try:
+        for module, mixin, attributes in targets:
+            done.append(module)
+            module.__class__ = derive(type(module), mixin)
+            module.__dict__.update(attributes)
+    except BaseException:
+        for module in done:
+            unpatch(module)
+        raise
+
+
+def unpatch(module: nn.Module) -> None:
+    """Give one module its own class back and drop what `patch` added to it."""
+    module.__class__ = base_of(type(module))
+    for name in [n for n in module.__dict__ if n.startswith("_vtoken")]:
+        del module.__dict__[name]
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    # The derived class cannot be found by its name (that name is the base's), so pickle rebuilds it from its parts.
+    cls = type(self)
+    return _rebuild, (base_of(cls), cls.__mro__[1]), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+def _rebuild(base: type, mixin: type) -> Any:
+    return object.__new__(derive(base, mixin))

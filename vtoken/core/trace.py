@@ -1,0 +1,117 @@
+"""A record of what a forward did; made only while a caller asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.core.errors import ShapeError, VTokenError
+from vtoken.core.state import TokenState
+from vtoken.ops.rows import take_rows
+
+
+@dataclass(eq=False)
+class Trace:
+    """What the latest recorded forward did to the tokens. Rows are counted in raster order, prefix tokens first.
+
+    Args:
+        num_forwards: forwards recorded so far; the fields below describe the latest one.
+        num_prefix: prefix tokens P.
+        tokens: T before block 0 and after every block.
+        dest: output row of every embedded row, [B, T0] int64 (the group map).
+        layer_dest: the same after every block.
+        size: patches per output token, [B, T'] float32.
+        anchor: embedded row whose place each output row keeps, [B, T'] int64.
+        grid: patch rows and columns of the images, if the host told.
+    """
+
+    num_forwards: int = 0
+    num_prefix: int = 0
+    tokens: list[int] = field(default_factory=list)
+    dest: Tensor | None = None
+    layer_dest: list[Tensor] = field(default_factory=list)
+    size: Tensor | None = None
+    anchor: Tensor | None = None
+    grid: tuple[int, int] | None = None
+
+    def record(self, state: TokenState, grid: tuple[int, int] | None) -> None:
+        """Take over what `state` knows after a forward."""
+        if state.embedded is None:
+            return
+        batch, num_tokens, device = state.embedded
+        rows = torch.arange(num_tokens, device=device).expand(batch, num_tokens)
+        slots = [state.slots[i].in_raster_order(None)[1] for i in sorted(state.slots)]
+        self.num_forwards += 1
+        self.num_prefix = state.num_prefix
+        self.grid = grid
+        self.layer_dest = [rows if s.dest is None else s.dest for s in slots[1:]]
+        self.tokens = [num_tokens if s.anchor is None else s.anchor.shape[1] for s in slots]
+        last = slots[-1]
+        self.dest = rows if last.dest is None else last.dest
+        self.anchor = rows if last.anchor is None else last.anchor
+        self.size = torch.ones(self.anchor.shape, device=device) if last.size is None else last.size
+
+
+def unmerge(features: Tensor, trace: Trace, *, layer: int | None = None) -> Tensor:
+    """Spread merged token features back over all embedded tokens.
+
+    Args:
+        features: rows [B, T', C] in raster order, as `forward_features` of a merged model returns them.
+        trace: the record of the forward that made them.
+        layer: the block that they left; None means the last one.
+
+    Returns:
+        Rows [B, T0, C]: every patch has its group's value, prefix tokens their own.
+
+    Raises:
+        ShapeError: if the features do not belong to that forward.
+    """
+    if trace.dest is None:
+        raise ShapeError("the trace holds no forward; get one from vtoken.trace(model, images) or vtoken.tracing(model)")
+    dest = trace.dest if layer is None else trace.layer_dest[layer]
+    count = trace.tokens[-1] if layer is None else trace.tokens[layer + 1]
+    if features.dim() != 3 or features.shape[0] != dest.shape[0] or features.shape[1] != count:
+        raise ShapeError(f"expected features [{dest.shape[0]}, {count}, C], got {tuple(features.shape)}")
+    return take_rows(features, dest)
+
+
+_active: ContextVar[tuple[tuple[nn.Module, Trace], ...]] = ContextVar("vtoken_traces", default=())
+
+
+def current_trace(model: nn.Module) -> Trace | None:
+    """The record that a caller of `model`, in this thread, asked for."""
+    if torch.compiler.is_compiling():  # a compiled graph cannot read a context variable
+        return None
+    return next((trace for owner, trace in reversed(_active.get()) if owner is model), None)
+
+
+@contextlib.contextmanager
+def tracing(model: nn.Module) -> Iterator[Trace]:
+    """Record what forwards of `model` do inside the `with` block, `generate` included; only in this thread.
+
+    Raises:
+        VTokenError: if the model has no method applied, or if no forward of it ran (a compiled model records nothing).
+    """
+    if not any("_vtoken" in m.__dict__ for m in model.modules()):
+        raise VTokenError(f"nothing to trace: no method is applied to this {type(model).__name__}; vtoken.apply it first")
+    record = Trace()
+    token = _active.set((*_active.get(), *((m, record) for m in model.modules() if "_vtoken" in m.__dict__)))
+    try:
+        yield record
+    finally:
+        _active.reset(token)
+    if record.num_forwards == 0:
+        raise VTokenError("nothing was recorded: the model did not run, or ran compiled; trace the model itself")
+
+
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
+    """`model(*args, **kwargs)` and the record of what happened to its tokens."""
+    with tracing(model) as record:
+        output = model(*args, **kwargs)
+    return output, record

@@ -1,0 +1,1 @@
+"""Real weights and real photographs for demonstrations and fidelity tests."""

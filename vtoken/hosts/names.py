@@ -1,0 +1,46 @@
+"""Names of ready-made architectures that vtoken supports, found by building them without weights."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from vtoken.core.errors import ConfigError, UnsupportedModelError
+from vtoken.core.host import find_adapter
+
+# Files of timm whose architectures may be plain towers; every candidate is still built and checked.
+_TIMM_FILES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "naflexvit", "vitamin")
+
+
+def supported(pattern: str = "*") -> list[str]:
+    """timm architecture names matching `pattern` ("deit3_*") that `vtoken.apply` accepts.
+
+    Each candidate is built on the meta device, so no weights are made; "*" takes about a minute.
+
+    Raises:
+        ConfigError: if timm is not installed.
+    """
+    return [name for name in _candidates(pattern) if why_not(name) is None]
+
+
+def why_not(name: str) -> str | None:
+    """Why timm's architecture `name` is not supported; None if it is."""
+    import timm
+
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+        find_adapter(model).spec(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
+def _candidates(pattern: str) -> list[str]:
+    if importlib.util.find_spec("timm") is None:
+        raise ConfigError("vtoken.supported lists timm architectures; install timm")
+    import timm
+
+    files = {name for file in _TIMM_FILES for name in timm.list_models(module=file)}
+    return [name for name in timm.list_models(pattern) if name in files]

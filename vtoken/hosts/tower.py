@@ -1,0 +1,150 @@
+"""What all towers of blocks share: binding one forward's state to the blocks, the merged block, dense maps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtoken.core.errors import InputError, ShapeError
+from vtoken.core.method import BlockMethod
+from vtoken.core.patch import view
+from vtoken.core.state import Slot, TokenState
+from vtoken.ops import key_metric
+from vtoken.ops.rows import take_rows
+
+
+class BoundBlocks:
+    """Stands where a model's `blocks` stood, for one forward: the same blocks, each called with the state."""
+
+    def __init__(self, container: nn.Module, blocks: list[nn.Module], state: TokenState) -> None:
+        self._container = container
+        self._blocks = blocks
+        self._state = state
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        return iter([functools.partial(block, vtoken_state=self._state) for block in self._blocks])
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return BoundBlocks(self._container, self._blocks[index], self._state)
+        return functools.partial(self._blocks[index], vtoken_state=self._state)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # Through the container's own call, so that hooks which the user put on it run.
+        result: Tensor = view(self._container, forward=self._run)(x)
+        return result
+
+    def _run(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
+        return x
+
+
+class Tap:
+    """Stands where a key norm stood, for one call: runs it and keeps a reference to the keys."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
+        self._norm = norm
+        self.keys: Tensor | None = None
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        self.keys = self._norm(keys)
+        return self.keys
+
+
+def check_no_mask(state: TokenState, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """A caller's mask names rows of the full sequence; after a merge those rows are no longer there."""
+    if attn_mask is not None or is_causal:
+        what = "is_causal=True" if is_causal else "an attention mask"
+        raise InputError(
+            f"{what} cannot be combined with {type(state.method).__name__.lower()}: merged tokens stand for several rows. "
+            "Padded (NaFlex) batches and masked attention need a full model; use vtoken.remove(model)"
+        )
+
+
+def merged_block(
+    block: Any,
+    state: TokenState,
+    x: Tensor,
+    stock: Callable[..., Tensor],
+    **attention: Any,
+) -> Tensor:
+    """One block of a tower that loses tokens.
+
+    Args:
+        block: has `_vtoken_index`, `attn` with a `k_norm`, `_vtoken_attn(attn, x, **attention)` and `_vtoken_mlp(x)`,
+            the two residual branches.
+        state: of this forward.
+        x: tokens [B, T, C].
+        stock: the block's own forward, used as it is where nothing is removed.
+        attention: further arguments of the block's attention.
+    """
+    layer: int = block._vtoken_index
+    bias = state.bias(layer, x.dtype)
+    if bias is not None:
+        attention["attn_mask"] = bias
+    if not state.removes(layer, x.shape[1]):
+        state.skip(layer)
+        return stock(x, **attention)
+    attn, tap = block.attn, None
+    if state.method.metric != "hidden":
+        tap = Tap(attn.k_norm)
+        attn = view(attn, k_norm=tap)
+    x = x + block._vtoken_attn(attn, x, **attention)
+    if state.method.insert == "after":
+        x = x + block._vtoken_mlp(x)
+        return state.on_block(layer, x, _metric(state.method, x, tap))
+    x = state.on_block(layer, x, _metric(state.method, x, tap))
+    return x + block._vtoken_mlp(x)
+
+
+def _metric(method: BlockMethod, x: Tensor, tap: Tap | None) -> Tensor:
+    if tap is None:
+        return x
+    if tap.keys is None:
+        raise RuntimeError("the attention never called its k_norm, so there are no keys to compare tokens by")
+    if method.metric == "key":
+        return key_metric(tap.keys)
+    return tap.keys.transpose(1, 2).flatten(2)
+
+
+def gather_rope(rope: Tensor, slot: Slot, num_prefix: int) -> Tensor:
+    """Rows of a rotary table for the tokens that are left: each keeps the rotation of its anchor.
+
+    Args:
+        rope: (N0, 2D) shared, (H, N0, 2D) per head, or with a batch, (B, 1 or H, N0, 2D).
+
+    Returns:
+        The table itself before the first merge, else (B, 1 or H, N, 2D).
+    """
+    if slot.anchor is None:
+        return rope
+    rows = slot.anchor[:, num_prefix:] - num_prefix  # [B, N]
+    if rope.dim() == 2:
+        return rope[rows].unsqueeze(1)
+    if rope.dim() == 3:
+        return rope[:, rows].transpose(0, 1)
+    return rope.gather(2, rows[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3]))
+
+
+def spread(rows: Tensor, slot: Slot, num_prefix: int, grid: tuple[int, int]) -> Tensor:
+    """Patch rows [B, N, C] of one layer as the dense map [B, C, H, W]: every patch shows its group's value.
+
+    Raises:
+        ShapeError: if patches were dropped before the first block, so that no dense map exists.
+    """
+    if slot.dest is not None:
+        rows = take_rows(rows, slot.dest[:, num_prefix:] - num_prefix)
+    height, width = grid
+    if rows.shape[1] != height * width:
+        raise ShapeError(
+            f"no dense map: {rows.shape[1]} patch tokens entered the blocks, the grid has {height} x {width} (patch dropout "
+            "drops them while training); use output_fmt='NLC' or model.eval()"
+        )
+    return rows.transpose(1, 2).reshape(rows.shape[0], rows.shape[2], height, width)

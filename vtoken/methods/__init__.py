@@ -1,0 +1,1 @@
+"""One file per method: its settings and its few lines of logic."""

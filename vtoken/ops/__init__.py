@@ -1,0 +1,19 @@
+"""Tensor functions behind the methods: which tokens go together (plans) and how their rows are combined.
+
+Everything here is plain torch: it runs on any device, compiles and exports, and knows no model.
+`vtoken.ops.reference` holds slow, obviously right versions of the same functions; the tests compare the two.
+"""
+
+from vtoken.ops.matching import key_metric, plan_pitome, plan_random, plan_stride, plan_tome
+from vtoken.ops.merge import REDUCTIONS, MergePlan, size_bias
+
+__all__ = [
+    "REDUCTIONS",
+    "MergePlan",
+    "key_metric",
+    "plan_pitome",
+    "plan_random",
+    "plan_stride",
+    "plan_tome",
+    "size_bias",
+]

@@ -1,0 +1,238 @@
+"""Which tokens merge with which: PiToMe's energy matching and its baselines, as MergePlans (pitome.md 2 and 8)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.ops.merge import MergePlan
+from vtoken.ops.rows import take_rows
+
+VARIANTS = ("pitome", "pitome_pairs", "tome")
+ENERGIES = ("elu", "eq4")
+
+
+def key_metric(keys: Tensor) -> Tensor:
+    """Attention keys [B, H, T, D] as one vector per token: their sum over heads, [B, T, D], at least float32.
+
+    Cosine similarity does not see the missing factor 1/H, and the sum is twice as fast as the mean here.
+    """
+    return keys.detach().sum(1, dtype=torch.float32 if keys.dtype != torch.float64 else None)
+
+
+def plan_pitome(
+    metric: Tensor,
+    r: int,
+    *,
+    margin: float,
+    alpha: float = 1.0,
+    num_prefix: int = 0,
+    variant: str = "pitome",
+    energy: str = "elu",
+    protect: Tensor | Sequence[int] | None = None,
+) -> MergePlan:
+    """Energy-based matching: the 2r tokens with the most near neighbours pair up, isolated tokens are left alone.
+
+    Args:
+        metric: one vector per token, [B, T, d]; compared by cosine in float32 (float64 stays float64), without
+            gradient. Prefix rows come first and take no part.
+        r: tokens to remove, at least 0; capped at half of the tokens that may merge.
+        margin: similarity above which two tokens count as close, in [-1, 1].
+        alpha: weight of the similarities below the margin.
+        num_prefix: prefix tokens P (class, registers, distillation); they keep rows 0..P-1.
+        variant: "pitome"; "pitome_pairs" (all tokens dealt by energy, the r best pairs merge, nothing protected);
+            "tome" (`plan_tome`, energies unused).
+        energy: "elu" (continuous at the margin) or "eq4" (the paper's equation 4, which jumps there).
+        protect: more tokens that must not merge: a mask [B, N] or row numbers [B, p] or [p] among the N = T - P.
+
+    Raises:
+        ShapeError: if `metric` is not 3-D or `protect` does not fit it.
+        ConfigError: if r is negative or a name is unknown.
+
+    Source: arXiv 2405.16148 section 3; order and ties as pitome.md section 2.
+    """
+    if variant not in VARIANTS:
+        raise ConfigError(f"unknown variant {variant!r}; supported: {', '.join(VARIANTS)}")
+    if energy not in ENERGIES:
+        raise ConfigError(f"unknown energy {energy!r}; supported: {', '.join(ENERGIES)}")
+    if variant == "tome":
+        if protect is not None:
+            raise ConfigError('protect works with the variants "pitome" and "pitome_pairs", not with "tome"')
+        return plan_tome(metric, r, num_prefix=num_prefix)
+    _check(metric, r, num_prefix)
+    mergeable = metric.shape[1] - num_prefix
+    guard, num_protected = (None, 0) if protect is None else _protected(metric, num_prefix, protect)
+    r = min(r, (mergeable - num_protected) // 2)
+    if r <= 0:
+        return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
+    with _full_precision(metric):
+        unit = _unit_rows(metric, num_prefix)
+        energies = _energies(unit, margin, alpha, energy)
+        if guard is not None:
+            energies = energies.masked_fill(guard, float("-inf"))
+        order = energies.argsort(dim=1, descending=True, stable=True)
+        if variant == "pitome":
+            return _plan_from_order(unit, order, r, num_prefix)
+        dealt = order[:, : mergeable - num_protected]
+        rest = order[:, mergeable - num_protected :]
+        return _plan_best_pairs(unit, dealt[:, 0::2], dealt[:, 1::2], r, num_prefix, rest)
+
+
+def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0) -> MergePlan:
+    """Bipartite soft matching: rows with an even absolute index each propose their best odd row; the r best merge.
+
+    Args:
+        metric: one vector per token, [B, T, d], prefix rows first.
+        r: tokens to remove, at least 0; capped at floor((T - P) / 2) and at the number of even rows.
+        num_prefix: prefix tokens P, in neither set.
+
+    Returns:
+        A plan whose output rows are [prefix | unmerged even rows | odd rows], both in index order.
+
+    Raises:
+        ShapeError, ConfigError: as `plan_pitome`.
+
+    Source: arXiv 2210.09461 section 3 and appendix D.
+    """
+    _check(metric, r, num_prefix)
+    batch, num_tokens, _ = metric.shape
+    even = torch.arange(num_prefix % 2, num_tokens - num_prefix, 2, device=metric.device)
+    odd = torch.arange(1 - num_prefix % 2, num_tokens - num_prefix, 2, device=metric.device)
+    r = min(r, (num_tokens - num_prefix) // 2, even.shape[0])
+    if r <= 0 or odd.shape[0] == 0:
+        return MergePlan.identity(batch, num_tokens, metric.device)
+    with _full_precision(metric):
+        unit = _unit_rows(metric, num_prefix)
+        return _plan_best_pairs(unit, even.expand(batch, -1), odd.expand(batch, -1), r, num_prefix)
+
+
+def plan_random(metric: Tensor, r: int, *, num_prefix: int = 0, seed: int = 0) -> MergePlan:
+    """Control: r sources and r destinations drawn uniformly, then every source joins its most similar destination.
+
+    The draw is a hash of (seed, row), the same for every image of a batch and on every device; no random number
+    generator is touched. Arguments and errors as `plan_tome`; r is capped at half of the mergeable tokens.
+    """
+    _check(metric, r, num_prefix)
+    batch, num_tokens, _ = metric.shape
+    r = min(r, (num_tokens - num_prefix) // 2)
+    if r <= 0:
+        return MergePlan.identity(batch, num_tokens, metric.device)
+    order = _hashed_order(num_tokens - num_prefix, seed, metric.device).expand(batch, -1)
+    with _full_precision(metric):
+        return _plan_from_order(_unit_rows(metric, num_prefix), order, r, num_prefix)
+
+
+def plan_stride(metric: Tensor, stride: int, *, num_prefix: int = 0) -> MergePlan:
+    """Control: mergeable rows 0, k, 2k, ... are destinations; all others join the most similar one.
+
+    Raises:
+        ShapeError: if `metric` is not 3-D. ConfigError: if `stride` is below 1.
+    """
+    if stride < 1:
+        raise ConfigError(f"stride={stride}: every stride-th token is kept, so it must be at least 1")
+    _check(metric, 0, num_prefix)
+    batch, num_tokens, _ = metric.shape
+    row = torch.arange(num_tokens - num_prefix, device=metric.device)
+    kept = row[::stride]
+    if kept.shape[0] == row.shape[0]:
+        return MergePlan.identity(batch, num_tokens, metric.device)
+    # Row numbers that are not multiples of k, without a boolean index (it would synchronise on a GPU).
+    count = row.shape[0] - kept.shape[0]
+    others = row[:count] + row[:count] // (stride - 1) + 1
+    with _full_precision(metric):
+        unit = _unit_rows(metric, num_prefix)
+        return _plan_best_pairs(unit, others.expand(batch, -1), kept.expand(batch, -1), count, num_prefix)
+
+
+def _check(metric: Tensor, r: int, num_prefix: int) -> None:
+    if metric.dim() != 3:
+        raise ShapeError(f"metric must be [B, T, d] (one vector per token), got {tuple(metric.shape)}")
+    if not 0 <= num_prefix <= metric.shape[1]:
+        raise ShapeError(f"num_prefix={num_prefix} does not fit {metric.shape[1]} tokens")
+    if r < 0:
+        raise ConfigError(f"r={r}: the number of tokens to remove must be at least 0")
+
+
+def _protected(metric: Tensor, num_prefix: int, protect: Tensor | Sequence[int]) -> tuple[Tensor, int]:
+    """The mask [B, N] of protected tokens and the largest number of them in an image."""
+    batch, mergeable = metric.shape[0], metric.shape[1] - num_prefix
+    if not isinstance(protect, Tensor):
+        protect = torch.tensor(list(protect), dtype=torch.int64, device=metric.device)
+    if protect.dtype == torch.bool:
+        if tuple(protect.shape) != (batch, mergeable):
+            raise ShapeError(f"a protect mask must be [{batch}, {mergeable}], got {tuple(protect.shape)}")
+        return protect, int(protect.sum(1).max()) if batch else 0
+    if protect.dim() not in (1, 2) or (protect.dim() == 2 and protect.shape[0] != batch):
+        raise ShapeError(f"protect indices must be [p] or [{batch}, p], got {tuple(protect.shape)}")
+    mask = torch.zeros(batch, mergeable, dtype=torch.bool, device=metric.device)
+    return mask.scatter(1, protect.expand(batch, -1), True), protect.shape[-1]
+
+
+def _full_precision(metric: Tensor) -> AbstractContextManager[object]:
+    """Similarities must not be rounded to half precision: ranks change (pitome.md 9)."""
+    kind = metric.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _unit_rows(metric: Tensor, num_prefix: int) -> Tensor:
+    rows = metric.detach()[:, num_prefix:]
+    return F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1, eps=1e-12)
+
+
+def _energies(unit: Tensor, margin: float, alpha: float, energy: str) -> Tensor:
+    """Mean over all tokens j of f(cos_ij - margin), [B, N]; high where many tokens are close."""
+    similarity = torch.bmm(unit, unit.transpose(1, 2))
+    if energy == "elu":
+        return F.elu_(similarity.sub_(margin), alpha).mean(-1)
+    below = alpha * torch.expm1(similarity - margin)
+    return torch.where(similarity >= margin, similarity, below).mean(-1)
+
+
+def _plan_from_order(unit: Tensor, order: Tensor, r: int, num_prefix: int) -> MergePlan:
+    """The first 2r of `order` are dealt into sources and destinations; each source takes its best destination."""
+    pairs = take_rows(unit, order[:, : 2 * r])
+    best = torch.bmm(pairs[:, 0::2], pairs[:, 1::2].transpose(1, 2)).argmax(-1)
+    kept = order[:, 2 * r :].sort(dim=1).values
+    return _assemble(order[:, 0 : 2 * r : 2], best, kept, order[:, 1 : 2 * r : 2], num_prefix)
+
+
+def _plan_best_pairs(
+    unit: Tensor, a: Tensor, b: Tensor, r: int, num_prefix: int, rest: Tensor | None = None
+) -> MergePlan:
+    """Every row of `a` proposes its most similar row of `b`; the r best proposals merge."""
+    similarity = torch.bmm(take_rows(unit, a), take_rows(unit, b).transpose(1, 2))
+    value, best = similarity.max(-1)
+    rank = value.argsort(dim=1, descending=True, stable=True)
+    unmerged = a.gather(1, rank[:, r:])
+    kept = (unmerged if rest is None else torch.cat([unmerged, rest], dim=1)).sort(dim=1).values
+    return _assemble(a.gather(1, rank[:, :r]), best.gather(1, rank[:, :r]), kept, b, num_prefix)
+
+
+def _assemble(src: Tensor, partner: Tensor, kept: Tensor, dest: Tensor, num_prefix: int) -> MergePlan:
+    """Row numbers among the mergeable tokens -> a plan over all rows, laid out [prefix | kept | destinations]."""
+    batch, first = kept.shape[0], num_prefix + kept.shape[1]
+    rows = torch.cat([kept, dest], dim=1) + num_prefix
+    if num_prefix:
+        prefix = torch.arange(num_prefix, device=rows.device).expand(batch, num_prefix)
+        rows = torch.cat([prefix, rows], dim=1)
+    num_tokens = rows.shape[1] + src.shape[1]
+    return MergePlan(rows, src + num_prefix, partner + first, num_tokens, dest.shape[1])
+
+
+def _hashed_order(n: int, seed: int, device: torch.device) -> Tensor:
+    """A permutation of 0..n-1 from the 32-bit finaliser of MurmurHash3 on (seed, row); stable for equal hashes."""
+    mask = 0xFFFFFFFF
+    h = torch.arange(n, device=device) * 0x9E3779B1 + (seed * 0x85EBCA77 + 0x165667B1) % (mask + 1)
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        h = h & mask
+        h = (h ^ (h >> 16)) * multiplier
+    h = h & mask
+    return (h ^ (h >> 15)).argsort(stable=True)
