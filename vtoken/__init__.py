@@ -1,6 +1,7 @@
 """vtoken: vision transformers that spend fewer tokens. See `vtoken.apply`."""
 
 from vtoken import nn, ops
+from vtoken.accounting.report import Report, report
 from vtoken.core.apply import applied, apply, config_of, configure, is_applied, plan, remove
 from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
 from vtoken.core.errors import (
@@ -17,7 +18,6 @@ from vtoken.core.trace import Trace, trace, tracing, unmerge
 from vtoken.hosts.names import supported
 from vtoken.methods.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.pitome import PiToMe
-from vtoken.accounting.report import Report, report
 
 __version__ = "0.1.0"
 

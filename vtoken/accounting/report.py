@@ -19,7 +19,7 @@ from vtoken.core.plan import count_tokens
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One block, for one image: tokens in and out, multiply-adds before and after, the matching's share of the latter."""
+    """One block, one image: tokens in and out, multiply-adds before and after, the matching's share of the latter."""
 
     layer: int
     tokens_in: int
@@ -96,7 +96,9 @@ class Report:
         rows.append(f"{'other':>7} {'':>13} {self.other_macs_before / 1e6:>13.1f} {self.other_macs_after / 1e6:>9.1f}")
         total = f"{self.macs_before / 1e6:>13.1f} {self.macs_after / 1e6:>9.1f} {self.matching_macs / 1e6:>9.2f}"
         rows.append(f"{'total':>7} {'':>13} {total}")
-        rows.append(f"FLOPs {self.flops_before / 1e9:.2f} G -> {self.flops_after / 1e9:.2f} G, factor {self.flops_factor:.2f}")
+        rows.append(
+            f"FLOPs {self.flops_before / 1e9:.2f} G -> {self.flops_after / 1e9:.2f} G, factor {self.flops_factor:.2f}"
+        )
         return "\n".join(rows)
 
 

@@ -157,7 +157,9 @@ def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]
         raise ConfigError(f"options {sorted(options)} go with a method's name, not with a settings object")
     configs = (config,) if isinstance(config, MethodConfig) else tuple(config)
     if not configs or not all(isinstance(c, MethodConfig) for c in configs):
-        raise ConfigError(f"expected settings such as vtoken.PiToMe(ratio=0.9), a method name or a list, got {config!r}")
+        raise ConfigError(
+            f"expected settings such as vtoken.PiToMe(ratio=0.9), a method name or a list, got {config!r}"
+        )
     return configs
 
 
@@ -168,7 +170,9 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
     for config in configs:
         method = config.build(spec.depth)
         if method.hook in built:
-            raise ConfigError(f"two methods act at {method.hook}: {', '.join(c.method for c in configs)}; apply one of them")
+            raise ConfigError(
+                f"two methods act at {method.hook}: {', '.join(c.method for c in configs)}; apply one of them"
+            )
         if method.hook not in adapter.hooks:
             raise ConfigError(f"{config.method} acts at {method.hook}, which {adapter.name} does not offer")
         built[method.hook] = method

@@ -97,8 +97,8 @@ def find_adapter(model: nn.Module) -> HostAdapter:
         if adapter.matches(model):
             return adapter
     raise UnsupportedModelError(
-        f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this class. "
-        "Supported hosts: timm VisionTransformer (vit, deit, ...), Eva (EVA-02, DINOv3, ...), NaFlexVit. "
+        f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this "
+        "class. Supported hosts: timm VisionTransformer (vit, deit, ...), Eva (EVA-02, DINOv3, ...), NaFlexVit. "
         "`python -m vtoken models` lists names; vtoken.register_adapter adds your own. The model was left as it was."
     )
 
@@ -115,7 +115,7 @@ def refuse_wrappers(model: object) -> None:
         raise UnsupportedModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
         raise VTokenError(
-            f"apply before compiling: got {type(model).__name__}; use vtoken.apply(model._orig_mod, ...) and compile again"
+            f"apply before compiling: got {type(model).__name__}; use vtoken.apply(model._orig_mod, ...), then compile"
         )
     if type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
         raise VTokenError(

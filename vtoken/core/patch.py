@@ -47,7 +47,7 @@ def view(module: nn.Module, **parts: Any) -> Any:
     Parameters, buffers, hooks and settings are the module's own. It lets the host's code run for one call with some
     attributes replaced, without writing to the model. Attributes that the host's code writes to it are lost.
     """
-    stand_in = object.__new__(base_of(type(module)))
+    stand_in: Any = object.__new__(base_of(type(module)))
     stand_in.__dict__.update(module.__dict__)
     stand_in.__dict__.update(parts)
     return stand_in

@@ -48,7 +48,7 @@ class Slot:
             dest = plan.dest if dest is None else plan.dest.gather(1, dest)
         if protect is not None:
             protect = plan.dest.gather(1, protect + num_prefix) - num_prefix
-        return replace(self, size=size, anchor=anchor, dest=dest, protect=protect)
+        return Slot(size, anchor, dest, protect, self.track_anchor, self.track_dest)
 
     def in_raster_order(self, x: Tensor | None) -> tuple[Tensor | None, Slot]:
         """Rows [B, T, C] and this slot with the rows ordered by the position they came from."""

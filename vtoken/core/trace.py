@@ -73,7 +73,9 @@ def unmerge(features: Tensor, trace: Trace, *, layer: int | None = None) -> Tens
         ShapeError: if the features do not belong to that forward.
     """
     if trace.dest is None:
-        raise ShapeError("the trace holds no forward; get one from vtoken.trace(model, images) or vtoken.tracing(model)")
+        raise ShapeError(
+            "the trace holds no forward; get one from vtoken.trace(model, images) or vtoken.tracing(model)"
+        )
     dest = trace.dest if layer is None else trace.layer_dest[layer]
     count = trace.tokens[-1] if layer is None else trace.tokens[layer + 1]
     if features.dim() != 3 or features.shape[0] != dest.shape[0] or features.shape[1] != count:
@@ -99,7 +101,9 @@ def tracing(model: nn.Module) -> Iterator[Trace]:
         VTokenError: if the model has no method applied, or if no forward of it ran (a compiled model records nothing).
     """
     if not any("_vtoken" in m.__dict__ for m in model.modules()):
-        raise VTokenError(f"nothing to trace: no method is applied to this {type(model).__name__}; vtoken.apply it first")
+        raise VTokenError(
+            f"nothing to trace: no method is applied to this {type(model).__name__}; vtoken.apply it first"
+        )
     record = Trace()
     token = _active.set((*_active.get(), *((m, record) for m in model.modules() if "_vtoken" in m.__dict__)))
     try:

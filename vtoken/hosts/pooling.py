@@ -48,8 +48,8 @@ def sized_pool(
     if size is None or kind not in SIZED_POOLS:
         return stock(model, x, pool_type, **options)
     if kind in ("map", "prr"):
-        pool = (_map_pool if kind == "map" else _prr_pool, model.attn_pool, size)
-        return stock(view(model, attn_pool=functools.partial(*pool)), x, pool_type, **options)
+        pool = functools.partial(_map_pool if kind == "map" else _prr_pool, model.attn_pool, size)
+        return stock(view(model, attn_pool=pool), x, pool_type, **options)
     first = 0 if getattr(model, "pool_include_prefix", False) else model.num_prefix_tokens
     mean = weighted_mean(x[:, first:], size[:, first:])
     return mean if kind == "avg" else 0.5 * (x[:, first:].amax(1) + mean)
@@ -60,7 +60,7 @@ def _map_pool(pool: Any, size: Tensor, x: Tensor, attn_mask: Tensor | None = Non
     return pool(x, attn_mask=size_bias(size[:, -x.shape[1] :], x.dtype))
 
 
-def _prr_pool(pool: Any, size: Tensor, x: Tensor) -> Tensor:
+def _prr_pool(pool: Any, size: Tensor, x: Tensor) -> Any:
     """timm's AttentionPoolPrr (self-attention without projections, then token or mean) with token sizes."""
     size = size[:, -x.shape[1] :]
     x = pool.pre_norm(x)

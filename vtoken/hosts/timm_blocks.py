@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor
 
 from vtoken.core.state import TokenState
-from vtoken.hosts.tower import check_no_mask, gather_rope, merged_block
+from vtoken.hosts.tower import gather_rope, given, merged_block
 
 
 class BlockMixin:
@@ -19,14 +19,17 @@ class BlockMixin:
     _vtoken_index: int
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, vtoken_state: TokenState | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        vtoken_state: TokenState | None = None,
     ) -> Tensor:
         stock: Any = super().forward  # type: ignore[misc]
+        attention = given(attn_mask=attn_mask, is_causal=is_causal)
         if vtoken_state is None:  # called outside a patched model
-            return stock(x, attn_mask=attn_mask, is_causal=True) if is_causal else stock(x, attn_mask=attn_mask)
-        vtoken_state.enter(x)
-        check_no_mask(vtoken_state, attn_mask, is_causal)
-        return merged_block(self, vtoken_state, x, stock)
+            return stock(x, **attention)
+        return merged_block(self, vtoken_state, x, stock, **attention)
 
     def _vtoken_attn(self: Any, attn: Any, x: Tensor, **attention: Any) -> Tensor:
         return self.drop_path1(self.ls1(attn(self.norm1(x), **attention)))
@@ -59,14 +62,12 @@ class EvaBlockMixin:
         vtoken_state: TokenState | None = None,
     ) -> Tensor:
         stock: Any = super().forward  # type: ignore[misc]
-        if vtoken_state is None:  # called outside a patched model
-            more = {"is_causal": True} if is_causal else {}
-            return stock(x, rope=rope, attn_mask=attn_mask, **more)
-        vtoken_state.enter(x)
-        check_no_mask(vtoken_state, attn_mask, is_causal)
-        if rope is not None:
+        if vtoken_state is not None and rope is not None:
             rope = gather_rope(rope, vtoken_state.slots[self._vtoken_index], vtoken_state.num_prefix)
-        return merged_block(self, vtoken_state, x, stock, rope=rope)
+        attention = given(rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        if vtoken_state is None:  # called outside a patched model
+            return stock(x, **attention)
+        return merged_block(self, vtoken_state, x, stock, **attention)
 
     def _vtoken_attn(self: Any, attn: Any, x: Tensor, **attention: Any) -> Tensor:
         out = attn(self.norm1(x), **attention)

@@ -20,8 +20,8 @@ from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import current_trace
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind, remember_sizes, sized_pool, sizes_for_head
 from vtoken.hosts.timm_blocks import ATTENTIONS, BLOCKS
-from vtoken.hosts.tower import BoundBlocks, spread
 from vtoken.hosts.timm_unsupported import reason
+from vtoken.hosts.tower import BoundBlocks, spread
 from vtoken.ops.rows import take_rows
 
 MODELS: tuple[type, ...] = (VisionTransformer, Eva, NaFlexVit)
@@ -222,8 +222,8 @@ class TimmAdapter(HostAdapter):
 def _refusal(model: nn.Module, why: str) -> str:
     return (
         f"cannot reduce the tokens of {type(model).__name__}: {why}. Supported timm models: VisionTransformer, "
-        f"VisionTransformerDistilled, Eva and NaFlexVit whose blocks are all {', '.join(c.__name__ for c in BLOCKS)} with "
-        f"{', '.join(c.__name__ for c in ATTENTIONS)}. The model was left as it was."
+        f"VisionTransformerDistilled, Eva and NaFlexVit whose blocks are all {', '.join(c.__name__ for c in BLOCKS)} "
+        f"with {', '.join(c.__name__ for c in ATTENTIONS)}. The model was left as it was."
     )
 
 
@@ -248,8 +248,10 @@ def _pool_problem(model: Any) -> str | None:
     cls, name = base_of(type(model)), _pool_name(model)
     if not any(getattr(cls, name) is getattr(known, name, None) for known in MODELS):
         return f"its class overrides {name}(), so its {kind!r} pooling would weigh merged tokens as single patches"
-    pool = getattr(model, "attn_pool", None)
-    if kind == "map" and not (isinstance(pool, AttentionPoolLatent) and type(pool).forward is AttentionPoolLatent.forward):
+    pool: Any = getattr(model, "attn_pool", None)
+    if kind == "map" and not (
+        isinstance(pool, AttentionPoolLatent) and type(pool).forward is AttentionPoolLatent.forward
+    ):
         return f"its attention pool is a {type(pool).__qualname__}, which takes no attention mask"
     if kind == "map" and pool.pos_embed is not None:
         return "its attention pool adds a position to every token, which merged tokens no longer have"

@@ -58,13 +58,13 @@ class Tap:
         return self.keys
 
 
-def check_no_mask(state: TokenState, attn_mask: Tensor | None, is_causal: bool) -> None:
+def _refuse_mask(attention: dict[str, Any]) -> None:
     """A caller's mask names rows of the full sequence; after a merge those rows are no longer there."""
-    if attn_mask is not None or is_causal:
-        what = "is_causal=True" if is_causal else "an attention mask"
+    if attention.get("attn_mask") is not None or attention.get("is_causal"):
+        what = "is_causal=True" if attention.get("is_causal") else "an attention mask"
         raise InputError(
-            f"{what} cannot be combined with {type(state.method).__name__.lower()}: merged tokens stand for several rows. "
-            "Padded (NaFlex) batches and masked attention need a full model; use vtoken.remove(model)"
+            f"{what} cannot be combined with removed tokens: it names rows of the full sequence. Masked attention and "
+            "padded (NaFlex) batches need the full model; use vtoken.remove(model)"
         )
 
 
@@ -86,10 +86,14 @@ def merged_block(
         attention: further arguments of the block's attention.
     """
     layer: int = block._vtoken_index
+    state.enter(x)
+    removes = state.removes(layer, x.shape[1])
+    if removes or state.slots[layer] is not state.slots[0]:
+        _refuse_mask(attention)
     bias = state.bias(layer, x.dtype)
     if bias is not None:
         attention["attn_mask"] = bias
-    if not state.removes(layer, x.shape[1]):
+    if not removes:
         state.skip(layer)
         return stock(x, **attention)
     attn, tap = block.attn, None
@@ -102,6 +106,11 @@ def merged_block(
         return state.on_block(layer, x, _metric(state.method, x, tap))
     x = state.on_block(layer, x, _metric(state.method, x, tap))
     return x + block._vtoken_mlp(x)
+
+
+def given(**arguments: Any) -> dict[str, Any]:
+    """The arguments that differ from their default (None or False); older hosts do not know all of them."""
+    return {name: value for name, value in arguments.items() if value is not None and value is not False}
 
 
 def _metric(method: BlockMethod, x: Tensor, tap: Tap | None) -> Tensor:
@@ -144,7 +153,7 @@ def spread(rows: Tensor, slot: Slot, num_prefix: int, grid: tuple[int, int]) -> 
     height, width = grid
     if rows.shape[1] != height * width:
         raise ShapeError(
-            f"no dense map: {rows.shape[1]} patch tokens entered the blocks, the grid has {height} x {width} (patch dropout "
-            "drops them while training); use output_fmt='NLC' or model.eval()"
+            f"no dense map: {rows.shape[1]} patch tokens entered the blocks, the grid has {height} x {width} (patch "
+            "dropout drops them while training); use output_fmt='NLC' or model.eval()"
         )
     return rows.transpose(1, 2).reshape(rows.shape[0], rows.shape[2], height, width)

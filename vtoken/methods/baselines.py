@@ -20,13 +20,15 @@ class ToMe(ScheduledMergeConfig):
 
     method: ClassVar[str] = "tome"
 
-    def match(self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None) -> MergePlan:
+    def match(
+        self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
+    ) -> MergePlan:
         """The bipartite matching."""
         return plan_tome(metric, r, num_prefix=num_prefix)
 
-    def macs(self, layer: int, depth: int, mergeable: int, r: int, head_dim: int) -> int:
+    def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
         """Similarities of every even row with every odd row."""
-        return (mergeable // 2) * (mergeable - mergeable // 2) * head_dim
+        return (mergeable // 2) * (mergeable - mergeable // 2) * channels
 
 
 @register_method
@@ -47,7 +49,9 @@ class RandomMerge(ScheduledMergeConfig):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"{type(self).__name__}(seed={self.seed!r}): must be a whole number from 0 on")
 
-    def match(self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None) -> MergePlan:
+    def match(
+        self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
+    ) -> MergePlan:
         """A drawn plan; every layer draws anew."""
         return plan_random(metric, r, num_prefix=num_prefix, seed=self.seed * 1000 + layer)
 
@@ -64,7 +68,9 @@ class RandomPrune(RandomMerge):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reduction != "prune":
-            raise ConfigError(f"RandomPrune(reduction={self.reduction!r}): pruning is its only reduction; see RandomMerge")
+            raise ConfigError(
+                f"RandomPrune(reduction={self.reduction!r}): pruning is its only reduction; see RandomMerge"
+            )
 
 
 @register_method
@@ -95,10 +101,12 @@ class StrideMerge(MergeConfig):
         """All but every stride-th token."""
         return mergeable - -(-mergeable // int(amount))
 
-    def match(self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None) -> MergePlan:
+    def match(
+        self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
+    ) -> MergePlan:
         """The fixed-stride matching."""
         return plan_stride(metric, self.stride, num_prefix=num_prefix)
 
-    def macs(self, layer: int, depth: int, mergeable: int, r: int, head_dim: int) -> int:
+    def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
         """Similarities of every source with every destination."""
-        return r * (mergeable - r) * head_dim
+        return r * (mergeable - r) * channels

@@ -58,7 +58,9 @@ class MergeConfig(MethodConfig):
         """The merging of a model with `depth` blocks."""
         return Merging(self, depth)
 
-    def match(self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None) -> MergePlan:
+    def match(
+        self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
+    ) -> MergePlan:
         """The plan of one merge: metric [B, T, d] -> which r tokens go where."""
         raise NotImplementedError
 
@@ -73,9 +75,9 @@ class MergeConfig(MethodConfig):
         """Tokens that one merge takes from `mergeable`."""
         raise NotImplementedError
 
-    def macs(self, layer: int, depth: int, mergeable: int, r: int, head_dim: int) -> int:
-        """Multiply-adds of choosing r among `mergeable` tokens."""
-        return r * r * head_dim
+    def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
+        """Multiply-adds of choosing r among `mergeable` tokens compared over `channels`."""
+        return r * r * channels
 
     def layer_settings(self, layer: int, depth: int) -> dict[str, Any]:
         """Settings that differ from layer to layer."""
@@ -153,7 +155,8 @@ class Merging(BlockMethod):
     def matching_macs(self, layer: int, mergeable: int, head_dim: int, width: int) -> int:
         """Multiply-adds of the matching; the averaging adds rows and multiplies by a share, r * C each."""
         r = self.num_removed(layer, mergeable)
-        return self.config.macs(layer, self.depth, mergeable, r, head_dim) if r else 0
+        channels = head_dim if self.metric == "key" else width
+        return self.config.macs(layer, self.depth, mergeable, r, channels) if r else 0
 
     def describe(self, layer: int) -> dict[str, Any]:
         """The settings of one layer; empty if it removes nothing."""
@@ -171,7 +174,8 @@ class Merging(BlockMethod):
         x, size = plan.apply(x, slot.size, self.config.reduction)
         # Pruning leaves every token at size 1: keep None, which keeps attention free of a mask.
         new_size = None if self.config.reduction == "prune" and slot.size is None else size
-        return x, replace(slot, protect=protect).advance(plan, new_size, num_prefix)
+        before = slot if protect is slot.protect else replace(slot, protect=protect)
+        return x, before.advance(plan, new_size, num_prefix)
 
     def _first_protect(self, x: Tensor) -> Tensor | None:
         rows: tuple[int, ...] = getattr(self.config, "protect", ())

@@ -81,7 +81,9 @@ class PiToMe(ScheduledMergeConfig):
         """The patches that `protect` names."""
         return len(self.protect)
 
-    def match(self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None) -> MergePlan:
+    def match(
+        self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
+    ) -> MergePlan:
         """The energy matching with this layer's margin and variant."""
         return plan_pitome(
             metric,
@@ -94,13 +96,13 @@ class PiToMe(ScheduledMergeConfig):
             protect=protect,
         )
 
-    def macs(self, layer: int, depth: int, mergeable: int, r: int, head_dim: int) -> int:
+    def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
         """N^2 d for the energies and the pairs' similarities."""
         variant, half = self._variant(layer, depth), mergeable // 2
         if variant == "tome":
-            return half * (mergeable - half) * head_dim
+            return half * (mergeable - half) * channels
         pairs = r * r if variant == "pitome" else half * (mergeable - half)
-        return (mergeable * mergeable + pairs) * head_dim
+        return (mergeable * mergeable + pairs) * channels
 
     def layer_settings(self, layer: int, depth: int) -> dict[str, Any]:
         """Margin and variant of one layer."""

@@ -38,7 +38,7 @@ def check_amount(owner: str, ratio: Any, r: Any) -> tuple[Any, Any]:
                 )
     if r is not None:
         r = numbers(owner, "r", r, float)
-        if isinstance(r, tuple) and not is_line(r) or not isinstance(r, tuple):
+        if not is_line(r):
             for value in r if isinstance(r, tuple) else (r,):
                 if value < 0 or value != int(value):
                     raise ConfigError(f"{owner}(r={value!r}): r counts removed tokens; whole numbers from 0 on")

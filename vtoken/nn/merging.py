@@ -54,7 +54,9 @@ class MergeTokens(nn.Module):
             Tokens [B, T', C] and float32 sizes [B, T'].
         """
         if x.dim() != 3 or metric.shape[:2] != x.shape[:2]:
-            raise ShapeError(f"x must be [B, T, C] and metric [B, T, d], got {tuple(x.shape)} and {tuple(metric.shape)}")
+            raise ShapeError(
+                f"x must be [B, T, C] and metric [B, T, d], got {tuple(x.shape)} and {tuple(metric.shape)}"
+            )
         if self._method.num_removed(self.layer, x.shape[1] - self.num_prefix) > 0:
             x, slot = self._method.on_block(self.layer, x, metric, Slot(size=size), self.num_prefix)
             size = slot.size
@@ -83,7 +85,9 @@ class MergeBlock(nn.Module):
         if dim % num_heads:
             raise ConfigError(f"dim={dim} is not divisible by num_heads={num_heads}")
         if merge.config.place != "between":
-            raise ConfigError('MergeBlock merges between attention and MLP; for place="after" put MergeTokens behind a block')
+            raise ConfigError(
+                'MergeBlock merges between attention and MLP; for place="after" put MergeTokens behind a block'
+            )
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)

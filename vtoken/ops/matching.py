@@ -72,11 +72,11 @@ def plan_pitome(
     if r <= 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
     with _full_precision(metric):
-        unit = _unit_rows(metric, num_prefix)
-        energies = _energies(unit, margin, alpha, energy)
+        unit = _unit_rows(metric)
+        energies = _energies(unit[:, num_prefix:], margin, alpha, energy)
         if guard is not None:
             energies = energies.masked_fill(guard, float("-inf"))
-        order = energies.argsort(dim=1, descending=True, stable=True)
+        order = energies.argsort(dim=1, descending=True, stable=True) + num_prefix
         if variant == "pitome":
             return _plan_from_order(unit, order, r, num_prefix)
         dealt = order[:, : mergeable - num_protected]
@@ -102,13 +102,13 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0) -> MergePlan:
     """
     _check(metric, r, num_prefix)
     batch, num_tokens, _ = metric.shape
-    even = torch.arange(num_prefix % 2, num_tokens - num_prefix, 2, device=metric.device)
-    odd = torch.arange(1 - num_prefix % 2, num_tokens - num_prefix, 2, device=metric.device)
+    even = torch.arange(num_prefix + num_prefix % 2, num_tokens, 2, device=metric.device)
+    odd = torch.arange(num_prefix + 1 - num_prefix % 2, num_tokens, 2, device=metric.device)
     r = min(r, (num_tokens - num_prefix) // 2, even.shape[0])
     if r <= 0 or odd.shape[0] == 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
     with _full_precision(metric):
-        unit = _unit_rows(metric, num_prefix)
+        unit = _unit_rows(metric)
         return _plan_best_pairs(unit, even.expand(batch, -1), odd.expand(batch, -1), r, num_prefix)
 
 
@@ -123,9 +123,9 @@ def plan_random(metric: Tensor, r: int, *, num_prefix: int = 0, seed: int = 0) -
     r = min(r, (num_tokens - num_prefix) // 2)
     if r <= 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
-    order = _hashed_order(num_tokens - num_prefix, seed, metric.device).expand(batch, -1)
+    order = (_hashed_order(num_tokens - num_prefix, seed, metric.device) + num_prefix).expand(batch, -1)
     with _full_precision(metric):
-        return _plan_from_order(_unit_rows(metric, num_prefix), order, r, num_prefix)
+        return _plan_from_order(_unit_rows(metric), order, r, num_prefix)
 
 
 def plan_stride(metric: Tensor, stride: int, *, num_prefix: int = 0) -> MergePlan:
@@ -138,15 +138,15 @@ def plan_stride(metric: Tensor, stride: int, *, num_prefix: int = 0) -> MergePla
         raise ConfigError(f"stride={stride}: every stride-th token is kept, so it must be at least 1")
     _check(metric, 0, num_prefix)
     batch, num_tokens, _ = metric.shape
-    row = torch.arange(num_tokens - num_prefix, device=metric.device)
-    kept = row[::stride]
-    if kept.shape[0] == row.shape[0]:
+    kept = torch.arange(num_prefix, num_tokens, stride, device=metric.device)
+    count = num_tokens - num_prefix - kept.shape[0]
+    if count == 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
-    # Row numbers that are not multiples of k, without a boolean index (it would synchronise on a GPU).
-    count = row.shape[0] - kept.shape[0]
-    others = row[:count] + row[:count] // (stride - 1) + 1
+    # The other row numbers, without a boolean index (it would synchronise on a GPU).
+    others = torch.arange(count, device=metric.device)
+    others = others + others // (stride - 1) + 1 + num_prefix
     with _full_precision(metric):
-        unit = _unit_rows(metric, num_prefix)
+        unit = _unit_rows(metric)
         return _plan_best_pairs(unit, others.expand(batch, -1), kept.expand(batch, -1), count, num_prefix)
 
 
@@ -182,18 +182,21 @@ def _full_precision(metric: Tensor) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def _unit_rows(metric: Tensor, num_prefix: int) -> Tensor:
-    rows = metric.detach()[:, num_prefix:]
+def _unit_rows(metric: Tensor) -> Tensor:
+    rows = metric.detach()
     return F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1, eps=1e-12)
 
 
 def _energies(unit: Tensor, margin: float, alpha: float, energy: str) -> Tensor:
-    """Mean over all tokens j of f(cos_ij - margin), [B, N]; high where many tokens are close."""
+    """Sum over all tokens j of f(cos_ij - margin), [B, N]; high where many tokens are close.
+
+    The paper's mean differs by the factor 1/N, which no order sees.
+    """
     similarity = torch.bmm(unit, unit.transpose(1, 2))
     if energy == "elu":
-        return F.elu_(similarity.sub_(margin), alpha).mean(-1)
+        return F.elu_(similarity.sub_(margin), alpha).sum(-1)
     below = alpha * torch.expm1(similarity - margin)
-    return torch.where(similarity >= margin, similarity, below).mean(-1)
+    return torch.where(similarity >= margin, similarity, below).sum(-1)
 
 
 def _plan_from_order(unit: Tensor, order: Tensor, r: int, num_prefix: int) -> MergePlan:
@@ -217,14 +220,13 @@ def _plan_best_pairs(
 
 
 def _assemble(src: Tensor, partner: Tensor, kept: Tensor, dest: Tensor, num_prefix: int) -> MergePlan:
-    """Row numbers among the mergeable tokens -> a plan over all rows, laid out [prefix | kept | destinations]."""
-    batch, first = kept.shape[0], num_prefix + kept.shape[1]
-    rows = torch.cat([kept, dest], dim=1) + num_prefix
+    """Lay the rows out as [prefix | kept | destinations]; `partner` counts among the destinations."""
+    parts = [kept, dest]
     if num_prefix:
-        prefix = torch.arange(num_prefix, device=rows.device).expand(batch, num_prefix)
-        rows = torch.cat([prefix, rows], dim=1)
-    num_tokens = rows.shape[1] + src.shape[1]
-    return MergePlan(rows, src + num_prefix, partner + first, num_tokens, dest.shape[1])
+        parts.insert(0, torch.arange(num_prefix, device=kept.device).expand(kept.shape[0], num_prefix))
+    keep = torch.cat(parts, dim=1)
+    num_dest = dest.shape[1]
+    return MergePlan(keep, src, partner + (keep.shape[1] - num_dest), keep.shape[1] + src.shape[1], num_dest)
 
 
 def _hashed_order(n: int, seed: int, device: torch.device) -> Tensor:

@@ -98,18 +98,21 @@ class MergePlan:
         """
         _check_apply(self, x, size, reduction)
         if self.removed == 0:
-            return x, _ones(x) if size is None else size
-        flat = _ones(x) if size is None else size.reshape(x.shape[:2]).to(torch.float32)
+            return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
+        flat = None if size is None else size.reshape(x.shape[:2]).to(torch.float32)
         if reduction == "prune":
-            return _merge_rows(self, x, *self._weights(flat, zero_sources=True)), self._like(size, flat)
-        new_size = self._sum(flat)
-        if reduction == "amax":
-            rows = take_rows(x, self.keep)
-            index = self.slot.unsqueeze(-1).expand(-1, -1, x.shape[2])
-            merged = rows.scatter_reduce(1, index, take_rows(x, self.src), "amax", include_self=True)
+            new_size = torch.ones(self.keep.shape, device=x.device) if flat is None else flat.gather(1, self.keep)
+            dest_share, src_share = torch.ones_like(new_size[:, self._first_dest :]), None
         else:
-            merged = _merge_rows(self, x, *self._weights(_ones(x) if reduction == "mean" else flat))
-        return merged, new_size if size is None else new_size.reshape(*new_size.shape, *size.shape[2:])
+            new_size, dest_share, src_share = self._sizes_and_shares(flat)
+            if reduction == "mean" and flat is not None:
+                _, dest_share, src_share = self._sizes_and_shares(None)
+        if reduction == "amax":
+            index = self.slot.unsqueeze(-1).expand(-1, -1, x.shape[2])
+            rows = take_rows(x, self.keep).scatter_reduce(1, index, take_rows(x, self.src), "amax", include_self=True)
+        else:
+            rows = _merge_rows(self, x, dest_share, src_share)
+        return rows, new_size if size is None else new_size.reshape(*new_size.shape, *size.shape[2:])
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread output rows [B, T', C] back to all input rows [B, T, C]: every row gets its group's value."""
@@ -130,25 +133,21 @@ class MergePlan:
             num_dest=next_plan.num_tokens,
         )
 
-    def _sum(self, size: Tensor) -> Tensor:
-        # Sizes are whole numbers, exact in float32, so the order of this addition does not matter on any device.
-        return size.gather(1, self.keep).scatter_add(1, self.slot, size.gather(1, self.src))
+    @property
+    def _first_dest(self) -> int:
+        return self.num_tokens - self.num_dest
 
-    def _weights(self, size: Tensor, zero_sources: bool = False) -> tuple[Tensor, Tensor]:
-        """Shares of the destination rows [B, D] and of the sources [B, r] in the rows that they end in."""
-        own = size.gather(1, self.keep[:, self.num_tokens - self.num_dest :])
-        if zero_sources:
-            return torch.ones_like(own), torch.zeros_like(self.src, dtype=size.dtype)
-        total = self._sum(size)
-        return own / total[:, self.num_tokens - self.num_dest :], size.gather(1, self.src) / total.gather(1, self.slot)
-
-    def _like(self, size: Tensor | None, flat: Tensor) -> Tensor:
-        kept = flat.gather(1, self.keep)
-        return kept if size is None else kept.reshape(*kept.shape, *size.shape[2:])
-
-
-def _ones(x: Tensor) -> Tensor:
-    return torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+    def _sizes_and_shares(self, size: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """New sizes [B, T'] and the shares of destinations [B, D] and sources [B, r] in the rows they end in."""
+        # Sizes are whole numbers, exact in float32, so the order of these additions does not matter on any device.
+        first = self._first_dest
+        if size is None:
+            added = torch.ones(self.src.shape, device=self.src.device)
+            new_size = torch.ones(self.keep.shape, device=self.src.device).scatter_add(1, self.slot, added)
+            return new_size, new_size[:, first:].reciprocal(), new_size.gather(1, self.slot).reciprocal()
+        kept, added = size.gather(1, self.keep), size.gather(1, self.src)
+        new_size = kept.scatter_add(1, self.slot, added)
+        return new_size, kept[:, first:] / new_size[:, first:], added / new_size.gather(1, self.slot)
 
 
 def _check_apply(plan: MergePlan, x: Tensor, size: Tensor | None, reduction: str) -> None:
@@ -161,7 +160,7 @@ def _check_apply(plan: MergePlan, x: Tensor, size: Tensor | None, reduction: str
         raise ShapeError(f"size must be {list(expected)} or {[*expected, 1]}, got {tuple(size.shape)}")
 
 
-def _merge_rows(plan: MergePlan, x: Tensor, dest_share: Tensor, src_share: Tensor) -> Tensor:
+def _merge_rows(plan: MergePlan, x: Tensor, dest_share: Tensor, src_share: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         merged: Tensor = _MergeRows.apply(x, plan.keep, plan.src, plan.slot, dest_share, src_share)
         return merged
@@ -169,24 +168,37 @@ def _merge_rows(plan: MergePlan, x: Tensor, dest_share: Tensor, src_share: Tenso
 
 
 def _merge_rows_forward(
-    x: Tensor, keep: Tensor, src: Tensor, slot: Tensor, dest_share: Tensor, src_share: Tensor
+    x: Tensor, keep: Tensor, src: Tensor, slot: Tensor, dest_share: Tensor, src_share: Tensor | None
 ) -> Tensor:
-    """Gather the kept rows; only destinations and sources enter arithmetic."""
-    accumulate = torch.float32 if x.dtype in _HALF else x.dtype
+    """Gather the kept rows; only destinations and sources enter arithmetic. src_share=None drops the sources."""
     out = take_rows(x, keep)
+    if src_share is None:
+        return out
+    accumulate = torch.float32 if x.dtype in _HALF else x.dtype
     first = out.shape[1] - dest_share.shape[1]
-    rows = out[:, first:].to(accumulate) * dest_share.to(accumulate).unsqueeze(-1)
-    sources = take_rows(x, src).to(accumulate) * src_share.to(accumulate).unsqueeze(-1)
-    local = slot - first
-    if x.device.type == "cpu":
-        flat = rows.view(-1, x.shape[2])
-        flat.index_add_(0, flat_index(local, rows.shape[1]), sources.view(-1, x.shape[2]))
-    else:
-        # index_add is not deterministic on CUDA; a product with the one-hot [D, r] matrix is (pitome.md 9).
-        onehot = local.unsqueeze(1) == torch.arange(rows.shape[1], device=x.device).view(1, -1, 1)
-        rows = torch.baddbmm(rows, onehot.to(accumulate), sources)
-    out[:, first:] = rows
+    dest_share, src_share = dest_share.to(accumulate).unsqueeze(-1), src_share.to(accumulate).unsqueeze(-1)
+    sources = take_rows(x, src).to(accumulate) * src_share
+    if x.device.type != "cpu":
+        out[:, first:] = _add_by_product(out[:, first:].to(accumulate) * dest_share, sources, slot - first)
+    elif out.dtype != accumulate:
+        out[:, first:] = _add_by_index(out[:, first:].to(accumulate) * dest_share, sources, slot - first)
+    else:  # the same in place: no copy of the destination rows
+        out[:, first:].mul_(dest_share)
+        _add_by_index(out, sources, slot)
     return out
+
+
+def _add_by_index(rows: Tensor, sources: Tensor, slot: Tensor) -> Tensor:
+    """Add `sources` [B, r, C] to `rows` [B, D, C] (in place) at `slot` [B, r]; deterministic on CPU only."""
+    flat = rows.view(-1, rows.shape[2])
+    flat.index_add_(0, flat_index(slot, rows.shape[1]), sources.view(-1, rows.shape[2]))
+    return rows
+
+
+def _add_by_product(rows: Tensor, sources: Tensor, slot: Tensor) -> Tensor:
+    """The same as a product with the one-hot [D, r] matrix; deterministic on every device (pitome.md 9)."""
+    onehot = slot.unsqueeze(1) == torch.arange(rows.shape[1], device=rows.device).view(1, -1, 1)
+    return torch.baddbmm(rows, onehot.to(rows.dtype), sources)
 
 
 class _MergeRows(torch.autograd.Function):
@@ -196,15 +208,17 @@ class _MergeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, keep: Tensor, src: Tensor, slot: Tensor, dest_share: Tensor, src_share: Tensor
+        x: Tensor, keep: Tensor, src: Tensor, slot: Tensor, dest_share: Tensor, src_share: Tensor | None
     ) -> Tensor:  # fmt: skip
         return _merge_rows_forward(x, keep, src, slot, dest_share, src_share)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, keep, src, slot, dest_share, src_share = inputs
         dest = MergePlan(keep, src, slot, x.shape[1], dest_share.shape[1]).dest
-        share = torch.ones(x.shape[:2], dtype=dest_share.dtype, device=x.device)
+        if src_share is None:
+            src_share = torch.zeros(src.shape, device=x.device)
+        share = torch.ones(x.shape[:2], device=x.device)
         share = share.scatter(1, keep[:, keep.shape[1] - dest_share.shape[1] :], dest_share)
         ctx.save_for_backward(dest, share.scatter(1, src, src_share))
 

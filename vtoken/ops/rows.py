@@ -9,6 +9,8 @@ from torch import Tensor
 def flat_index(index: Tensor, num_rows: int) -> Tensor:
     """Row numbers [B, K] inside each image -> row numbers [B*K] of the [B*num_rows, C] view."""
     batch = index.shape[0]
+    if batch == 1:  # at batch 1 the count of small operations is what costs
+        return index.reshape(-1)
     offset = torch.arange(batch, device=index.device, dtype=index.dtype).mul_(num_rows)
     return (index + offset.unsqueeze(1)).reshape(-1)
 

@@ -1,0 +1,212 @@
+"""Promises that hold for every host and every method (architecture.md 1, 6 and 16)."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import vtoken
+from tests.contract.table import MethodRow, every_case, every_host, features, run, snapshot, traced
+from tests.helpers import Host, assert_close, assert_same
+
+
+def _outputs(model: Any, x: torch.Tensor) -> dict[str, Any]:
+    """Everything that the entry methods hand out."""
+    with torch.no_grad():
+        return {
+            "logits": model(x),
+            "features": model.forward_features(x),
+            "maps": model.forward_intermediates(x),
+            "rows": model.forward_intermediates(x, indices=2, output_fmt="NLC", norm=True, intermediates_only=True),
+            "head": model.forward_head(model.forward_features(x)),
+        }
+
+
+@every_case()
+def test_settings_that_remove_nothing_change_no_bit(host: Host, method: MethodRow) -> None:
+    model, x = host.model(), host.images()
+    stock = _outputs(model, x)
+    for config in method.noops:
+        with vtoken.applied(model, config):
+            assert_same(f"{host.name} with {config}", stock, _outputs(model, x))
+
+
+@every_case()
+def test_fewer_tokens_and_another_output(host: Host, method: MethodRow) -> None:
+    model, x = host.model(), host.images()
+    stock = run(model, x)
+    vtoken.apply(model, method.reduces)
+    out, trace = traced(model, x)
+    plan = vtoken.plan(model, img_size=host.shape[1:])
+    assert tuple(trace.tokens) == plan.tokens
+    assert trace.tokens[-1] < trace.tokens[0]
+    assert trace.num_prefix == plan.num_prefix == model.num_prefix_tokens
+    assert trace.grid is not None
+    assert trace.grid[0] * trace.grid[1] + trace.num_prefix == trace.tokens[0]
+    assert out.shape[0] == stock.shape[0]
+    assert bool(out.isfinite().all())
+    if out.shape == stock.shape:
+        assert not torch.allclose(out, stock, rtol=1e-3, atol=1e-3), "the reduced model computes what the full one does"
+
+
+@every_case()
+def test_group_map_sizes_and_anchors_describe_one_partition(host: Host, method: MethodRow) -> None:
+    model, x = host.model(), host.images()
+    vtoken.apply(model, method.reduces)
+    _, trace = traced(model, x)
+    dest, size, anchor = trace.dest, trace.size, trace.anchor
+    assert dest is not None
+    assert size is not None
+    assert anchor is not None
+    count, prefix = trace.tokens[-1], trace.num_prefix
+    assert torch.equal(dest[:, :prefix], torch.arange(prefix).expand(dest.shape[0], -1)), "prefix rows must not move"
+    assert torch.equal(dest.gather(1, anchor), torch.arange(count).expand(dest.shape[0], -1)), "an anchor lies in its group"
+    assert bool((anchor.diff(dim=1) > 0).all()), "rows must come in raster order"
+    counted = torch.stack([torch.bincount(d, minlength=count) for d in dest]).float()
+    assert size.dtype == torch.float32
+    assert torch.equal(size, counted if method.keeps_mass else torch.ones_like(counted))
+    assert [d.shape[1] for d in trace.layer_dest] == [trace.tokens[0]] * (len(trace.tokens) - 1)
+    for layer, d in enumerate(trace.layer_dest):
+        assert int(d.max()) + 1 == trace.tokens[layer + 1]
+        assert len(d[0].unique()) == trace.tokens[layer + 1]
+    for earlier, later in zip(trace.layer_dest, trace.layer_dest[1:], strict=False):
+        for b in range(dest.shape[0]):  # groups only grow: one earlier group never splits
+            pairs = {(int(e), int(g)) for e, g in zip(earlier[b], later[b], strict=True)}
+            assert len(pairs) == int(earlier[b].max()) + 1
+
+
+@every_host()
+def test_report_agrees_with_torchs_counter(host: Host, method: MethodRow) -> None:
+    model, x = host.model(), host.images(batch=1)
+    cost = vtoken.report(model, method.reduces, input_size=host.shape)
+    counts = []
+    for config in (None, method.reduces):
+        if config is not None:
+            vtoken.apply(model, config)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x)
+        counts.append(counter.get_total_flops())
+    before, after = counts
+    assert abs(cost.flops_before - before) <= 0.01 * before, (cost.flops_before, before)
+    assert abs(cost.flops_after - after) <= 0.01 * after, (cost.flops_after, after)
+    assert cost.flops_after < cost.flops_before
+    assert cost.tokens == vtoken.plan(model, img_size=host.shape[1:]).tokens
+    assert vtoken.report(model, input_size=host.shape).flops_after == cost.flops_after  # also of the patched model
+
+
+@every_case()
+def test_state_dict_class_and_structure_are_kept(host: Host, method: MethodRow) -> None:
+    model = host.model()
+    classes = [type(m) for m in model.modules()]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    settings = [(p.dtype, p.device, p.requires_grad, id(p)) for p in model.parameters()]
+    assert vtoken.apply(model, method.reduces) is model
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert [(p.dtype, p.device, p.requires_grad, id(p)) for p in model.parameters()] == settings
+    for module, cls in zip(model.modules(), classes, strict=True):
+        assert isinstance(module, cls)
+        assert (type(module).__name__, type(module).__qualname__, type(module).__module__) == (
+            cls.__name__, cls.__qualname__, cls.__module__,
+        )  # fmt: skip
+    other = host.model(seed=5)
+    model.load_state_dict(other.state_dict(), strict=True)
+    vtoken.apply(other, method.reduces)
+    x = host.images()
+    assert_same("after loading another checkpoint", run(other, x), run(model, x))
+    assert vtoken.config_of(model) == method.reduces
+    assert vtoken.is_applied(model)
+
+
+@every_case()
+def test_remove_leaves_no_residue(host: Host, method: MethodRow) -> None:
+    model, x = host.model(), host.images()
+    stock = _outputs(model, x)
+    before = snapshot(model)
+    vtoken.apply(model, method.reduces)
+    run(model, x)
+    traced(model, x)
+    assert vtoken.remove(model) is model
+    assert snapshot(model) == before
+    assert not vtoken.is_applied(model)
+    assert vtoken.config_of(model) is None
+    assert_same("after removal", stock, _outputs(model, x))
+
+
+@every_host()
+def test_deepcopy_works_and_is_independent(host: Host, method: MethodRow) -> None:
+    model, x = host.model(), host.images()
+    vtoken.apply(model, method.reduces)
+    out = run(model, x)
+    twin = copy.deepcopy(model)
+    assert type(twin) is type(model)
+    assert_same("the copy", out, run(twin, x))
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1.5)
+    vtoken.configure(twin, layers=())
+    assert_same("the original after its copy changed", out, run(model, x))
+    assert vtoken.config_of(model) == method.reduces
+    vtoken.remove(twin)
+    assert vtoken.is_applied(model)
+    assert_same("the original after its copy was unpatched", out, run(model, x))
+
+
+@every_host()
+def test_pickle_and_torch_save_round_trips(host: Host, method: MethodRow) -> None:
+    model, x = host.model(), host.images()
+    vtoken.apply(model, method.reduces)
+    out = run(model, x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for name, twin in (
+        ("pickle", pickle.loads(pickle.dumps(model))),
+        ("torch.save", torch.load(file, weights_only=False)),
+    ):
+        assert type(twin) is type(model), name
+        assert vtoken.config_of(twin) == method.reduces, name
+        assert_same(name, out, run(twin, x))
+        vtoken.remove(twin)
+        assert not vtoken.is_applied(twin), name
+
+
+@every_host()
+def test_an_image_does_not_depend_on_its_batch(host: Host, method: MethodRow) -> None:
+    model, x = host.model(dtype=torch.float64), host.images(batch=4, dtype=torch.float64)
+    vtoken.apply(model, method.reduces)
+    whole, trace = features(model, x)
+    assert trace.dest is not None
+    logits = run(model, x)
+    order = torch.tensor([2, 0, 3, 1])
+    assert_close("logits of the permuted batch", logits[order], run(model, x[order]), 1e-10)
+    for index in range(4):
+        alone, single = features(model, x[index : index + 1])
+        assert single.dest is not None
+        assert torch.equal(single.dest[0], trace.dest[index]), f"image {index} merges differently alone"
+        assert_close(f"features of image {index}", whole[index], alone[0], 1e-10)
+        assert_close(f"logits of image {index}", logits[index], run(model, x[index : index + 1])[0], 1e-10)
+    assert not torch.equal(trace.dest[0], trace.dest[1]), "the images were to be merged differently"
+    assert run(model, x[:0]).shape == (0, *logits.shape[1:])
+
+
+@every_case()
+def test_repeatable_and_random_generators_untouched(host: Host, method: MethodRow) -> None:
+    model, x = host.model(), host.images()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    vtoken.apply(model, method.reduces)
+    assert_same("second forward", run(model, x), run(model, x))
+    vtoken.plan(model, img_size=host.shape[1:])
+    vtoken.report(model, input_size=host.shape)
+    vtoken.remove(model)
+    assert torch.equal(torch.get_rng_state(), states[0]), "torch's generator was used"
+    assert random.getstate() == states[1], "Python's generator was used"
+    assert np.random.get_state()[1].tolist() == states[2], "NumPy's generator was used"

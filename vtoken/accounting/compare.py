@@ -1,0 +1,216 @@
+"""Methods side by side on one model: tokens, multiply-adds, measured time, quality; as table, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.accounting.ideal import Ideal
+from vtoken.accounting.report import report
+from vtoken.accounting.timing import Timing, interleaved
+from vtoken.core.apply import apply, is_applied, remove
+from vtoken.core.config import MethodConfig
+from vtoken.core.errors import ConfigError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A figure over images: mean and standard deviation."""
+
+    mean: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting of one method.
+
+    Args:
+        name: shown in tables.
+        method: the settings, as `MethodConfig.to_dict`.
+        tokens: after the last block, prefix included.
+        gmacs: per image, matching included.
+        flops_factor: FLOPs of the unpatched model / FLOPs of this one.
+        speedup, speedup_min: time unpatched / time patched, by medians and by minima.
+        efficiency: speedup / flops_factor.
+        ideal_efficiency: the same for plain narrowing to the same token counts (None if not timed).
+        milliseconds: median per batch.
+        quality: figures against the unpatched model.
+    """
+
+    name: str
+    method: dict[str, Any]
+    tokens: int
+    gmacs: float
+    flops_factor: float
+    speedup: float
+    speedup_min: float
+    efficiency: float
+    ideal_efficiency: float | None
+    milliseconds: float
+    quality: dict[str, Quality]
+
+
+def label(config: MethodConfig | None) -> str:
+    """A short name of a setting: method and amount."""
+    if config is None:
+        return "unpatched"
+    amount = {"ratio": getattr(config, "ratio", None), "r": getattr(config, "r", None)}
+    given = [f"{k}={v:g}" if isinstance(v, (int, float)) else f"{k}={v}" for k, v in amount.items() if v is not None]
+    return " ".join([config.method, *given]) if given else f"{config.method} {getattr(config, 'stride', '')}".strip()
+
+
+def compare(
+    model: nn.Module,
+    configs: Sequence[MethodConfig],
+    images: Tensor,
+    *,
+    rounds: int = 5,
+    quality: Callable[[MethodConfig | None], Mapping[str, Tensor]] | None = None,
+    ideal: bool = True,
+    tick: Callable[[], object] | None = None,
+) -> list[Row]:
+    """Measure every setting on `model` (which carries none) against the model itself.
+
+    Args:
+        model: a supported model in eval mode.
+        configs: settings to compare.
+        images: the batch that is timed, [B, C, H, W].
+        rounds: timing samples per setting; all settings are interleaved.
+        quality: figures per image of the model as it is patched right now, by name, [images]; called with None for the
+            unpatched model first.
+        ideal: also time plain narrowing to the same token counts.
+        tick: called after each timed run.
+
+    Returns:
+        The unpatched model's row, then one per setting.
+    """
+    if is_applied(model):
+        raise ConfigError("compare patches the model itself; vtoken.remove what it carries first")
+    size = tuple(int(n) for n in images.shape[1:])
+    reports = {label(c): report(model, c, input_size=(size[0], size[1], size[2])) for c in configs}
+    figures = {label(c): _figures(model, c, quality) for c in [None, *configs]} if quality else {}
+    variants: dict[str, MethodConfig | None] = {label(c): c for c in [None, *configs]}
+    ideals = {label(c): _ideal_of(c) for c in configs} if ideal else {}
+    variants |= {f"ideal of {name}": narrow for name, narrow in ideals.items() if narrow is not None}
+    times = _time(model, variants, images, rounds, tick)
+    base = times["unpatched"]
+    first = reports[label(configs[0])]
+    rows = [Row("unpatched", {}, first.tokens[0], first.macs_before / 1e9, 1.0, 1.0, 1.0, 1.0, None, base.median * 1e3,
+                figures.get("unpatched", {}))]  # fmt: skip
+    for config in configs:
+        name = label(config)
+        cost, spent, narrow = reports[name], times[name], times.get(f"ideal of {name}")
+        factor = cost.flops_factor
+        rows.append(
+            Row(
+                name=name,
+                method=config.to_dict(),
+                tokens=cost.tokens[-1],
+                gmacs=cost.macs_after / 1e9,
+                flops_factor=factor,
+                speedup=base.median / spent.median,
+                speedup_min=base.minimum / spent.minimum,
+                efficiency=base.median / spent.median / factor,
+                ideal_efficiency=None if narrow is None else base.median / narrow.median / factor,
+                milliseconds=spent.median * 1e3,
+                quality=figures.get(name, {}),
+            )
+        )
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text."""
+    names = list(dict.fromkeys(q for row in rows for q in row.quality))
+    width = max(len(row.name) for row in rows)
+    head = f"{'':<{width}} {'tokens':>6} {'GMACs':>7} {'FLOPs x':>7} {'speed x':>7} {'(min)':>6} "
+    head += f"{'effic.':>6} {'ideal':>6}"
+    lines = [head + "".join(f" {name:>16}" for name in names)]
+    for row in rows:
+        ideal = "" if row.ideal_efficiency is None else f"{row.ideal_efficiency:.2f}"
+        cells = (
+            f"{row.tokens:>6} {row.gmacs:>7.2f} {row.flops_factor:>7.2f} {row.speedup:>7.2f} {row.speedup_min:>6.2f}"
+        )
+        found = [row.quality.get(name) for name in names]
+        figures = "".join(f" {'' if q is None else f'{q.mean:.3f} +- {q.spread:.3f}':>16}" for q in found)
+        lines.append(f"{row.name:<{width}} {cells} {row.efficiency:>6.2f} {ideal:>6}{figures}")
+    return "\n".join(lines)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    import timm
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version(),
+            "device": f"{device.type}: {name}", "threads": torch.get_num_threads()}  # fmt: skip
+
+
+def write(rows: Sequence[Row], folder: Path, stem: str, about: Mapping[str, Any]) -> list[Path]:
+    """Write `stem`.json (with "schema" and everything in `about`) and `stem`.csv; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    json_path, csv_path = folder / f"{stem}.json", folder / f"{stem}.csv"
+    values = {"schema": SCHEMA, **about, "rows": [asdict(row) for row in rows]}
+    json_path.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    names = list(dict.fromkeys(q for row in rows for q in row.quality))
+    plain = [f for f in Row.__dataclass_fields__ if f not in ("method", "quality")]
+    with csv_path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(plain + [f"{name} {part}" for name in names for part in ("mean", "spread")])
+        for row in rows:
+            found = [row.quality.get(name) for name in names]
+            figures = [v for q in found for v in ((None, None) if q is None else (q.mean, q.spread))]
+            writer.writerow([getattr(row, f) for f in plain] + figures)
+    return [json_path, csv_path]
+
+
+def _ideal_of(config: MethodConfig) -> Ideal | None:
+    ratio, r = getattr(config, "ratio", None), getattr(config, "r", None)
+    if ratio is None and r is None:
+        return None
+    return Ideal(ratio=ratio, r=r, layers=getattr(config, "layers", None))
+
+
+def _figures(model: nn.Module, config: MethodConfig | None, quality: Any) -> dict[str, Quality]:
+    if config is not None:
+        apply(model, config)
+    try:
+        found = quality(config)
+    finally:
+        if config is not None:
+            remove(model)
+    return {name: Quality(float(v.mean()), float(v.std(unbiased=False))) for name, v in found.items()}
+
+
+def _time(
+    model: nn.Module, variants: dict[str, MethodConfig | None], images: Tensor, rounds: int, tick: Any
+) -> dict[str, Timing]:
+    def prepare(name: str) -> None:
+        config = variants[name]
+        if is_applied(model):
+            remove(model)
+        if config is not None:
+            apply(model, config)
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    try:
+        return interleaved(
+            dict.fromkeys(variants, run), rounds=rounds, device=images.device, prepare=prepare, tick=tick
+        )
+    finally:
+        if is_applied(model):
+            remove(model)

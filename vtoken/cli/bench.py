@@ -1,0 +1,163 @@
+"""`python -m vtoken bench`: any supported timm model, any methods and amounts, on random or real images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.accounting import compare
+from vtoken.core.config import MethodConfig, make_config
+from vtoken.core.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--model", required=True, help="timm architecture, e.g. vit_base_patch16_224")
+    parser.add_argument("--method", nargs="+", default=["pitome"], help="see `python -m vtoken methods`")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--ratio", type=float, nargs="+", help="share of tokens kept per layer (default 0.925)")
+    amount.add_argument("--r", type=int, nargs="+", help="instead: tokens removed per layer")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="another setting of the methods")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (needs a hub)")
+    weights.add_argument("--checkpoint", type=Path, help="weights from a .safetensors or .pth file")
+    parser.add_argument("--data", type=Path, help="an ImageFolder (one folder per class) instead of random images")
+    parser.add_argument(
+        "--limit", type=int, default=256, help="images of --data that are used, spread over the classes"
+    )
+    parser.add_argument("--img-size", type=int, help="side of the input in pixels")
+    parser.add_argument("--num-classes", type=int, help="classes of the head, if not the model's own")
+    parser.add_argument("--batch", type=int, default=8, help="timed batch")
+    parser.add_argument("--rounds", type=int, default=9, help="timing samples per setting")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; with 1, CPU time is measured, else wall time"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for results and the plot")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write JSON, CSV and the Pareto plot."""
+    from tqdm import tqdm
+
+    from vtoken.viz import plot_pareto
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    configs = _configs(args)
+    model = _model(args)
+    images, labels = _images(args, model)
+    quality = _Agreement(model, images, labels, args.batch)
+    with tqdm(total=(1 + 2 * len(configs)) * (args.rounds + 1), desc="measuring", unit="run") as bar:
+        rows = compare.compare(
+            model, configs, images[: args.batch], rounds=args.rounds, quality=quality, tick=bar.update
+        )  # fmt: skip
+    source = "pretrained" if args.pretrained else str(args.checkpoint or "random weights (agreement says little)")
+    inputs = f"{len(images)} images of {args.data}" if args.data else "random images"
+    print(f"\n{args.model}, {source}, {inputs}, batch {args.batch}, {args.threads} thread(s), {args.device}")
+    print(compare.table(rows))
+    about = {"command": "bench", "arguments": vars(args), "environment": compare.environment(images.device)}
+    written = compare.write(rows, args.out, args.model, about)
+    title = f"{args.model}: agreement with the unpatched model against cost"
+    written.append(plot_pareto(rows, args.out / f"{args.model}.png", quality="feature cosine", title=title))
+    print("wrote " + ", ".join(str(path) for path in written))
+    return 0
+
+
+def _configs(args: argparse.Namespace) -> list[MethodConfig]:
+    settings: dict[str, Any] = {}
+    for item in args.set:
+        key, sign, value = item.partition("=")
+        if not sign:
+            raise ConfigError(
+                f"--set {item}: write KEY=JSON, for instance --set margin=0.75 or --set 'metric=\"hidden\"'"
+            )
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value  # a bare word
+    amounts: list[dict[str, Any]] = (
+        [{"r": r} for r in args.r] if args.r else [{"ratio": r} for r in args.ratio or [0.925]]
+    )
+    if settings.keys() & {"ratio", "r"}:
+        raise ConfigError("--set cannot change ratio or r; use --ratio or --r")
+    found: list[MethodConfig] = []
+    for method in args.method:
+        for amount in [{}] if method == "stride" else amounts:
+            found.append(make_config(method, amount | settings))
+    return found
+
+
+def _model(args: argparse.Namespace) -> nn.Module:
+    import timm
+
+    options = {"img_size": args.img_size, "num_classes": args.num_classes}
+    given = {name: value for name, value in options.items() if value is not None}
+    model: nn.Module = timm.create_model(args.model, pretrained=args.pretrained, **given)
+    if args.checkpoint:
+        model.load_state_dict(load_weights(args.checkpoint))
+    return model.to(args.device).eval().requires_grad_(False)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from a torch file read with weights_only=True; opens "state_dict"."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    return {name.removeprefix("module."): value for name, value in loaded.items()}
+
+
+def _images(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Inputs [N, C, H, W] on the device, and labels if they come from folders."""
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+
+    options = {"img_size": args.img_size} if args.img_size else {}
+    config = resolve_data_config(options, model=model)
+    if args.data is None:
+        return torch.randn(args.batch, *config["input_size"], device=args.device), None
+    from torchvision.datasets import ImageFolder
+
+    folder = ImageFolder(str(args.data), transform=create_transform(**config, is_training=False))
+    step = max(1, len(folder) // args.limit)
+    chosen = [folder[i] for i in range(0, len(folder), step)][: args.limit]
+    images = torch.stack([image for image, _ in chosen])
+    return images.to(args.device), torch.tensor([label for _, label in chosen], device=args.device)
+
+
+class _Agreement:
+    """Pooled features and predictions against the unpatched model's; top-1 where the labels fit the head."""
+
+    def __init__(self, model: Any, images: Tensor, labels: Tensor | None, batch: int) -> None:
+        self.model, self.images, self.batch = model, images, batch
+        classes = int(getattr(model, "num_classes", 0))
+        self.labels = labels if labels is not None and int(labels.max()) < classes else None
+        self.reference: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, config: MethodConfig | None) -> Mapping[str, Tensor]:
+        with torch.inference_mode():
+            logits = torch.cat([self.model(part) for part in self.images.split(self.batch)]).float()
+            head: Callable[..., Tensor] = self.model.forward_head
+            features = torch.cat(
+                [head(self.model.forward_features(part), pre_logits=True) for part in self.images.split(self.batch)]
+            ).float()
+        if self.reference is None or config is None:
+            self.reference = (features, logits)
+        found = {"feature cosine": torch.cosine_similarity(features.flatten(1), self.reference[0].flatten(1))}
+        if logits.shape[-1] > 1 and self.labels is None:
+            found["same top-1"] = (logits.argmax(-1) == self.reference[1].argmax(-1)).float()
+        if self.labels is not None:
+            found["top-1"] = (logits.argmax(-1) == self.labels).float()
+        return found

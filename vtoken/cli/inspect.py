@@ -1,0 +1,96 @@
+"""The small commands: info, methods, models, plan, report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+
+from vtoken.accounting.report import report
+from vtoken.core.apply import plan
+from vtoken.core.config import MethodConfig, make_config, methods
+from vtoken.hosts.names import supported, why_not
+
+
+def show_info(args: argparse.Namespace) -> int:
+    """Versions and devices."""
+    names = ("vtoken", "torch", "timm", "open_clip_torch", "transformers", "triton")
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    cuda = torch.cuda.is_available()
+    found["devices"] = [
+        "cpu",
+        *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if cuda else 0)),
+    ]
+    found["kernels"] = "none yet: plain torch serves every device"
+    print(json.dumps(found) if args.json else "\n".join(f"{k:<16} {v or 'not installed'}" for k, v in found.items()))
+    return 0
+
+
+def show_methods(args: argparse.Namespace) -> int:
+    """Every method with its settings and their defaults."""
+    found = {name: make_config(name, {}).to_dict() for name in methods()}
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    for name in methods():
+        config = make_config(name, {})
+        line = ", ".join(f"{f.name}={getattr(config, f.name)!r}" for f in fields(config))
+        print(f"{name}: {type(config).__name__}({line})")
+    return 0
+
+
+def show_models(args: argparse.Namespace) -> int:
+    """Supported timm names; with --why, the refused ones among the pattern and their reasons."""
+    if args.why:
+        import timm
+
+        refused = {name: reason for name in timm.list_models(args.pattern) if (reason := why_not(name)) is not None}
+        print(json.dumps(refused) if args.json else "\n".join(f"{name}: {reason}" for name, reason in refused.items()))
+        return 0 if refused else 1
+    names = supported(args.pattern)
+    print(json.dumps(names) if args.json else "\n".join(names))
+    return 0 if names else 1
+
+
+def show_plan(args: argparse.Namespace) -> int:
+    """Token counts per layer."""
+    found = plan(_meta_model(args.model), _config(args), img_size=args.img_size)
+    print(json.dumps(asdict(found)) if args.json else found)
+    return 0
+
+
+def show_report(args: argparse.Namespace) -> int:
+    """Cost before and after."""
+    size = (3, args.img_size, args.img_size) if args.img_size else None
+    found = report(_meta_model(args.model, args.img_size), _config(args), input_size=size)
+    print(json.dumps(found.to_dict()) if args.json else found)
+    return 0
+
+
+def _config(args: argparse.Namespace) -> MethodConfig:
+    settings: dict[str, Any] = {}
+    for item in args.settings:
+        key, _, value = item.partition("=")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value  # a bare word
+    return make_config(args.method, settings)
+
+
+def _meta_model(name: str, img_size: int | None = None) -> Any:
+    import timm
+
+    options: dict[str, Any] = {"img_size": img_size} if img_size else {}
+    with torch.device("meta"):
+        return timm.create_model(name, pretrained=False, **options)
