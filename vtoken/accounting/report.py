@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from vtoken.accounting.shadow import meta_copy
 from vtoken.core.apply import Config, apply, build_methods, config_tuple, is_applied, remove, resolve
@@ -162,6 +161,8 @@ def _in_channels(model: Any) -> int:
 
 def _count(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> tuple[int, list[int]]:
     """FLOPs outside the blocks and of every block, counted by torch while the shadow runs one image."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which `import vtoken` must not
+
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
     image = torch.empty(1, *size, device="meta", dtype=dtype)
     blocks = [block for _, block in adapter.blocks(shadow)]
@@ -183,7 +184,7 @@ def _count(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> tup
     return total - sum(spent), spent
 
 
-def _meter(counter: FlopCounterMode, spent: list[int], index: int, sign: int) -> Any:
+def _meter(counter: Any, spent: list[int], index: int, sign: int) -> Any:
     def read(*_: Any) -> None:
         spent[index] += sign * counter.get_total_flops()
 
