@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtoken.core.config import MethodConfig, check_choice
+from vtoken.core.errors import ConfigError
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import Slot
 from vtoken.methods import schedule
@@ -49,6 +50,8 @@ class MergeConfig(MethodConfig):
         owner = type(self).__name__
         if self.layers is not None:
             object.__setattr__(self, "layers", schedule.whole_numbers(owner, "layers", self.layers))
+        if not isinstance(self.prop_attn, bool):
+            raise ConfigError(f"{owner}(prop_attn={self.prop_attn!r}): must be True or False")
         check_choice(owner, "metric", self.metric, METRICS)
         check_choice(owner, "reduction", self.reduction, REDUCTIONS)
         check_choice(owner, "place", self.place, INSERTS)
@@ -169,7 +172,7 @@ class Merging(BlockMethod):
         r = self.num_removed(layer, x.shape[1] - num_prefix)
         protect = slot.protect
         if protect is None:
-            protect = self._first_protect(x)
+            protect = self._first_protect(x, num_prefix)
         plan = self.config.match(layer, self.depth, metric, r, num_prefix, protect)
         x, size = plan.apply(x, slot.size, self.config.reduction)
         # Pruning leaves every token at size 1: keep None, which keeps attention free of a mask.
@@ -177,8 +180,12 @@ class Merging(BlockMethod):
         before = slot if protect is slot.protect else replace(slot, protect=protect)
         return x, before.advance(plan, new_size, num_prefix)
 
-    def _first_protect(self, x: Tensor) -> Tensor | None:
+    def _first_protect(self, x: Tensor, num_prefix: int) -> Tensor | None:
         rows: tuple[int, ...] = getattr(self.config, "protect", ())
         if not rows:
             return None
+        if rows[-1] >= x.shape[1] - num_prefix:
+            raise ConfigError(
+                f"protect names patch {rows[-1]}, but only {x.shape[1] - num_prefix} patches were embedded"
+            )
         return torch.tensor(rows, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)

@@ -60,6 +60,8 @@ class PiToMe(ScheduledMergeConfig):
             raise ConfigError(f"PiToMe(alpha={self.alpha!r}): must be a finite number from 0 on")
         if isinstance(self.variant, str):
             check_choice("PiToMe", "variant", self.variant, (*VARIANTS, *_PRESETS))
+        elif not isinstance(self.variant, Sequence):
+            raise ConfigError(f"PiToMe(variant={self.variant!r}): expected a name or one name per block")
         else:
             object.__setattr__(self, "variant", tuple(self.variant))
             for name in self.variant:

@@ -100,10 +100,12 @@ def numbers(owner: str, name: str, value: Any, kind: type) -> Any:
     many = isinstance(value, Sequence) and not isinstance(value, str)
     values = list(value) if many else [value]
     for v in values:
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or (kind is int and v != int(v)):
+        if isinstance(v, bool) or not isinstance(v, (int, float)):
             raise ConfigError(f"{owner}({name}={value!r}): expected a number or a sequence of numbers")
         if not math.isfinite(v):
             raise ConfigError(f"{owner}({name}={value!r}): must be finite")
+        if kind is int and v != int(v):
+            raise ConfigError(f"{owner}({name}={value!r}): expected whole numbers")
     return tuple(values) if many else value
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.ops.merge import MergePlan
-from vtoken.ops.rows import take_rows
+from vtoken.ops.rows import full_precision, take_rows
 
 VARIANTS = ("pitome", "pitome_pairs", "tome")
 ENERGIES = ("elu", "eq4")
@@ -49,7 +47,8 @@ def plan_pitome(
         variant: "pitome"; "pitome_pairs" (all tokens dealt by energy, the r best pairs merge, nothing protected);
             "tome" (`plan_tome`, energies unused).
         energy: "elu" (continuous at the margin) or "eq4" (the paper's equation 4, which jumps there).
-        protect: more tokens that must not merge: a mask [B, N] or row numbers [B, p] or [p] among the N = T - P.
+        protect: more tokens that must not merge: a mask [B, N], or row numbers [B, p] or [p] among the N = T - P
+            (in a tensor they must be distinct and in range: checking would synchronise a GPU).
 
     Raises:
         ShapeError: if `metric` is not 3-D or `protect` does not fit it.
@@ -71,7 +70,7 @@ def plan_pitome(
     r = min(r, (mergeable - num_protected) // 2)
     if r <= 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
-    with _full_precision(metric):
+    with full_precision(metric):
         unit = _unit_rows(metric)
         energies = _energies(unit[:, num_prefix:], margin, alpha, energy)
         if guard is not None:
@@ -79,9 +78,7 @@ def plan_pitome(
         order = energies.argsort(dim=1, descending=True, stable=True) + num_prefix
         if variant == "pitome":
             return _plan_from_order(unit, order, r, num_prefix)
-        dealt = order[:, : mergeable - num_protected]
-        rest = order[:, mergeable - num_protected :]
-        return _plan_best_pairs(unit, dealt[:, 0::2], dealt[:, 1::2], r, num_prefix, rest)
+        return _plan_best_pairs(unit, order[:, 0::2], order[:, 1::2], r, num_prefix, guard)
 
 
 def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0) -> MergePlan:
@@ -102,12 +99,14 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0) -> MergePlan:
     """
     _check(metric, r, num_prefix)
     batch, num_tokens, _ = metric.shape
+    if num_tokens - num_prefix < 2:
+        return MergePlan.identity(batch, num_tokens, metric.device)
     even = torch.arange(num_prefix + num_prefix % 2, num_tokens, 2, device=metric.device)
     odd = torch.arange(num_prefix + 1 - num_prefix % 2, num_tokens, 2, device=metric.device)
     r = min(r, (num_tokens - num_prefix) // 2, even.shape[0])
-    if r <= 0 or odd.shape[0] == 0:
+    if r <= 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
-    with _full_precision(metric):
+    with full_precision(metric):
         unit = _unit_rows(metric)
         return _plan_best_pairs(unit, even.expand(batch, -1), odd.expand(batch, -1), r, num_prefix)
 
@@ -124,7 +123,7 @@ def plan_random(metric: Tensor, r: int, *, num_prefix: int = 0, seed: int = 0) -
     if r <= 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
     order = (_hashed_order(num_tokens - num_prefix, seed, metric.device) + num_prefix).expand(batch, -1)
-    with _full_precision(metric):
+    with full_precision(metric):
         return _plan_from_order(_unit_rows(metric), order, r, num_prefix)
 
 
@@ -145,7 +144,7 @@ def plan_stride(metric: Tensor, stride: int, *, num_prefix: int = 0) -> MergePla
     # The other row numbers, without a boolean index (it would synchronise on a GPU).
     others = torch.arange(count, device=metric.device)
     others = others + others // (stride - 1) + 1 + num_prefix
-    with _full_precision(metric):
+    with full_precision(metric):
         unit = _unit_rows(metric)
         return _plan_best_pairs(unit, others.expand(batch, -1), kept.expand(batch, -1), count, num_prefix)
 
@@ -163,7 +162,10 @@ def _protected(metric: Tensor, num_prefix: int, protect: Tensor | Sequence[int])
     """The mask [B, N] of protected tokens and the largest number of them in an image."""
     batch, mergeable = metric.shape[0], metric.shape[1] - num_prefix
     if not isinstance(protect, Tensor):
-        protect = torch.tensor(list(protect), dtype=torch.int64, device=metric.device)
+        rows = sorted(set(protect))
+        if rows and not 0 <= rows[0] <= rows[-1] < mergeable:
+            raise ShapeError(f"protect={list(protect)} does not fit {mergeable} mergeable tokens")
+        protect = torch.tensor(rows, dtype=torch.int64, device=metric.device)
     if protect.dtype == torch.bool:
         if tuple(protect.shape) != (batch, mergeable):
             raise ShapeError(f"a protect mask must be [{batch}, {mergeable}], got {tuple(protect.shape)}")
@@ -172,14 +174,6 @@ def _protected(metric: Tensor, num_prefix: int, protect: Tensor | Sequence[int])
         raise ShapeError(f"protect indices must be [p] or [{batch}, p], got {tuple(protect.shape)}")
     mask = torch.zeros(batch, mergeable, dtype=torch.bool, device=metric.device)
     return mask.scatter(1, protect.expand(batch, -1), True), protect.shape[-1]
-
-
-def _full_precision(metric: Tensor) -> AbstractContextManager[object]:
-    """Similarities must not be rounded to half precision: ranks change (pitome.md 9)."""
-    kind = metric.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _unit_rows(metric: Tensor) -> Tensor:
@@ -193,6 +187,8 @@ def _energies(unit: Tensor, margin: float, alpha: float, energy: str) -> Tensor:
     The paper's mean differs by the factor 1/N, which no order sees.
     """
     similarity = torch.bmm(unit, unit.transpose(1, 2))
+    # Every token is exactly 1 to itself (0 if it is a zero vector): rounding must not decide between equal energies.
+    similarity.diagonal(dim1=1, dim2=2).round_()
     if energy == "elu":
         return F.elu_(similarity.sub_(margin), alpha).sum(-1)
     below = alpha * torch.expm1(similarity - margin)
@@ -208,15 +204,29 @@ def _plan_from_order(unit: Tensor, order: Tensor, r: int, num_prefix: int) -> Me
 
 
 def _plan_best_pairs(
-    unit: Tensor, a: Tensor, b: Tensor, r: int, num_prefix: int, rest: Tensor | None = None
+    unit: Tensor, a: Tensor, b: Tensor, r: int, num_prefix: int, guard: Tensor | None = None
 ) -> MergePlan:
-    """Every row of `a` proposes its most similar row of `b`; the r best proposals merge."""
+    """Every row of `a` proposes its most similar row of `b`; the r best proposals merge, none with a guarded row."""
     similarity = torch.bmm(take_rows(unit, a), take_rows(unit, b).transpose(1, 2))
+    if guard is not None:
+        barred = guard.gather(1, a - num_prefix).unsqueeze(2) | guard.gather(1, b - num_prefix).unsqueeze(1)
+        similarity = similarity.masked_fill(barred, float("-inf"))
     value, best = similarity.max(-1)
     rank = value.argsort(dim=1, descending=True, stable=True)
-    unmerged = a.gather(1, rank[:, r:])
-    kept = (unmerged if rest is None else torch.cat([unmerged, rest], dim=1)).sort(dim=1).values
-    return _assemble(a.gather(1, rank[:, :r]), best.gather(1, rank[:, :r]), kept, b, num_prefix)
+    kept = a.gather(1, rank[:, r:]).sort(dim=1).values
+    plan = _assemble(a.gather(1, rank[:, :r]), best.gather(1, rank[:, :r]), kept, b, num_prefix)
+    return plan if guard is None else _guarded_among_kept(plan, guard, num_prefix)
+
+
+def _guarded_among_kept(plan: MergePlan, guard: Tensor, num_prefix: int) -> MergePlan:
+    """Guarded rows that were dealt as destinations move to their place among the kept rows."""
+    rows = plan.keep[:, num_prefix:]
+    position = torch.arange(rows.shape[1], device=rows.device)
+    is_dest = (position >= rows.shape[1] - plan.num_dest) & ~guard.gather(1, rows - num_prefix)
+    order = torch.where(is_dest, plan.num_tokens_in + position, rows).argsort(dim=1)
+    keep = torch.cat([plan.keep[:, :num_prefix], rows.gather(1, order)], dim=1)
+    slot = order.argsort(dim=1).gather(1, plan.slot - num_prefix) + num_prefix
+    return MergePlan(keep, plan.src, slot, plan.num_tokens_in, plan.num_dest)
 
 
 def _assemble(src: Tensor, partner: Tensor, kept: Tensor, dest: Tensor, num_prefix: int) -> MergePlan:

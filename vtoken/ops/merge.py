@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtoken.core.errors import ConfigError, ShapeError
-from vtoken.ops.rows import flat_index, take_rows
+from vtoken.ops.rows import flat_index, full_precision, take_rows
 
 REDUCTIONS = ("wavg", "mean", "amax", "prune")
 _HALF = (torch.float16, torch.bfloat16)
@@ -100,24 +100,25 @@ class MergePlan:
         if self.removed == 0:
             return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
         flat = None if size is None else size.reshape(x.shape[:2]).to(torch.float32)
+        src_share = None
         if reduction == "prune":
             new_size = torch.ones(self.keep.shape, device=x.device) if flat is None else flat.gather(1, self.keep)
-            dest_share, src_share = torch.ones_like(new_size[:, self._first_dest :]), None
         else:
-            new_size, dest_share, src_share = self._sizes_and_shares(flat)
+            new_size, src_share = self._sizes_and_shares(flat, _compute_dtype(x))
             if reduction == "mean" and flat is not None:
-                _, dest_share, src_share = self._sizes_and_shares(None)
+                src_share = self._sizes_and_shares(None, _compute_dtype(x))[1]
         if reduction == "amax":
             index = self.slot.unsqueeze(-1).expand(-1, -1, x.shape[2])
             rows = take_rows(x, self.keep).scatter_reduce(1, index, take_rows(x, self.src), "amax", include_self=True)
         else:
-            rows = _merge_rows(self, x, dest_share, src_share)
+            rows = _merge_rows(self, x, src_share)
         return rows, new_size if size is None else new_size.reshape(*new_size.shape, *size.shape[2:])
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread output rows [B, T', C] back to all input rows [B, T, C]: every row gets its group's value."""
-        if y.dim() != 3 or y.shape[1] != self.num_tokens:
-            raise ShapeError(f"unmerge takes [B, {self.num_tokens}, C] (the merged rows), got {tuple(y.shape)}")
+        if y.dim() != 3 or y.shape[:2] != self.keep.shape:
+            batch = self.keep.shape[0]
+            raise ShapeError(f"unmerge takes [{batch}, {self.num_tokens}, C] (the merged rows), got {tuple(y.shape)}")
         return take_rows(y, self.dest)
 
     def then(self, next_plan: MergePlan) -> MergePlan:
@@ -133,21 +134,20 @@ class MergePlan:
             num_dest=next_plan.num_tokens,
         )
 
-    @property
-    def _first_dest(self) -> int:
-        return self.num_tokens - self.num_dest
-
-    def _sizes_and_shares(self, size: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """New sizes [B, T'] and the shares of destinations [B, D] and sources [B, r] in the rows they end in."""
+    def _sizes_and_shares(self, size: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+        """New sizes [B, T'] (float32) and the share [B, r] that each source has in the row it goes to."""
         # Sizes are whole numbers, exact in float32, so the order of these additions does not matter on any device.
-        first = self._first_dest
         if size is None:
             added = torch.ones(self.src.shape, device=self.src.device)
-            new_size = torch.ones(self.keep.shape, device=self.src.device).scatter_add(1, self.slot, added)
-            return new_size, new_size[:, first:].reciprocal(), new_size.gather(1, self.slot).reciprocal()
-        kept, added = size.gather(1, self.keep), size.gather(1, self.src)
+            kept = torch.ones(self.keep.shape, device=self.src.device)
+        else:
+            added, kept = size.gather(1, self.src), size.gather(1, self.keep)
         new_size = kept.scatter_add(1, self.slot, added)
-        return new_size, kept[:, first:] / new_size[:, first:], added / new_size.gather(1, self.slot)
+        return new_size, added.to(compute) / new_size.gather(1, self.slot)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in _HALF else x.dtype
 
 
 def _check_apply(plan: MergePlan, x: Tensor, size: Tensor | None, reduction: str) -> None:
@@ -160,45 +160,49 @@ def _check_apply(plan: MergePlan, x: Tensor, size: Tensor | None, reduction: str
         raise ShapeError(f"size must be {list(expected)} or {[*expected, 1]}, got {tuple(size.shape)}")
 
 
-def _merge_rows(plan: MergePlan, x: Tensor, dest_share: Tensor, src_share: Tensor | None) -> Tensor:
+def _merge_rows(plan: MergePlan, x: Tensor, src_share: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
-        merged: Tensor = _MergeRows.apply(x, plan.keep, plan.src, plan.slot, dest_share, src_share)
+        merged: Tensor = _MergeRows.apply(x, plan.keep, plan.src, plan.slot, src_share, plan.num_dest)
         return merged
-    return _merge_rows_forward(x, plan.keep, plan.src, plan.slot, dest_share, src_share)
+    return _merge_rows_forward(x, plan.keep, plan.src, plan.slot, src_share, plan.num_dest)
 
 
 def _merge_rows_forward(
-    x: Tensor, keep: Tensor, src: Tensor, slot: Tensor, dest_share: Tensor, src_share: Tensor | None
+    x: Tensor, keep: Tensor, src: Tensor, slot: Tensor, src_share: Tensor | None, num_dest: int
 ) -> Tensor:
-    """Gather the kept rows; only destinations and sources enter arithmetic. src_share=None drops the sources."""
+    """Gather the kept rows, then move every destination by share * (source - destination).
+
+    This form of the weighted mean leaves rows that receive nothing, and groups of equal rows, exactly as they were;
+    only destinations and sources enter arithmetic. src_share=None drops the sources.
+    """
     out = take_rows(x, keep)
     if src_share is None:
         return out
-    accumulate = torch.float32 if x.dtype in _HALF else x.dtype
-    first = out.shape[1] - dest_share.shape[1]
-    dest_share, src_share = dest_share.to(accumulate).unsqueeze(-1), src_share.to(accumulate).unsqueeze(-1)
-    sources = take_rows(x, src).to(accumulate) * src_share
+    compute = _compute_dtype(x)
+    step = (take_rows(x, src).to(compute) - take_rows(out, slot).to(compute)) * src_share.unsqueeze(-1)
+    first = out.shape[1] - num_dest
     if x.device.type not in ("cpu", "meta"):  # meta counts what a CPU would do
-        out[:, first:] = _add_by_product(out[:, first:].to(accumulate) * dest_share, sources, slot - first)
-    elif out.dtype != accumulate:
-        out[:, first:] = _add_by_index(out[:, first:].to(accumulate) * dest_share, sources, slot - first)
-    else:  # the same in place: no copy of the destination rows
-        out[:, first:].mul_(dest_share)
-        _add_by_index(out, sources, slot)
+        out[:, first:] = _add_by_product(out[:, first:].to(compute), step, slot - first)
+    elif out.dtype != compute:
+        # A new tensor, as `to` changes the dtype: adding in place is safe.
+        out[:, first:] = _add_by_index(out[:, first:].to(compute), step, slot - first)
+    else:
+        _add_by_index(out, step, slot)
     return out
 
 
-def _add_by_index(rows: Tensor, sources: Tensor, slot: Tensor) -> Tensor:
-    """Add `sources` [B, r, C] to `rows` [B, D, C] (in place) at `slot` [B, r]; deterministic on CPU only."""
+def _add_by_index(rows: Tensor, step: Tensor, slot: Tensor) -> Tensor:
+    """Add `step` [B, r, C] to `rows` [B, D, C], in place, at `slot` [B, r]; deterministic on CPU only."""
     flat = rows.view(-1, rows.shape[2])
-    flat.index_add_(0, flat_index(slot, rows.shape[1]), sources.view(-1, rows.shape[2]))
+    flat.index_add_(0, flat_index(slot, rows.shape[1]), step.view(-1, rows.shape[2]))
     return rows
 
 
-def _add_by_product(rows: Tensor, sources: Tensor, slot: Tensor) -> Tensor:
+def _add_by_product(rows: Tensor, step: Tensor, slot: Tensor) -> Tensor:
     """The same as a product with the one-hot [D, r] matrix; deterministic on every device (pitome.md 9)."""
     onehot = slot.unsqueeze(1) == torch.arange(rows.shape[1], device=rows.device).view(1, -1, 1)
-    return torch.baddbmm(rows, onehot.to(rows.dtype), sources)
+    with full_precision(rows):
+        return torch.baddbmm(rows, onehot.to(rows.dtype), step)
 
 
 class _MergeRows(torch.autograd.Function):
@@ -208,23 +212,23 @@ class _MergeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, keep: Tensor, src: Tensor, slot: Tensor, dest_share: Tensor, src_share: Tensor | None
+        x: Tensor, keep: Tensor, src: Tensor, slot: Tensor, src_share: Tensor | None, num_dest: int
     ) -> Tensor:  # fmt: skip
-        return _merge_rows_forward(x, keep, src, slot, dest_share, src_share)
+        return _merge_rows_forward(x, keep, src, slot, src_share, num_dest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, keep, src, slot, dest_share, src_share = inputs
-        dest = MergePlan(keep, src, slot, x.shape[1], dest_share.shape[1]).dest
+        x, keep, src, slot, src_share, num_dest = inputs
+        dest = MergePlan(keep, src, slot, x.shape[1], num_dest).dest
+        own = torch.ones(keep.shape, dtype=_compute_dtype(x), device=x.device)
         if src_share is None:
-            src_share = torch.zeros(src.shape, device=x.device)
-        share = torch.ones(x.shape[:2], device=x.device)
-        share = share.scatter(1, keep[:, keep.shape[1] - dest_share.shape[1] :], dest_share)
-        ctx.save_for_backward(dest, share.scatter(1, src, src_share))
+            src_share = torch.zeros(src.shape, dtype=own.dtype, device=x.device)
+        own = own.scatter_add(1, slot, -src_share)
+        share = torch.empty(x.shape[:2], dtype=own.dtype, device=x.device)
+        ctx.save_for_backward(dest, share.scatter(1, keep, own).scatter(1, src, src_share))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dest, share = ctx.saved_tensors
-        accumulate = torch.float32 if grad.dtype in _HALF else grad.dtype
-        rows = take_rows(grad, dest).to(accumulate) * share.to(accumulate).unsqueeze(-1)
+        rows = take_rows(grad, dest).to(_compute_dtype(grad)) * share.unsqueeze(-1)
         return rows.to(grad.dtype), None, None, None, None, None

@@ -1,6 +1,9 @@
-"""Moving whole rows of a [B, T, C] tensor by index, as flat `index_select` (performance.md 3.5)."""
+"""Moving whole rows of a [B, T, C] tensor by index, as flat `index_select` (performance.md 3.5); autocast off."""
 
 from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -20,3 +23,11 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     batch, num_rows, width = x.shape
     rows = x.reshape(batch * num_rows, width).index_select(0, flat_index(index, num_rows))
     return rows.view(batch, index.shape[1], width)
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[object]:
+    """Autocast off on the device of `like`: neither similarities nor averages may be rounded (pitome.md 9)."""
+    kind = like.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
