@@ -50,15 +50,14 @@ class Slot:
             protect = plan.dest.gather(1, protect + num_prefix) - num_prefix
         return Slot(size, anchor, dest, protect, self.track_anchor, self.track_dest)
 
-    def in_raster_order(self, x: Tensor | None) -> tuple[Tensor | None, Slot]:
+    def in_raster_order(self, x: Tensor) -> tuple[Tensor, Slot]:
         """Rows [B, T, C] and this slot with the rows ordered by the position they came from."""
         if self.anchor is None:
             return x, self
         anchor, order = self.anchor.sort(dim=1)
         dest = None if self.dest is None else order.argsort(dim=1).gather(1, self.dest)
         size = None if self.size is None else self.size.gather(1, order)
-        rows = None if x is None else take_rows(x, order)
-        return rows, replace(self, anchor=anchor, dest=dest, size=size)
+        return take_rows(x, order), replace(self, anchor=anchor, dest=dest, size=size)
 
 
 class TokenState:

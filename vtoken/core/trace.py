@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.core.errors import ShapeError, VTokenError
-from vtoken.core.state import TokenState
+from vtoken.core.state import Slot, TokenState
 from vtoken.ops.rows import take_rows
 
 
@@ -46,7 +46,7 @@ class Trace:
             return
         batch, num_tokens, device = state.embedded
         rows = torch.arange(num_tokens, device=device).expand(batch, num_tokens)
-        slots = [state.slots[i].in_raster_order(None)[1] for i in sorted(state.slots)]
+        slots = [_in_raster_order(state.slots[i]) for i in sorted(state.slots)]
         self.num_forwards += 1
         self.num_prefix = state.num_prefix
         self.grid = grid
@@ -56,6 +56,10 @@ class Trace:
         self.dest = rows if last.dest is None else last.dest
         self.anchor = rows if last.anchor is None else last.anchor
         self.size = torch.ones(self.anchor.shape, device=device) if last.size is None else last.size
+
+
+def _in_raster_order(slot: Slot) -> Slot:
+    return slot if slot.anchor is None else slot.in_raster_order(slot.anchor.new_empty(*slot.anchor.shape, 0))[1]
 
 
 def unmerge(features: Tensor, trace: Trace, *, layer: int | None = None) -> Tensor:

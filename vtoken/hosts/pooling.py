@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vtoken.core.errors import ShapeError
 from vtoken.core.patch import base_of, view
+from vtoken.core.state import Slot
 from vtoken.ops import size_bias
 
 SIZED_POOLS = ("avg", "avgmax", "map", "prr")
@@ -33,17 +34,17 @@ def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
 
 
 def sized_pool(
-    model: Any, name: str, sizes: Callable[[], Tensor | None], x: Tensor, pool_type: str | None = None, **options: Any
+    model: Any, name: str, slot_of: Callable[[Tensor], Slot], x: Tensor, pool_type: str | None = None, **options: Any
 ) -> Tensor:
     """The model's pooling method `name` over merged tokens.
 
     Args:
         model: the patched model.
-        sizes: gives the patches per row of `x`, [B, T]; None if nothing was merged.
+        slot_of: tells what is known of the rows of `x`.
         x: tokens [B, T, C] after the last block.
         pool_type: as the host's method takes it.
     """
-    size, kind = sizes(), pool_kind(model, pool_type)
+    size, kind = slot_of(x).size, pool_kind(model, pool_type)
     stock: Callable[..., Tensor] = getattr(base_of(type(model)), name)
     if size is None or kind not in SIZED_POOLS:
         return stock(model, x, pool_type, **options)
@@ -72,8 +73,8 @@ def _prr_pool(pool: Any, size: Tensor, x: Tensor) -> Any:
 
 
 def remember_sizes(features: Tensor, size: Tensor | None) -> Tensor:
-    """Let `forward_head(forward_features(x))` work: the sizes ride on the features that leave the model."""
-    if size is not None and not torch.compiler.is_compiling():
+    """Let `forward_head(forward_features(x))` work: sizes (None: all one) ride on features that leave the model."""
+    if not torch.compiler.is_compiling():
         setattr(features, _SIZES, size)
     return features
 
@@ -84,8 +85,8 @@ def sizes_for_head(model: Any, x: Tensor, full: int) -> Tensor | None:
     Raises:
         ShapeError: if the features are merged (fewer than `full` tokens) and their sizes are gone.
     """
-    size: Tensor | None = getattr(x, _SIZES, None)
-    if size is not None or pool_kind(model) not in SIZED_POOLS or x.shape[1] == full:
+    if hasattr(x, _SIZES) or pool_kind(model) not in SIZED_POOLS or x.shape[1] == full:
+        size: Tensor | None = getattr(x, _SIZES, None)
         return size
     raise ShapeError(
         f"forward_head got {x.shape[1]} tokens without their sizes (the model embeds {full}); its {pool_kind(model)!r} "

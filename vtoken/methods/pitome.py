@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -56,8 +57,9 @@ class PiToMe(ScheduledMergeConfig):
                 raise ConfigError(f"PiToMe(margin={value!r}): a cosine similarity, must be in [-1, 1]")
         object.__setattr__(self, "margin", margin)
         check_choice("PiToMe", "margin_schedule", self.margin_schedule, ("linear", "constant"))
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha < math.inf:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, Real) or not 0 <= self.alpha < math.inf:
             raise ConfigError(f"PiToMe(alpha={self.alpha!r}): must be a finite number from 0 on")
+        object.__setattr__(self, "alpha", float(self.alpha))
         if isinstance(self.variant, str):
             check_choice("PiToMe", "variant", self.variant, (*VARIANTS, *_PRESETS))
         elif not isinstance(self.variant, Sequence):

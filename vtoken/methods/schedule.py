@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from vtoken.core.errors import ConfigError
@@ -100,13 +101,14 @@ def numbers(owner: str, name: str, value: Any, kind: type) -> Any:
     many = isinstance(value, Sequence) and not isinstance(value, str)
     values = list(value) if many else [value]
     for v in values:
-        if isinstance(v, bool) or not isinstance(v, (int, float)):
+        if isinstance(v, bool) or not isinstance(v, Real):  # numpy's scalars are Real too
             raise ConfigError(f"{owner}({name}={value!r}): expected a number or a sequence of numbers")
         if not math.isfinite(v):
             raise ConfigError(f"{owner}({name}={value!r}): must be finite")
-        if kind is int and v != int(v):
+        if kind is int and not float(v).is_integer():
             raise ConfigError(f"{owner}({name}={value!r}): expected whole numbers")
-    return tuple(values) if many else value
+    plain = [int(v) if kind is int or isinstance(v, Integral) else float(v) for v in values]
+    return tuple(plain) if many else plain[0]
 
 
 def _line(r: int, slope: float, depth: int) -> tuple[int, ...]:

@@ -66,8 +66,8 @@ def plan_pitome(
         return plan_tome(metric, r, num_prefix=num_prefix)
     _check(metric, r, num_prefix)
     mergeable = metric.shape[1] - num_prefix
-    guard, num_protected = (None, 0) if protect is None else _protected(metric, num_prefix, protect)
-    r = min(r, (mergeable - num_protected) // 2)
+    guard, most, fewest = (None, 0, 0) if protect is None else _protected(metric, num_prefix, protect)
+    r = min(r, (mergeable - most) // 2)
     if r <= 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
     with full_precision(metric):
@@ -78,7 +78,8 @@ def plan_pitome(
         order = energies.argsort(dim=1, descending=True, stable=True) + num_prefix
         if variant == "pitome":
             return _plan_from_order(unit, order, r, num_prefix)
-        return _plan_best_pairs(unit, order[:, 0::2], order[:, 1::2], r, num_prefix, guard)
+        plan = _plan_best_pairs(unit, order[:, 0::2], order[:, 1::2], r, num_prefix, guard)
+        return plan if guard is None else _guarded_among_kept(plan, guard, num_prefix, (mergeable - fewest) // 2)
 
 
 def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0) -> MergePlan:
@@ -158,8 +159,8 @@ def _check(metric: Tensor, r: int, num_prefix: int) -> None:
         raise ConfigError(f"r={r}: the number of tokens to remove must be at least 0")
 
 
-def _protected(metric: Tensor, num_prefix: int, protect: Tensor | Sequence[int]) -> tuple[Tensor, int]:
-    """The mask [B, N] of protected tokens and the largest number of them in an image."""
+def _protected(metric: Tensor, num_prefix: int, protect: Tensor | Sequence[int]) -> tuple[Tensor, int, int]:
+    """The mask [B, N] of protected tokens, and the largest and the smallest number of them in an image."""
     batch, mergeable = metric.shape[0], metric.shape[1] - num_prefix
     if not isinstance(protect, Tensor):
         rows = sorted(set(protect))
@@ -169,11 +170,12 @@ def _protected(metric: Tensor, num_prefix: int, protect: Tensor | Sequence[int])
     if protect.dtype == torch.bool:
         if tuple(protect.shape) != (batch, mergeable):
             raise ShapeError(f"a protect mask must be [{batch}, {mergeable}], got {tuple(protect.shape)}")
-        return protect, int(protect.sum(1).max()) if batch else 0
+        counts = protect.sum(1).tolist() or [0]
+        return protect, max(counts), min(counts)
     if protect.dim() not in (1, 2) or (protect.dim() == 2 and protect.shape[0] != batch):
         raise ShapeError(f"protect indices must be [p] or [{batch}, p], got {tuple(protect.shape)}")
     mask = torch.zeros(batch, mergeable, dtype=torch.bool, device=metric.device)
-    return mask.scatter(1, protect.expand(batch, -1), True), protect.shape[-1]
+    return mask.scatter(1, protect.expand(batch, -1), True), protect.shape[-1], protect.shape[-1]
 
 
 def _unit_rows(metric: Tensor) -> Tensor:
@@ -214,19 +216,18 @@ def _plan_best_pairs(
     value, best = similarity.max(-1)
     rank = value.argsort(dim=1, descending=True, stable=True)
     kept = a.gather(1, rank[:, r:]).sort(dim=1).values
-    plan = _assemble(a.gather(1, rank[:, :r]), best.gather(1, rank[:, :r]), kept, b, num_prefix)
-    return plan if guard is None else _guarded_among_kept(plan, guard, num_prefix)
+    return _assemble(a.gather(1, rank[:, :r]), best.gather(1, rank[:, :r]), kept, b, num_prefix)
 
 
-def _guarded_among_kept(plan: MergePlan, guard: Tensor, num_prefix: int) -> MergePlan:
-    """Guarded rows that were dealt as destinations move to their place among the kept rows."""
+def _guarded_among_kept(plan: MergePlan, guard: Tensor, num_prefix: int, num_dest: int) -> MergePlan:
+    """Guarded rows that were dealt as destinations move to their place among the kept rows; `num_dest` are left."""
     rows = plan.keep[:, num_prefix:]
     position = torch.arange(rows.shape[1], device=rows.device)
     is_dest = (position >= rows.shape[1] - plan.num_dest) & ~guard.gather(1, rows - num_prefix)
     order = torch.where(is_dest, plan.num_tokens_in + position, rows).argsort(dim=1)
     keep = torch.cat([plan.keep[:, :num_prefix], rows.gather(1, order)], dim=1)
     slot = order.argsort(dim=1).gather(1, plan.slot - num_prefix) + num_prefix
-    return MergePlan(keep, plan.src, slot, plan.num_tokens_in, plan.num_dest)
+    return MergePlan(keep, plan.src, slot, plan.num_tokens_in, num_dest)
 
 
 def _assemble(src: Tensor, partner: Tensor, kept: Tensor, dest: Tensor, num_prefix: int) -> MergePlan:
