@@ -14,7 +14,7 @@ import torch
 from vtoken.accounting.report import report
 from vtoken.core.apply import plan
 from vtoken.core.config import MethodConfig, make_config, methods
-from vtoken.hosts.names import supported, why_not
+from vtoken.hosts.names import build_weightless, supported, why_not
 
 
 def show_info(args: argparse.Namespace) -> int:
@@ -64,15 +64,15 @@ def show_models(args: argparse.Namespace) -> int:
 
 def show_plan(args: argparse.Namespace) -> int:
     """Token counts per layer."""
-    found = plan(_meta_model(args.model), _config(args), img_size=args.img_size)
+    found = plan(build_weightless(args.model), _config(args), img_size=args.img_size)
     print(json.dumps(asdict(found)) if args.json else found)
     return 0
 
 
 def show_report(args: argparse.Namespace) -> int:
     """Cost before and after."""
-    size = (3, args.img_size, args.img_size) if args.img_size else None
-    found = report(_meta_model(args.model, args.img_size), _config(args), input_size=size)
+    model = build_weightless(args.model, **({"img_size": args.img_size} if args.img_size else {}))
+    found = report(model, _config(args))
     print(json.dumps(found.to_dict()) if args.json else found)
     return 0
 
@@ -86,11 +86,3 @@ def _config(args: argparse.Namespace) -> MethodConfig:
         except json.JSONDecodeError:
             settings[key] = value  # a bare word
     return make_config(args.method, settings)
-
-
-def _meta_model(name: str, img_size: int | None = None) -> Any:
-    import timm
-
-    options: dict[str, Any] = {"img_size": img_size} if img_size else {}
-    with torch.device("meta"):
-        return timm.create_model(name, pretrained=False, **options)

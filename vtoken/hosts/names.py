@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
+from torch import nn
 
 from vtoken.core.errors import ConfigError, UnsupportedModelError
 from vtoken.core.host import find_adapter
@@ -26,15 +28,26 @@ def supported(pattern: str = "*") -> list[str]:
 
 def why_not(name: str) -> str | None:
     """Why timm's architecture `name` is not supported; None if it is."""
-    import timm
-
+    model = build_weightless(name)
     try:
-        with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False)
         find_adapter(model).spec(model)
     except UnsupportedModelError as error:
         return str(error)
     return None
+
+
+def build_weightless(name: str, **options: Any) -> nn.Module:
+    """timm's architecture `name` on the meta device; with weights where an older timm cannot be built there."""
+    import timm
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = timm.create_model(name, pretrained=False, **options)
+    except RuntimeError as error:
+        if "item()" not in str(error):  # older releases of timm read drop-path rates from a tensor
+            raise
+        model = timm.create_model(name, pretrained=False, **options)
+    return model
 
 
 def _candidates(pattern: str) -> list[str]:
