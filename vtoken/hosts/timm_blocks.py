@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor
 
 from vtoken.core.state import TokenState
-from vtoken.hosts.tower import gather_rope, given, merged_block
+from vtoken.hosts.tower import Tap, gather_rope, given, merged_block
 
 
 class BlockMixin:
@@ -31,7 +31,8 @@ class BlockMixin:
             return stock(x, **attention)
         return merged_block(self, vtoken_state, x, stock, **attention)
 
-    def _vtoken_attn(self: Any, attn: Any, x: Tensor, **attention: Any) -> Tensor:
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, **attention: Any) -> Tensor:
+        attn = self.attn if tap is None else tap.on(self.attn, "k_norm")
         return self.drop_path1(self.ls1(attn(self.norm1(x), **attention)))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
@@ -41,7 +42,8 @@ class BlockMixin:
 class ResPostBlockMixin(BlockMixin):
     """timm `ResPostBlock`: norms at the end of the branches."""
 
-    def _vtoken_attn(self: Any, attn: Any, x: Tensor, **attention: Any) -> Tensor:
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, **attention: Any) -> Tensor:
+        attn = self.attn if tap is None else tap.on(self.attn, "k_norm")
         return self.drop_path1(self.norm1(attn(x, **attention)))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
@@ -69,7 +71,8 @@ class EvaBlockMixin:
             return stock(x, **attention)
         return merged_block(self, vtoken_state, x, stock, **attention)
 
-    def _vtoken_attn(self: Any, attn: Any, x: Tensor, **attention: Any) -> Tensor:
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, **attention: Any) -> Tensor:
+        attn = self.attn if tap is None else tap.on(self.attn, "k_norm")
         out = attn(self.norm1(x), **attention)
         return self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)
 

@@ -47,14 +47,17 @@ class BoundBlocks:
 
 
 class Tap:
-    """Stands where a key norm stood, for one call: runs it and keeps a reference to the keys."""
+    """Holds the keys [B, H, T, D] of one attention call."""
 
-    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
-        self._norm = norm
+    def __init__(self) -> None:
         self.keys: Tensor | None = None
 
-    def __call__(self, keys: Tensor) -> Tensor:
-        self.keys = self._norm(keys)
+    def on(self, attn: Any, norm: str) -> Any:
+        """The attention with this tap behind its key norm, the module called `norm`."""
+        return view(attn, **{norm: functools.partial(self._keep, getattr(attn, norm))})
+
+    def _keep(self, norm: Callable[[Tensor], Tensor], keys: Tensor) -> Tensor:
+        self.keys = norm(keys)
         return self.keys
 
 
@@ -78,8 +81,8 @@ def merged_block(
     """One block of a tower that loses tokens.
 
     Args:
-        block: has `_vtoken_index`, `attn` with a `k_norm`, `_vtoken_attn(attn, x, **attention)` and `_vtoken_mlp(x)`,
-            the two residual branches.
+        block: has `_vtoken_index` and its two residual branches as `_vtoken_attn(x, tap, **attention)`, which puts the
+            keys into the tap if there is one, and `_vtoken_mlp(x)`.
         state: of this forward.
         x: tokens [B, T, C].
         stock: the block's own forward, used as it is where nothing is removed.
@@ -96,11 +99,8 @@ def merged_block(
     if not removes:
         state.skip(layer)
         return stock(x, **attention)
-    attn, tap = block.attn, None
-    if state.method.metric != "hidden":
-        tap = Tap(attn.k_norm)
-        attn = view(attn, k_norm=tap)
-    x = x + block._vtoken_attn(attn, x, **attention)
+    tap = None if state.method.metric == "hidden" else Tap()
+    x = x + block._vtoken_attn(x, tap, **attention)
     if state.method.insert == "after":
         x = x + block._vtoken_mlp(x)
         return state.on_block(layer, x, _metric(state.method, x, tap))
@@ -117,7 +117,7 @@ def _metric(method: BlockMethod, x: Tensor, tap: Tap | None) -> Tensor:
     if tap is None:
         return x
     if tap.keys is None:
-        raise RuntimeError("the attention never called its k_norm, so there are no keys to compare tokens by")
+        raise RuntimeError("the attention never called its key norm, so there are no keys to compare tokens by")
     if method.metric == "key":
         return key_metric(tap.keys)
     return tap.keys.transpose(1, 2).flatten(2)
