@@ -168,13 +168,15 @@ def _count(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> tup
     blocks = [block for _, block in adapter.blocks(shadow)]
     spent = [0] * len(blocks)
     handles = []
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # With gradients: without, nn.MultiheadAttention takes a fast path that no counter sees.
+    shadow.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter, torch.enable_grad():
         for index, block in enumerate(blocks):
             # Hooks on the shadow's blocks read the running total on the way in and out.
             handles.append(block.register_forward_pre_hook(_meter(counter, spent, index, -1)))
             handles.append(block.register_forward_hook(_meter(counter, spent, index, 1)))
         try:
-            shadow(image)
+            adapter.run_image(shadow, image)
         except (AssertionError, RuntimeError) as error:
             raise ShapeError(f"{type(shadow).__name__} does not take images of {size}: {error}") from error
         finally:

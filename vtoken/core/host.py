@@ -73,9 +73,16 @@ class HostAdapter:
         """The model's own input height and width in pixels."""
         raise NotImplementedError
 
+    def run_image(self, model: nn.Module, image: Any) -> Any:
+        """Run the model's image part on [B, C, H, W]; for models whose forward wants more than an image."""
+        return model(image)
+
 
 # Adapter modules by the top-level package of the classes they know; imported only when such a model arrives.
-_BUILTIN = {"timm": ("vtoken.hosts.timm_vit", "TimmAdapter")}
+_BUILTIN = {
+    "timm": ("vtoken.hosts.timm_vit", "TimmAdapter"),
+    "open_clip": ("vtoken.hosts.open_clip", "OpenClipAdapter"),
+}
 _registered: list[HostAdapter] = []
 
 
@@ -98,7 +105,8 @@ def find_adapter(model: nn.Module) -> HostAdapter:
             return adapter
     raise UnsupportedModelError(
         f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this "
-        "class. Supported hosts: timm VisionTransformer (vit, deit, ...), Eva (EVA-02, DINOv3, ...), NaFlexVit. "
+        "class. Supported hosts: timm VisionTransformer (vit, deit, ...), Eva (EVA-02, DINOv3, ...), NaFlexVit; "
+        "open_clip image towers. "
         "`python -m vtoken models` lists names; vtoken.register_adapter adds your own. The model was left as it was."
     )
 

@@ -1,0 +1,338 @@
+"""open_clip: the image tower of a CLIP, CustomTextCLIP or CoCa, or the tower itself; built-in ViTs and timm trunks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import (
+    Attention,
+    CustomResidualAttentionBlock,
+    ResidualAttentionBlock,
+    Transformer,
+    VisionTransformer,
+)
+from torch import Tensor, nn
+
+from vtoken.core.errors import UnsupportedModelError
+from vtoken.core.host import HostAdapter, HostSpec, find_adapter
+from vtoken.core.method import BlockMethod, Method
+from vtoken.core.patch import base_of, view
+from vtoken.core.state import Slot, TokenState
+from vtoken.core.trace import current_trace
+from vtoken.hosts.pooling import weighted_mean
+from vtoken.hosts.tower import BoundBlocks, Tap, merged_block
+from vtoken.ops import size_bias
+from vtoken.ops.rows import take_rows
+
+NUM_PREFIX = 1  # every built-in tower has exactly one class token
+
+
+class OpenClipTowerMixin:
+    """The entry methods of a patched image tower."""
+
+    _vtoken: Any
+
+    def forward(self: Any, x: Tensor) -> Any:
+        # Token rows leave the tower with output_tokens or without pooling; then in raster order.
+        raster = self.output_tokens or self.pool_type == "none"
+        state = _begin(self, raster=raster)
+        bound = BoundTransformer(self.transformer, state, raster=raster)
+        out = base_of(type(self)).forward(_stand_in(self, bound), x)  # type: ignore[attr-defined]
+        _record(self, state, x)
+        return out
+
+    def forward_intermediates(
+        self: Any,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,
+    ) -> Any:
+        dense = output_fmt == "NCHW"
+        state = _begin(self, raster=True, dense=dense)
+        bound = BoundTransformer(self.transformer, state, raster=True, dense=dense)
+        out = base_of(type(self)).forward_intermediates(  # type: ignore[attr-defined]
+            _stand_in(self, bound), x, indices, stop_early, normalize_intermediates, intermediates_only, output_fmt,
+            output_extra_tokens,
+        )  # fmt: skip
+        _record(self, state, x)
+        return out
+
+
+class BoundTransformer:
+    """Stands where a tower's `transformer` stood, for one forward.
+
+    Args:
+        transformer: the tower's.
+        state: of this forward.
+        raster: hand tokens out in raster order. Not whenever anchors are known: a trace must not reorder a sum.
+        dense: hand intermediates out spread over all patches.
+    """
+
+    def __init__(self, transformer: Any, state: TokenState, *, raster: bool, dense: bool = False) -> None:
+        blocks = BoundBlocks(transformer.resblocks, list(transformer.resblocks), state)
+        self._inner = view(transformer, resblocks=blocks)
+        self._state = state
+        self._raster = raster and state.method.order == "raster"
+        self._dense = dense
+        #: What is known of the rows that were handed out.
+        self.slot = Slot()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self._inner(x)
+        return self._finish(x)
+
+    def forward_intermediates(self, x: Tensor, indices: Any = None, stop_early: bool = False) -> Any:
+        from timm.models._features import feature_take_indices
+
+        layers = sorted(set(feature_take_indices(len(self._inner.resblocks), indices)[0]))
+        x, found = self._inner.forward_intermediates(x, indices=indices, stop_early=stop_early)
+        slots = [self._state.slots[layer + 1] for layer in layers]
+        # The host reshapes what it gets to its patch grid, so it must get every patch.
+        hand_out = self._spread if self._dense else self._ordered
+        found = [hand_out(rows, slot) for rows, slot in zip(found, slots, strict=True)]
+        return self._finish(x), found
+
+    def _finish(self, x: Tensor) -> Tensor:
+        self.slot = self._state.last
+        if self._raster:
+            x, self.slot = self.slot.in_raster_order(x)
+        return x
+
+    def _ordered(self, rows: Tensor, slot: Slot) -> Tensor:
+        return slot.in_raster_order(rows)[0] if self._raster else rows
+
+    def _spread(self, rows: Tensor, slot: Slot) -> Tensor:
+        return rows if slot.dest is None else take_rows(rows, slot.dest)
+
+
+class BlockMixin:
+    """`ResidualAttentionBlock`: nn.MultiheadAttention with packed weights, batch first or not."""
+
+    _vtoken_index: int
+
+    def forward(
+        self: Any,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        vtoken_state: TokenState | None = None,
+    ) -> Tensor:
+        stock: Any = super().forward  # type: ignore[misc]
+        if vtoken_state is None:
+            return stock(q_x, k_x, v_x, attn_mask)
+        if self.attn.batch_first:
+            return merged_block(self, vtoken_state, q_x, functools.partial(self._vtoken_stock, stock))
+        rows = merged_block(self, vtoken_state, q_x.transpose(0, 1), functools.partial(self._vtoken_stock, stock))
+        return rows.transpose(0, 1).contiguous()
+
+    def _vtoken_stock(self: Any, stock: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """A block that removes nothing: the host's own forward while there are no sizes, which is exact to the bit."""
+        if attn_mask is not None:
+            x = x + self._vtoken_attn(x, None, attn_mask=attn_mask)
+            return x + self._vtoken_mlp(x)
+        rows: Tensor = stock(x if self.attn.batch_first else x.transpose(0, 1))
+        return rows if self.attn.batch_first else rows.transpose(0, 1)
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None = None) -> Tensor:
+        return self.ls_1(packed_attention(self.attn, self.ln_1(x), tap, attn_mask))
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.ls_2(self.mlp(self.ln_2(x)))
+
+
+class CustomBlockMixin:
+    """`CustomResidualAttentionBlock`: open_clip's own Attention (q/k norm, head scale, inner norm)."""
+
+    _vtoken_index: int
+
+    def forward(
+        self: Any, x: Tensor, *unused: None, attn_mask: Tensor | None = None, vtoken_state: TokenState | None = None
+    ) -> Tensor:
+        stock: Any = super().forward  # type: ignore[misc]
+        if vtoken_state is None:
+            return stock(x, attn_mask=attn_mask)
+        return merged_block(self, vtoken_state, x, stock)
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None = None) -> Tensor:
+        attn = self.attn if tap is None else tap.on(self.attn, "ln_k")
+        return self.ls_1(self.ln_attn(attn(self.ln_1(x), attn_mask=attn_mask)))
+
+    _vtoken_mlp = BlockMixin._vtoken_mlp
+
+
+def packed_attention(attn: nn.MultiheadAttention, x: Tensor, tap: Tap | None, attn_mask: Tensor | None) -> Tensor:
+    """Self-attention with the packed weights of `attn`, kept fused; [B, T, C] whatever its batch_first says.
+
+    nn.MultiheadAttention itself would expand a mask to every head and query, and gives no keys.
+    """
+    packed = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+    q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    if tap is not None:
+        tap.keys = k
+    dropout = attn.dropout if attn.training else 0.0
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+    projected: Tensor = attn.out_proj(out.transpose(1, 2).flatten(2))
+    return projected
+
+
+BLOCKS: dict[type, type] = {
+    ResidualAttentionBlock: BlockMixin,
+    CustomResidualAttentionBlock: CustomBlockMixin,
+}
+
+
+def _method(tower: Any) -> BlockMethod:
+    method: BlockMethod = tower._vtoken.methods["on_block"]
+    return method
+
+
+def _begin(tower: Any, *, raster: bool, dense: bool = False) -> TokenState:
+    traced, method = current_trace(tower) is not None, _method(tower)
+    anchor = raster and method.order == "raster"
+    return TokenState(method, NUM_PREFIX, track_anchor=anchor or traced, track_dest=traced or dense)
+
+
+def _stand_in(tower: Any, bound: BoundTransformer) -> Any:
+    """The tower with one forward's transformer, and with poolings that know its sizes."""
+    parts: dict[str, Any] = {"transformer": bound}
+    if tower.attn_pool is not None:
+        parts["attn_pool"] = functools.partial(_attention_pool, tower.attn_pool, bound)
+        if tower.attn_pool_contrastive is not None and tower.attn_pool_type == "parallel":
+            parts["attn_pool_contrastive"] = functools.partial(_attention_pool, tower.attn_pool_contrastive, bound)
+    elif tower.pool_type == "avg":
+        parts["_global_pool"] = functools.partial(_average_pool, bound)
+    return view(tower, **parts)
+
+
+def _average_pool(bound: BoundTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
+    size, rows = bound.slot.size, x[:, NUM_PREFIX:]
+    return rows.mean(dim=1) if size is None else weighted_mean(rows, size[:, NUM_PREFIX:]), rows
+
+
+def _attention_pool(pool: Any, bound: BoundTransformer, x: Tensor) -> Any:
+    size = bound.slot.size
+    if size is None:
+        return pool(x)
+    # A float key_padding_mask [B, T] is added to the logits of the keys.
+    bias = size_bias(size, x.dtype)[:, 0, 0]
+    return view(pool, attn=functools.partial(pool.attn, key_padding_mask=bias))(x)
+
+
+def _record(tower: Any, state: TokenState, images: Tensor) -> None:
+    trace = current_trace(tower)
+    if trace is not None:
+        trace.record(state, grid_of(tower, (images.shape[2], images.shape[3])))
+
+
+def grid_of(tower: Any, img_size: tuple[int, int]) -> tuple[int, int]:
+    """Patch rows and columns of an image of `img_size` pixels."""
+    return img_size[0] // int(tower.patch_size[0]), img_size[1] // int(tower.patch_size[1])
+
+
+class OpenClipAdapter(HostAdapter):
+    """open_clip's image towers; the text tower is never touched."""
+
+    name = "open_clip image towers"
+    hooks = frozenset({"on_block"})
+
+    def matches(self, model: nn.Module) -> bool:
+        """Every class from open_clip; `spec` refuses what is not an image tower or holds none."""
+        return any(cls.__module__.startswith("open_clip.") for cls in type(model).__mro__)
+
+    def tower(self, model: nn.Module) -> tuple[HostAdapter, Any]:
+        """The module that runs the image blocks, and the adapter that knows it."""
+        visual: Any = getattr(model, "visual", model)
+        if isinstance(visual, TimmModel):
+            return find_adapter(visual.trunk), visual.trunk
+        if isinstance(visual, VisionTransformer):
+            return self, visual
+        raise UnsupportedModelError(_refusal(model, f"its image tower is a {type(visual).__qualname__}"))
+
+    def spec(self, model: nn.Module) -> HostSpec:
+        """Check the tower block by block."""
+        adapter, tower = self.tower(model)
+        if adapter is not self:
+            return adapter.spec(tower)
+        if not isinstance(tower.transformer, Transformer):
+            raise UnsupportedModelError(_refusal(model, f"its transformer is a {type(tower.transformer).__qualname__}"))
+        for name, block in self.blocks(model):
+            problem = _block_problem(block)
+            if problem:
+                raise UnsupportedModelError(_refusal(model, f"{name} is {problem}"))
+        attn = tower.transformer.resblocks[0].attn
+        return HostSpec(
+            name=type(model).__name__,
+            depth=len(tower.transformer.resblocks),
+            width=tower.transformer.width,
+            num_heads=attn.num_heads,
+            head_dim=attn.head_dim,
+            num_prefix=NUM_PREFIX,
+            grid=grid_of(tower, self.image_size(model)),
+            pooling="map" if tower.attn_pool is not None else tower.pool_type,
+            position="absolute",
+        )
+
+    def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Patch rows and columns."""
+        adapter, tower = self.tower(model)
+        return grid_of(tower, img_size) if adapter is self else adapter.grid(tower, img_size)
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        """Height and width that the tower was built for."""
+        adapter, tower = self.tower(model)
+        if adapter is not self:
+            return adapter.image_size(tower)
+        return int(tower.image_size[0]), int(tower.image_size[1])
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The image tower's blocks."""
+        adapter, tower = self.tower(model)
+        if adapter is not self:
+            return adapter.blocks(tower)
+        return [(f"transformer.resblocks.{i}", block) for i, block in enumerate(tower.transformer.resblocks)]
+
+    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+        """The tower, then every block with its index."""
+        adapter, tower = self.tower(model)
+        if adapter is not self:
+            return adapter.targets(tower, methods)
+        found: list[tuple[nn.Module, type, dict[str, Any]]] = [(tower, OpenClipTowerMixin, {})]
+        for index, (_, block) in enumerate(self.blocks(model)):
+            mixin = BLOCKS[next(cls for cls in type(block).__mro__ if cls in BLOCKS)]
+            found.append((block, mixin, {"_vtoken_index": index}))
+        return found
+
+    def run_image(self, model: Any, image: Tensor) -> Any:
+        """The tower alone: a whole CLIP also wants text."""
+        return self.tower(model)[1](image)
+
+
+def _refusal(model: nn.Module, why: str) -> str:
+    return (
+        f"cannot reduce the tokens of open_clip {type(model).__name__}: {why}. Supported: image towers of class "
+        "VisionTransformer with ResidualAttentionBlock or CustomResidualAttentionBlock, and timm trunks that vtoken "
+        "supports. The model was left as it was."
+    )
+
+
+def _block_problem(block: Any) -> str | None:
+    kind = base_of(type(block))
+    known = next((cls for cls in kind.__mro__ if cls in BLOCKS), None)
+    if known is None or kind.forward is not known.forward or "forward" in block.__dict__:  # type: ignore[attr-defined]
+        return f"a {kind.__qualname__}, whose forward vtoken does not know"
+    attn = block.attn
+    if known is CustomResidualAttentionBlock:
+        if type(attn) is not Attention:
+            return f"a {kind.__qualname__} with a {type(attn).__qualname__}"
+        return "one with scaled cosine attention, which takes no key norm" if attn.scaled_cosine else None
+    if type(attn) is not nn.MultiheadAttention or not attn._qkv_same_embed_dim or attn.add_zero_attn:
+        return f"a {kind.__qualname__} with a {type(attn).__qualname__} that is not plain packed self-attention"
+    return "one with key biases of its own" if attn.bias_k is not None else None
