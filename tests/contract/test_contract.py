@@ -9,11 +9,12 @@ import random
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
-from tests.contract.table import MethodRow, every_case, every_host, features, run, snapshot, traced
+from tests.contract.table import MethodRow, every_case, every_host, features, full_table, run, snapshot, traced
 from tests.helpers import Host, assert_close, assert_same
 
 
@@ -25,11 +26,10 @@ def _outputs(model: Any, x: torch.Tensor) -> dict[str, Any]:
             "features": model.forward_features(x),
             "maps": model.forward_intermediates(x),
             "rows": model.forward_intermediates(x, indices=2, output_fmt="NLC", norm=True, intermediates_only=True),
-            "head": model.forward_head(model.forward_features(x)),
         }
 
 
-@every_case()
+@full_table()
 def test_settings_that_remove_nothing_change_no_bit(host: Host, method: MethodRow) -> None:
     model, x = host.model(), host.images()
     stock = _outputs(model, x)
@@ -67,7 +67,9 @@ def test_group_map_sizes_and_anchors_describe_one_partition(host: Host, method: 
     assert anchor is not None
     count, prefix = trace.tokens[-1], trace.num_prefix
     assert torch.equal(dest[:, :prefix], torch.arange(prefix).expand(dest.shape[0], -1)), "prefix rows must not move"
-    assert torch.equal(dest.gather(1, anchor), torch.arange(count).expand(dest.shape[0], -1)), "an anchor lies in its group"
+    assert torch.equal(dest.gather(1, anchor), torch.arange(count).expand(dest.shape[0], -1)), (
+        "an anchor lies in its group"
+    )
     assert bool((anchor.diff(dim=1) > 0).all()), "rows must come in raster order"
     counted = torch.stack([torch.bincount(d, minlength=count) for d in dest]).float()
     assert size.dtype == torch.float32
@@ -84,7 +86,8 @@ def test_group_map_sizes_and_anchors_describe_one_partition(host: Host, method: 
 
 @every_host()
 def test_report_agrees_with_torchs_counter(host: Host, method: MethodRow) -> None:
-    model, x = host.model(), host.images(batch=1)
+    # Without gradients: the counter's module hooks stumble over latent parameters otherwise.
+    model, x = host.model().requires_grad_(False), host.images(batch=1)
     cost = vtoken.report(model, method.reduces, input_size=host.shape)
     counts = []
     for config in (None, method.reduces):
@@ -95,7 +98,10 @@ def test_report_agrees_with_torchs_counter(host: Host, method: MethodRow) -> Non
         counts.append(counter.get_total_flops())
     before, after = counts
     assert abs(cost.flops_before - before) <= 0.01 * before, (cost.flops_before, before)
-    assert abs(cost.flops_after - after) <= 0.01 * after, (cost.flops_after, after)
+    # The report counts averaging as the product with a one-hot matrix that accelerators run; the CPU adds rows instead.
+    pairs = zip(cost.tokens, cost.tokens[1:], strict=False)
+    averaging = sum(2 * (a - b) * (b - model.num_prefix_tokens) * model.embed_dim for a, b in pairs)
+    assert 0.99 * after <= cost.flops_after <= 1.01 * after + averaging, (cost.flops_after, after, averaging)
     assert cost.flops_after < cost.flops_before
     assert cost.tokens == vtoken.plan(model, img_size=host.shape[1:]).tokens
     assert vtoken.report(model, input_size=host.shape).flops_after == cost.flops_after  # also of the patched model
@@ -195,13 +201,23 @@ def test_an_image_does_not_depend_on_its_batch(host: Host, method: MethodRow) ->
         assert_close(f"features of image {index}", whole[index], alone[0], 1e-10)
         assert_close(f"logits of image {index}", logits[index], run(model, x[index : index + 1])[0], 1e-10)
     assert not torch.equal(trace.dest[0], trace.dest[1]), "the images were to be merged differently"
-    assert run(model, x[:0]).shape == (0, *logits.shape[1:])
+
+
+@every_host()
+def test_an_empty_batch_gives_an_empty_result_where_the_model_itself_can(host: Host, method: MethodRow) -> None:
+    model, x = host.model(), host.images(batch=2)
+    try:
+        run(model, x[:0])
+    except RuntimeError:
+        pytest.skip("the unpatched model cannot run an empty batch")
+    vtoken.apply(model, method.reduces)
+    assert run(model, x[:0]).shape == (0, *run(model, x).shape[1:])
 
 
 @every_case()
 def test_repeatable_and_random_generators_untouched(host: Host, method: MethodRow) -> None:
     model, x = host.model(), host.images()
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     vtoken.apply(model, method.reduces)
     assert_same("second forward", run(model, x), run(model, x))
     vtoken.plan(model, img_size=host.shape[1:])
@@ -209,4 +225,4 @@ def test_repeatable_and_random_generators_untouched(host: Host, method: MethodRo
     vtoken.remove(model)
     assert torch.equal(torch.get_rng_state(), states[0]), "torch's generator was used"
     assert random.getstate() == states[1], "Python's generator was used"
-    assert np.random.get_state()[1].tolist() == states[2], "NumPy's generator was used"
+    assert np.random.get_state()[1].tolist() == states[2], "NumPy's generator was used"  # noqa: NPY002
