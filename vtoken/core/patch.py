@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,15 +21,33 @@ def derive(base: type, mixin: type) -> type:
     """
     with _lock:
         if (base, mixin) not in _derived:
-            body = {
+            body: dict[str, Any] = {
                 "__module__": base.__module__,
                 "__qualname__": base.__qualname__,
                 "__doc__": base.__doc__,
                 "_vtoken_base": base,
                 "__reduce_ex__": _reduce,
             }
+            body |= {name: _signed(value, base) for name, value in vars(mixin).items() if _takes_anything(value)}
             _derived[base, mixin] = type(base.__name__, (mixin, base), body)
         return _derived[base, mixin]
+
+
+def _takes_anything(value: Any) -> bool:
+    kinds = (p.kind for p in inspect.signature(value).parameters.values()) if inspect.isfunction(value) else ()
+    return inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+def _signed(function: types.FunctionType, base: type) -> types.FunctionType:
+    """A copy of an entry method that shows the signature of the method it stands for: export and trainers read it."""
+    stock = getattr(base, function.__name__)
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+    copy.__doc__ = stock.__doc__
+    return copy
 
 
 def base_of(cls: type) -> type:

@@ -190,7 +190,7 @@ def _energies(unit: Tensor, margin: float, alpha: float, energy: str) -> Tensor:
     """
     similarity = torch.bmm(unit, unit.transpose(1, 2))
     # Every token is exactly 1 to itself (0 if it is a zero vector): rounding must not decide between equal energies.
-    similarity.diagonal(dim1=1, dim2=2).round_()
+    similarity.view(unit.shape[0], -1)[:, :: unit.shape[1] + 1].round_()  # diagonal() in place breaks ONNX export
     if energy == "elu":
         return F.elu_(similarity.sub_(margin), alpha).sum(-1)
     below = alpha * torch.expm1(similarity - margin)
