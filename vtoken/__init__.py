@@ -1,5 +1,8 @@
 """vtoken: vision transformers that spend fewer tokens. See `vtoken.apply`."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from vtoken import nn, ops
 from vtoken.accounting.report import Report, report
 from vtoken.core.apply import applied, apply, config_of, configure, is_applied, plan, remove
@@ -18,6 +21,9 @@ from vtoken.core.trace import Trace, trace, tracing, unmerge
 from vtoken.hosts.names import supported
 from vtoken.methods.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.pitome import PiToMe
+
+if TYPE_CHECKING:
+    from vtoken import viz
 
 __version__ = "0.1.0"
 
@@ -57,4 +63,12 @@ __all__ = [
     "trace",
     "tracing",
     "unmerge",
+    "viz",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Drawing needs optional packages, so it is imported when first used.
+    if name == "viz":
+        return importlib.import_module("vtoken.viz")
+    raise AttributeError(f"module 'vtoken' has no attribute {name!r}")

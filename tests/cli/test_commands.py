@@ -55,7 +55,16 @@ def test_wrong_calls_exit_with_2_and_say_why(capsys: pytest.CaptureFixture[str])
     assert main(["report", "swin_tiny_patch4_window7_224", "pitome"]) == 2
     assert "SwinTransformer" in capsys.readouterr().err
     assert main(["bench", "--model", "test_vit", "--set", "margin"]) == 2
-    assert "KEY=JSON" in capsys.readouterr().err
+    assert "KEY=VALUE" in capsys.readouterr().err
+    assert main(["plan", "vit_base_patch16_224", "pitome", "ratio"]) == 2
+    assert "KEY=VALUE" in capsys.readouterr().err
+    assert main(["report", "vit_bass_patch16_224", "pitome"]) == 2
+    assert "did you mean 'vit_base_patch16_224'" in capsys.readouterr().err
+    assert main(["bench", "--model", "resnet18"]) == 2
+    assert "ResNet" in capsys.readouterr().err
+    for option in ("--checkpoint", "--data"):
+        assert main(["bench", "--model", "test_vit", option, "/nowhere"]) == 2
+        assert "no such f" in capsys.readouterr().err
 
 
 def test_bench_with_checkpoint_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

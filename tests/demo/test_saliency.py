@@ -75,11 +75,13 @@ def test_forward_is_decoder_of_features(cache_dir: Path) -> None:
         tokens = model.backbone.forward_features(images)
         result = model(images)
         expected = model.decoder(dense, (112, 112))
-    assert cls.shape == (2, 384) and dense.shape == (2, 384, 8, 8)
+    assert cls.shape == (2, 384)
+    assert dense.shape == (2, 384, 8, 8)
     torch.testing.assert_close(cls, tokens[:, 0])
     torch.testing.assert_close(dense.flatten(2).transpose(1, 2), tokens[:, 1:])
     torch.testing.assert_close(result, expected)
-    assert result.min() >= 0 and result.max() <= 1
+    assert result.min() >= 0
+    assert result.max() <= 1
 
 
 @needs_weights
@@ -158,9 +160,13 @@ def test_img_size_must_fit_the_patches(size: int) -> None:
 @needs_photographs
 def test_photographs() -> None:
     names, images = load_photographs(96)
-    assert names == photograph_names() and len(names) == len(set(names)) >= 8
-    assert images.shape == (len(names), 3, 96, 96) and images.dtype == torch.float32
-    assert images.min() >= 0 and images.max() <= 1 and images.max() > 0.5
+    assert names == photograph_names()
+    assert len(names) == len(set(names)) >= 8
+    assert images.shape == (len(names), 3, 96, 96)
+    assert images.dtype == torch.float32
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert images.max() > 0.5
     flat = images.flatten(1)
     assert (flat.std(dim=1) > 0.02).all(), "no picture is empty"
     assert (torch.cdist(flat, flat) + torch.eye(len(names)) * 1e3 > 1).all(), "no picture comes twice"

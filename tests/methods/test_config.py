@@ -80,7 +80,7 @@ def test_ratio_without_a_likely_meaning_has_no_hint(ratio: float) -> None:
 
 @each_scheduled
 @pytest.mark.parametrize("name", ["ratio", "r"])
-@pytest.mark.parametrize("value", ["0.9", True, False, [True], ["1"], {}, object(), [[1]]], ids=repr)
+@pytest.mark.parametrize("value", ["0.9", True, False, [True], ["1"], {}, object, [[1]]], ids=repr)
 def test_amounts_must_be_numbers(cls: type[MethodConfig], name: str, value: Any) -> None:
     refuses(cls, "expected a number or a sequence of numbers|ratio|whole numbers", **{name: value})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -132,6 +133,8 @@ def report(
     method = build_methods(model, adapter, configs)["on_block"]
     assert isinstance(method, BlockMethod)
     size = input_size or (_in_channels(model), *adapter.image_size(model))
+    if not isinstance(size, Sequence) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ShapeError(f"input_size is (channels, height, width) of one image, got {input_size!r}")
     shadow = meta_copy(model)
     if is_applied(shadow):
         remove(shadow)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.accounting import compare
+from vtoken.cli.settings import key_values
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import ConfigError
+from vtoken.core.host import find_adapter
+from vtoken.hosts.names import check_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,24 +66,14 @@ def run(args: argparse.Namespace) -> int:
     print(compare.table(rows))
     about = {"command": "bench", "arguments": vars(args), "environment": compare.environment(images.device)}
     written = compare.write(rows, args.out, args.model, about)
-    title = f"{args.model}: agreement with the unpatched model against cost"
+    title = f"{args.model}, {source}: agreement with the unpatched model"
     written.append(plot_pareto(rows, args.out / f"{args.model}.png", quality="feature cosine", title=title))
     print("wrote " + ", ".join(str(path) for path in written))
     return 0
 
 
 def _configs(args: argparse.Namespace) -> list[MethodConfig]:
-    settings: dict[str, Any] = {}
-    for item in args.set:
-        key, sign, value = item.partition("=")
-        if not sign:
-            raise ConfigError(
-                f"--set {item}: write KEY=JSON, for instance --set margin=0.75 or --set 'metric=\"hidden\"'"
-            )
-        try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key] = value  # a bare word
+    settings = key_values(args.set)
     amounts: list[dict[str, Any]] = (
         [{"r": r} for r in args.r] if args.r else [{"ratio": r} for r in args.ratio or [0.925]]
     )
@@ -97,9 +89,11 @@ def _configs(args: argparse.Namespace) -> list[MethodConfig]:
 def _model(args: argparse.Namespace) -> nn.Module:
     import timm
 
+    check_name(args.model)
     options = {"img_size": args.img_size, "num_classes": args.num_classes}
     given = {name: value for name, value in options.items() if value is not None}
     model: nn.Module = timm.create_model(args.model, pretrained=args.pretrained, **given)
+    find_adapter(model).spec(model)  # refuse before anything is measured
     if args.checkpoint:
         model.load_state_dict(load_weights(args.checkpoint))
     return model.to(args.device).eval().requires_grad_(False)
@@ -107,6 +101,8 @@ def _model(args: argparse.Namespace) -> nn.Module:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a torch file read with weights_only=True; opens "state_dict"."""
+    if not path.is_file():
+        raise ConfigError(f"--checkpoint {path}: no such file")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -130,6 +126,8 @@ def _images(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor 
         return torch.randn(args.batch, *config["input_size"], device=args.device), None
     from torchvision.datasets import ImageFolder
 
+    if not args.data.is_dir():
+        raise ConfigError(f"--data {args.data}: no such folder; it must hold one folder of images per class")
     folder = ImageFolder(str(args.data), transform=create_transform(**config, is_training=False))
     step = max(1, len(folder) // args.limit)
     chosen = [folder[i] for i in range(0, len(folder), step)][: args.limit]

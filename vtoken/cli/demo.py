@@ -115,7 +115,7 @@ def _draw(
     model: SaliencyViT, images: Tensor, photographs: Tensor, names: list[str], args: argparse.Namespace
 ) -> Path:  # fmt: skip
     """One photograph beside its groups under PiToMe and ToMe at the strongest ratio."""
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     from vtoken.viz import draw_groups
 
@@ -128,9 +128,12 @@ def _draw(
         panels.append(draw_groups(photographs[index], record, scale=2))
     original = (photographs[index].permute(1, 2, 0) * 255).to(torch.uint8).numpy()
     panels[0] = Image.fromarray(original).resize(panels[0].size)
-    sheet = Image.new("RGB", (sum(p.width for p in panels) + 20, panels[0].height), "white")
-    for number, panel in enumerate(panels):
-        sheet.paste(panel, (number * (panel.width + 10), 0))
+    sheet = Image.new("RGB", (sum(p.width for p in panels) + 20, panels[0].height + 20), "white")
+    titles = (names[index], f"PiToMe, ratio {ratio:g}", f"ToMe, ratio {ratio:g}")
+    for number, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+        left = number * (panel.width + 10)
+        ImageDraw.Draw(sheet).text((left + 4, 4), title, fill="black")
+        sheet.paste(panel, (left, 20))
     path: Path = args.out / "groups.png"
     sheet.save(path)
     return path

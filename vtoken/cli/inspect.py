@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vtoken.accounting.report import report
+from vtoken.cli.settings import key_values
 from vtoken.core.apply import plan
 from vtoken.core.config import MethodConfig, make_config, methods
 from vtoken.hosts.names import build_weightless, supported, why_not
@@ -78,11 +79,4 @@ def show_report(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> MethodConfig:
-    settings: dict[str, Any] = {}
-    for item in args.settings:
-        key, _, value = item.partition("=")
-        try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[key] = value  # a bare word
-    return make_config(args.method, settings)
+    return make_config(args.method, key_values(args.settings))

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vtoken.core.config import MethodConfig, make_config
-from vtoken.core.errors import AlreadyAppliedError, ConfigError, VTokenError
+from vtoken.core.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import BlockMethod, Method
-from vtoken.core.patch import is_patched, patch, unpatch
+from vtoken.core.patch import is_patched, mixin_of, patch, unpatch
 from vtoken.core.plan import Plan, count_tokens
 
 Config = MethodConfig | str | Sequence[MethodConfig]
@@ -64,7 +64,7 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
             f"{type(model).__name__} already carries {names or 'a method on a submodule'}; "
             "call vtoken.remove(model) first, use vtoken.configure to change settings, or pass replace=True"
         )
-    previous = [(m, type(m).__mro__[1], _additions(m)) for m in carriers]
+    previous = [(m, mixin_of(type(m)), _additions(m)) for m in carriers]
     for module in carriers:
         unpatch(module)
     try:
@@ -93,11 +93,14 @@ def remove(model: M) -> M:
 @contextlib.contextmanager
 def applied(model: M, config: Config, **options: Any) -> Iterator[M]:
     """`apply` for the length of a `with` block; always undone, also on an error."""
+    if "replace" in options:
+        raise ConfigError("applied() cannot replace what is applied; vtoken.remove it first, or use vtoken.configure")
     apply(model, config, **options)
     try:
         yield model
     finally:
-        remove(model)
+        if is_applied(model):
+            remove(model)
 
 
 def is_applied(model: nn.Module) -> bool:
@@ -144,9 +147,16 @@ def plan(
     method = build_methods(model, adapter, configs)["on_block"]
     assert isinstance(method, BlockMethod)
     spec = adapter.spec(model)
-    size = adapter.image_size(model) if img_size is None else img_size
-    height, width = adapter.grid(model, (size, size) if isinstance(size, int) else (size[0], size[1]))
+    height, width = adapter.grid(model, pixels(adapter.image_size(model) if img_size is None else img_size))
     return count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix)
+
+
+def pixels(size: int | Sequence[int]) -> tuple[int, int]:
+    """One side or (height, width) in pixels as a pair; raises ShapeError for anything else."""
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+        raise ShapeError(f"an image size is one number of pixels or (height, width), got {size!r}")
+    return int(sides[0]), int(sides[1])
 
 
 def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]:
@@ -155,7 +165,8 @@ def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]
         return (make_config(config, options),)
     if options:
         raise ConfigError(f"options {sorted(options)} go with a method's name, not with a settings object")
-    configs = (config,) if isinstance(config, MethodConfig) else tuple(config)
+    several = isinstance(config, Sequence)
+    configs = (config,) if isinstance(config, MethodConfig) else tuple(config) if several else ()
     if not configs or not all(isinstance(c, MethodConfig) for c in configs):
         raise ConfigError(
             f"expected settings such as vtoken.PiToMe(ratio=0.9), a method name or a list, got {config!r}"
@@ -175,6 +186,8 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
             )
         if method.hook not in adapter.hooks:
             raise ConfigError(f"{config.method} acts at {method.hook}, which {adapter.name} does not offer")
+        if isinstance(method, BlockMethod) and spec.fixed_size:
+            method.check_patches(spec.grid[0] * spec.grid[1])
         built[method.hook] = method
     return built
 

@@ -26,6 +26,7 @@ class HostSpec:
         grid: patch rows and columns at the model's own image size.
         pooling: the model's own word for its pooling ("token", "avg", "map", ...).
         position: "absolute" or "rotary".
+        fixed_size: whether the model takes images of one size only.
     """
 
     name: str
@@ -37,6 +38,7 @@ class HostSpec:
     grid: tuple[int, int]
     pooling: str
     position: str
+    fixed_size: bool = True
 
 
 class HostAdapter:
@@ -106,9 +108,21 @@ def find_adapter(model: nn.Module) -> HostAdapter:
     raise UnsupportedModelError(
         f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this "
         "class. Supported hosts: timm VisionTransformer (vit, deit, ...), Eva (EVA-02, DINOv3, ...), NaFlexVit; "
-        "open_clip image towers. "
+        f"open_clip image towers.{inner_hint(model)} "
         "`python -m vtoken models` lists names; vtoken.register_adapter adds your own. The model was left as it was."
     )
+
+
+def inner_hint(model: nn.Module) -> str:
+    """Names the supported model inside a wrapper, if there is one; a sentence for messages."""
+    for name, module in model.named_modules():
+        for adapter in _builtin_adapters(module) if name else ():
+            try:
+                adapter.spec(module)
+            except UnsupportedModelError:
+                continue
+            return f" It holds a supported {type(module).__name__}: use model.{name}."
+    return ""
 
 
 def _builtin_adapters(model: nn.Module) -> list[HostAdapter]:

@@ -30,6 +30,9 @@ class BlockMethod(Method):
     insert: str
     order: str
 
+    def check_patches(self, num_patches: int) -> None:
+        """Raise ConfigError if the settings name patches that a grid of `num_patches` does not have."""
+
     def num_removed(self, layer: int, mergeable: int) -> int:
         """How many of `mergeable` non-prefix tokens block `layer` removes; needs no data."""
         raise NotImplementedError

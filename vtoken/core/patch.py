@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 _derived: dict[tuple[type, type], type] = {}
+_stripped: dict[type, type] = {}
 _lock = threading.Lock()
 
 
@@ -50,15 +51,36 @@ def _signed(function: types.FunctionType, base: type) -> types.FunctionType:
     return copy
 
 
+def patched_class(cls: type) -> type | None:
+    """The class that `derive` made, among `cls` and its bases: torch's parametrizations and FSDP2 subclass it again."""
+    return next((c for c in cls.__mro__ if "_vtoken_base" in c.__dict__), None)
+
+
 def base_of(cls: type) -> type:
-    """The class that `cls` was before it was patched; `cls` itself if it was not."""
-    base: type = cls.__dict__.get("_vtoken_base", cls)
-    return base
+    """What `cls` would be had it never been patched: later subclasses kept, the mixin taken out."""
+    patched = patched_class(cls)
+    if patched is None:
+        return cls
+    if cls is patched:
+        base: type = cls.__dict__["_vtoken_base"]
+        return base
+    if cls not in _stripped:
+        body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+        _stripped[cls] = type(cls.__name__, tuple(base_of(b) for b in cls.__bases__), body)
+    return _stripped[cls]
+
+
+def mixin_of(cls: type) -> type:
+    """The mixin that a patched class runs."""
+    patched = patched_class(cls)
+    if patched is None:
+        raise TypeError(f"{cls.__name__} is not patched")
+    return patched.__mro__[1]
 
 
 def is_patched(module: nn.Module) -> bool:
     """Whether this very module (not its children) is patched."""
-    return "_vtoken_base" in type(module).__dict__
+    return patched_class(type(module)) is not None
 
 
 def view(module: nn.Module, **parts: Any) -> Any:
@@ -97,7 +119,10 @@ def unpatch(module: nn.Module) -> None:
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     # The derived class cannot be found by its name (that name is the base's), so pickle rebuilds it from its parts.
     cls = type(self)
-    return _rebuild, (base_of(cls), cls.__mro__[1]), self.__getstate__()  # type: ignore[no-untyped-call]
+    if cls is not patched_class(cls):  # a later wrapper's class: it pickles, or refuses to, in its own way
+        reduced: tuple[Any, ...] = nn.Module.__reduce_ex__(self, protocol)  # type: ignore[assignment]
+        return reduced
+    return _rebuild, (base_of(cls), mixin_of(cls)), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _rebuild(base: type, mixin: type) -> Any:

@@ -83,10 +83,12 @@ class TokenState:
         """What is known after the last block that ran."""
         return self.slots[max(self.slots)]
 
-    def enter(self, x: Tensor) -> None:
-        """Note the shape of the embedded tokens [B, T, C]; later calls change nothing."""
+    def enter(self, layer: int, x: Tensor) -> None:
+        """Block `layer` is about to read its slot; the first block to do so is given the embedded tokens [B, T, C]."""
         if self.embedded is None:
             self.embedded = (x.shape[0], x.shape[1], x.device)
+        if layer not in self.slots:  # the blocks before it were cut off
+            self.slots[layer] = self.last
 
     def removes(self, layer: int, num_tokens: int) -> bool:
         """Whether block `layer` takes anything away from `num_tokens` tokens."""

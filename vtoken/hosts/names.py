@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from typing import Any
 
@@ -36,10 +37,21 @@ def why_not(name: str) -> str | None:
     return None
 
 
+def check_name(name: str) -> None:
+    """Raise ConfigError, with the nearest name, if timm knows no such architecture."""
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"timm {timm.__version__} has no architecture {name!r}{hint}")
+
+
 def build_weightless(name: str, **options: Any) -> nn.Module:
     """timm's architecture `name` on the meta device; with weights where an older timm cannot be built there."""
     import timm
 
+    check_name(name)
     try:
         with torch.device("meta"):
             model: nn.Module = timm.create_model(name, pretrained=False, **options)

@@ -79,17 +79,21 @@ def remember_sizes(features: Tensor, size: Tensor | None) -> Tensor:
     return features
 
 
-def sizes_for_head(model: Any, x: Tensor, full: int) -> Tensor | None:
+def sizes_for_head(model: Any, x: Tensor, may_be_merged: bool) -> Tensor | None:
     """Sizes of features that a caller hands to `forward_head`; None if the pooling needs none.
 
     Raises:
-        ShapeError: if the features are merged (fewer than `full` tokens) and their sizes are gone.
+        ShapeError: if the features may be merged and their sizes are gone.
     """
-    if hasattr(x, _SIZES) or pool_kind(model) not in SIZED_POOLS or x.shape[1] == full:
+    if hasattr(x, _SIZES) or pool_kind(model) not in SIZED_POOLS or not may_be_merged:
         size: Tensor | None = getattr(x, _SIZES, None)
         return size
+    what = f"forward_head got {x.shape[1]} tokens without their sizes, so its {pool_kind(model)!r} pooling would weigh"
+    if torch.compiler.is_compiling():
+        raise ShapeError(
+            f"{what} merged tokens as single patches. A compiled graph cannot carry them: call model(images)"
+        )
     raise ShapeError(
-        f"forward_head got {x.shape[1]} tokens without their sizes (the model embeds {full}); its {pool_kind(model)!r} "
-        "pooling would weigh merged tokens as single patches. Call model(images), or hand over the very tensor that "
+        f"{what} merged tokens as single patches. Call model(images), or hand over the very tensor that "
         "forward_features returned"
     )

@@ -12,6 +12,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vtoken.core.errors import ShapeError
 from vtoken.core.method import BlockMethod
 from vtoken.core.patch import base_of, view
 from vtoken.core.state import Slot, TokenState
@@ -84,7 +85,7 @@ class TimmMixin:
         return found if intermediates_only else (_last_features(self, state, out[0]), found)
 
     def forward_head(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        size = sizes_for_head(self, x, _num_embedded(self))
+        size = sizes_for_head(self, x, _may_be_merged(self, x.shape[1]))
         stand_in = view(self, **_pool_parts(self, lambda _: Slot(size)))
         return base_of(type(self)).forward_head(stand_in, x, *args, **kwargs)  # type: ignore[attr-defined]
 
@@ -102,10 +103,19 @@ def _features(model: Any, runs: Runs, raster: bool, *args: Any, **kwargs: Any) -
 
 
 def _slot_of(runs: Runs, state: TokenState, x: Tensor) -> Slot:
-    """What is known of the rows of `x`: of the features it is, else of the latest ones."""
+    """What is known of the rows of `x`: of the features it is, else of the only ones there are."""
     if not runs:
         return state.last
-    return next((slot for features, slot in reversed(runs) if features is x), runs[-1][1])
+    for features, slot in runs:
+        if features is x:
+            return slot
+    slot = runs[-1][1]
+    if slot.size is not None and (len(runs) > 1 or slot.size.shape != x.shape[:2]):
+        raise ShapeError(
+            f"cannot tell which sizes belong to the {tuple(x.shape)} tokens that this forward pools: it made features "
+            f"{len(runs)} time(s). Pool the very tensor that forward_features returned, or take sizes from vtoken.trace"
+        )
+    return slot
 
 
 def _leaves_as_tokens(model: Any) -> bool:
@@ -190,6 +200,15 @@ def image_size(model: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _num_embedded(model: Any) -> int:
+def fixed_size(model: Any) -> bool:
+    """Whether the model takes images of one size only."""
+    return not isinstance(model, NaFlexVit) and not model.dynamic_img_size
+
+
+def _may_be_merged(model: Any, num_tokens: int) -> bool:
+    """Whether features of `num_tokens` rows can be what a forward with removals left."""
+    method, num_prefix = _method(model), model.num_prefix_tokens
     height, width = grid_of(model, image_size(model))
-    return int(model.num_prefix_tokens + height * width)
+    if fixed_size(model) and num_tokens == num_prefix + height * width:
+        return False
+    return any(method.num_removed(layer, height * width) for layer in range(len(model.blocks)))

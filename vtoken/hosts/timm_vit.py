@@ -8,13 +8,15 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from torch import nn
 
 from vtoken.core.errors import UnsupportedModelError
-from vtoken.core.host import HostAdapter, HostSpec
+from vtoken.core.host import HostAdapter, HostSpec, inner_hint
 from vtoken.core.method import Method
 from vtoken.core.patch import base_of
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
 from vtoken.hosts.timm_blocks import ATTENTIONS, BLOCKS
-from vtoken.hosts.timm_entry import MODELS, TimmMixin, grid_of, image_size, pool_name
+from vtoken.hosts.timm_entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
 from vtoken.hosts.timm_unsupported import reason
+
+_ENTRIES = ("forward_features", "forward_intermediates", "forward_head")
 
 
 class TimmAdapter(HostAdapter):
@@ -29,12 +31,19 @@ class TimmAdapter(HostAdapter):
 
     def spec(self, model: nn.Module) -> HostSpec:
         """Check the structure block by block; raises UnsupportedModelError with the reason."""
+        if type(model) in BLOCKS:
+            raise UnsupportedModelError(_refusal(model, "it is a single block; pass the model that holds it"))
         if not isinstance(model, MODELS):
             raise UnsupportedModelError(_refusal(model, reason(model)))
         tower: Any = model
         blocks = self.blocks(model)
         if not blocks:
             raise UnsupportedModelError(_refusal(model, "it has no blocks"))
+        if len({id(block) for _, block in blocks}) < len(blocks):
+            raise UnsupportedModelError(_refusal(model, "it runs one block module in several layers"))
+        own = [n for n in (*_ENTRIES, pool_name(tower)) if n in vars(model)]
+        if own:
+            raise UnsupportedModelError(_refusal(model, f"{own[0]} was replaced on the instance; subclass it instead"))
         for name, block in blocks:
             problem = _block_problem(block)
             if problem:
@@ -54,6 +63,7 @@ class TimmAdapter(HostAdapter):
             grid=grid_of(tower, image_size(tower)),
             pooling=pool_kind(tower),
             position="absolute" if rope is None else "rotary",
+            fixed_size=fixed_size(tower),
         )
 
     def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -69,7 +79,7 @@ class TimmAdapter(HostAdapter):
         blocks = getattr(model, "blocks", None)
         if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
             return []
-        return [(f"blocks.{name}", block) for name, block in blocks.named_children()]
+        return [(f"blocks.{name}", block) for name, block in blocks._modules.items() if block is not None]
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, then every block with its index."""
@@ -84,7 +94,7 @@ def _refusal(model: nn.Module, why: str) -> str:
     return (
         f"cannot reduce the tokens of {type(model).__name__}: {why}. Supported timm models: VisionTransformer, "
         f"VisionTransformerDistilled, Eva and NaFlexVit whose blocks are all {', '.join(c.__name__ for c in BLOCKS)} "
-        f"with {', '.join(c.__name__ for c in ATTENTIONS)}. The model was left as it was."
+        f"with {', '.join(c.__name__ for c in ATTENTIONS)}.{inner_hint(model)} The model was left as it was."
     )
 
 

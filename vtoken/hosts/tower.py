@@ -89,7 +89,7 @@ def merged_block(
         attention: further arguments of the block's attention.
     """
     layer: int = block._vtoken_index
-    state.enter(x)
+    state.enter(layer, x)
     removes = state.removes(layer, x.shape[1])
     if removes or state.slots[layer] is not state.slots[0]:
         _refuse_mask(attention)

@@ -82,6 +82,10 @@ class MergeConfig(MethodConfig):
         """Multiply-adds of choosing r among `mergeable` tokens compared over `channels`."""
         return r * r * channels
 
+    def protected_patches(self) -> tuple[int, ...]:
+        """Patches that never merge, ascending."""
+        return ()
+
     def layer_settings(self, layer: int, depth: int) -> dict[str, Any]:
         """Settings that differ from layer to layer."""
         return {}
@@ -95,7 +99,8 @@ class ScheduledMergeConfig(MergeConfig):
         ratio: share of the non-prefix tokens that each layer keeps, in (0, 1]; one number or one per block.
             0.925 if neither ratio nor r is given.
         r: instead of ratio, tokens that each layer removes: one number; one per block (missing ones are 0); or
-            (r, slope) with a float slope in [-1, 1], linear over the layers (-1: from 2r down to 0).
+            a tuple (r, slope) with a slope in [-1, 1], linear over the layers (-1: from 2r down to 0). Write one number
+            per block as a list: [8, 1] removes 8 and 1, (8, 1) is a line.
     """
 
     ratio: Any = None
@@ -122,11 +127,7 @@ class ScheduledMergeConfig(MergeConfig):
     def removed(self, amount: Any, mergeable: int) -> int:
         """By ratio or by number, at most half of the tokens that may merge."""
         wanted = schedule.removed_by_ratio(mergeable, amount) if isinstance(amount, float) else int(amount)
-        return max(0, min(wanted, (mergeable - self.num_protected()) // 2))
-
-    def num_protected(self) -> int:
-        """Mergeable tokens that the settings exempt."""
-        return 0
+        return max(0, min(wanted, (mergeable - len(self.protected_patches())) // 2))
 
 
 class Merging(BlockMethod):
@@ -150,6 +151,12 @@ class Merging(BlockMethod):
         if layer not in self._layers:
             return 0
         return self.config.removed(self._amounts[layer], mergeable)
+
+    def check_patches(self, num_patches: int) -> None:
+        """Protected patches must exist."""
+        rows = self.config.protected_patches()
+        if rows and rows[-1] >= num_patches:
+            raise ConfigError(f"protect names patch {rows[-1]}, but images have only patches 0 to {num_patches - 1}")
 
     def has_bias(self) -> bool:
         """Pruned models keep size 1, so only merging with prop_attn has a bias."""
@@ -181,11 +188,8 @@ class Merging(BlockMethod):
         return x, before.advance(plan, new_size, num_prefix)
 
     def _first_protect(self, x: Tensor, num_prefix: int) -> Tensor | None:
-        rows: tuple[int, ...] = getattr(self.config, "protect", ())
+        rows = self.config.protected_patches()
         if not rows:
             return None
-        if rows[-1] >= x.shape[1] - num_prefix:
-            raise ConfigError(
-                f"protect names patch {rows[-1]}, but only {x.shape[1] - num_prefix} patches were embedded"
-            )
+        self.check_patches(x.shape[1] - num_prefix)
         return torch.tensor(rows, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)

@@ -81,9 +81,9 @@ class PiToMe(ScheduledMergeConfig):
         if self.protect and "tome" in variants:
             raise ConfigError('PiToMe(protect=...) cannot be combined with the variant "tome", which protects nothing')
 
-    def num_protected(self) -> int:
+    def protected_patches(self) -> tuple[int, ...]:
         """The patches that `protect` names."""
-        return len(self.protect)
+        return self.protect
 
     def match(
         self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None

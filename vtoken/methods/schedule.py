@@ -38,7 +38,10 @@ def check_amount(owner: str, ratio: Any, r: Any) -> tuple[Any, Any]:
                     f"{owner}(ratio={value!r}): ratio is the share of tokens kept per layer, must be in (0, 1].{hint}"
                 )
     if r is not None:
+        pair = isinstance(r, tuple) and len(r) == 2
         r = numbers(owner, "r", r, float)
+        if pair and -1 <= r[1] <= 1:  # as a tuple (8, 1) is a line; as a list [8, 1] it is one number per block
+            r = (r[0], float(r[1]))
         if not is_line(r):
             for value in r if isinstance(r, tuple) else (r,):
                 if value < 0 or value != int(value):
@@ -50,8 +53,8 @@ def check_amount(owner: str, ratio: Any, r: Any) -> tuple[Any, Any]:
 
 
 def is_line(r: Any) -> bool:
-    """Whether `r` is (r, slope): two numbers, the second one written as a float or negative."""
-    return isinstance(r, tuple) and len(r) == 2 and (isinstance(r[1], float) or r[1] < 0)
+    """Whether `r`, as `check_amount` leaves it, is (r, slope) and not one number per block: its slope is a float."""
+    return isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float)
 
 
 def amounts(owner: str, ratio: Any, r: Any, depth: int) -> tuple[float | int, ...]:

@@ -37,6 +37,8 @@ class MergeTokens(nn.Module):
             raise ConfigError(f"MergeTokens takes merging settings such as vtoken.PiToMe(ratio=0.9), got {config!r}")
         if not 0 <= layer < depth:
             raise ConfigError(f"layer={layer} is not one of depth={depth} layers")
+        if layer > 0 and config.protected_patches():
+            raise ConfigError("protect names embedded patches, which a later layer cannot find; use it with layer=0")
         self.config = config
         self.layer = layer
         self.num_prefix = num_prefix

@@ -155,8 +155,8 @@ def _check(metric: Tensor, r: int, num_prefix: int) -> None:
         raise ShapeError(f"metric must be [B, T, d] (one vector per token), got {tuple(metric.shape)}")
     if not 0 <= num_prefix <= metric.shape[1]:
         raise ShapeError(f"num_prefix={num_prefix} does not fit {metric.shape[1]} tokens")
-    if r < 0:
-        raise ConfigError(f"r={r}: the number of tokens to remove must be at least 0")
+    if isinstance(r, (bool, float)) or r < 0:
+        raise ConfigError(f"r={r!r}: the number of tokens to remove is a whole number from 0 on")
 
 
 def _protected(metric: Tensor, num_prefix: int, protect: Tensor | Sequence[int]) -> tuple[Tensor, int, int]:
@@ -190,7 +190,7 @@ def _energies(unit: Tensor, margin: float, alpha: float, energy: str) -> Tensor:
     """
     similarity = torch.bmm(unit, unit.transpose(1, 2))
     # Every token is exactly 1 to itself (0 if it is a zero vector): rounding must not decide between equal energies.
-    similarity.view(unit.shape[0], -1)[:, :: unit.shape[1] + 1].round_()  # diagonal() in place breaks ONNX export
+    similarity.flatten(1)[:, :: unit.shape[1] + 1].round_()  # diagonal() in place breaks ONNX export
     if energy == "elu":
         return F.elu_(similarity.sub_(margin), alpha).sum(-1)
     below = alpha * torch.expm1(similarity - margin)

@@ -156,6 +156,8 @@ def _check_apply(plan: MergePlan, x: Tensor, size: Tensor | None, reduction: str
     expected = (plan.keep.shape[0], plan.num_tokens_in)
     if x.dim() != 3 or tuple(x.shape[:2]) != expected:
         raise ShapeError(f"the plan takes x of shape [{expected[0]}, {expected[1]}, C], got {tuple(x.shape)}")
+    if reduction in ("wavg", "mean") and not x.is_floating_point():
+        raise ConfigError(f"{reduction!r} averages, which {x.dtype} cannot hold; use 'amax' or 'prune', or convert x")
     if size is not None and tuple(size.shape) not in (expected, (*expected, 1)):
         raise ShapeError(f"size must be {list(expected)} or {[*expected, 1]}, got {tuple(size.shape)}")
 
