@@ -551,3 +551,13 @@ def test_at_most_half_goes(cls: Any, amount: dict[str, Any]) -> None:
     assert tokens == ((98,) * 9 if nothing else (98, 50, 26, 14, 8, 5, 3, 2, 2))
     for mergeable in (0, 1):
         assert counts(cls(**amount), 3, 1 + mergeable).tokens == (1 + mergeable,) * 4
+
+
+@pytest.mark.parametrize(
+    ("r", "removed"), [((4, 0), [4] * 6), ((4, -1), [8, 6, 4, 3, 1, 0]), ([4, 1], [4, 1, 0, 0, 0, 0])]
+)
+def test_a_pair_is_a_line_as_a_tuple_and_numbers_per_block_as_a_list(r: object, removed: list[int]) -> None:
+    config = vtoken.ToMe(r=r)
+    for same in (config, vtoken.config_from_dict(json.loads(json.dumps(config.to_dict())))):
+        method = same.build(6)
+        assert [method.num_removed(layer, 1000) for layer in range(6)] == removed

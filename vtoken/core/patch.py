@@ -29,14 +29,15 @@ def derive(base: type, mixin: type) -> type:
                 "_vtoken_base": base,
                 "__reduce_ex__": _reduce,
             }
-            body |= {name: _signed(value, base) for name, value in vars(mixin).items() if _takes_anything(value)}
+            entries = {name: value for name, value in vars(mixin).items() if hasattr(base, name)}
+            body |= {name: _signed(value, base) for name, value in entries.items() if _takes_anything(value)}
             _derived[base, mixin] = type(base.__name__, (mixin, base), body)
         return _derived[base, mixin]
 
 
 def _takes_anything(value: Any) -> bool:
-    kinds = (p.kind for p in inspect.signature(value).parameters.values()) if inspect.isfunction(value) else ()
-    return inspect.Parameter.VAR_POSITIONAL in kinds
+    parameters = inspect.signature(value).parameters.values() if inspect.isfunction(value) else ()
+    return any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def _signed(function: types.FunctionType, base: type) -> types.FunctionType:

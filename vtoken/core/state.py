@@ -69,14 +69,15 @@ class TokenState:
         track_anchor, track_dest: see Slot.
     """
 
-    __slots__ = ("embedded", "method", "num_prefix", "slots")
+    __slots__ = ("embedded", "first", "method", "num_prefix", "slots")
 
     def __init__(self, method: BlockMethod, num_prefix: int, *, track_anchor: bool, track_dest: bool) -> None:
         self.method = method
         self.num_prefix = num_prefix
         #: Batch, tokens and device of what entered the first block.
         self.embedded: tuple[int, int, torch.device] | None = None
-        self.slots: dict[int, Slot] = {0: Slot(track_anchor=track_anchor, track_dest=track_dest)}
+        self.first = Slot(track_anchor=track_anchor, track_dest=track_dest)
+        self.slots: dict[int, Slot] = {0: self.first}
 
     @property
     def last(self) -> Slot:
@@ -87,8 +88,7 @@ class TokenState:
         """Block `layer` is about to read its slot; the first block to do so is given the embedded tokens [B, T, C]."""
         if self.embedded is None:
             self.embedded = (x.shape[0], x.shape[1], x.device)
-        if layer not in self.slots:  # the blocks before it were cut off
-            self.slots[layer] = self.last
+            self.slots = {layer: self.first}  # not 0 if the blocks before it were cut off
 
     def removes(self, layer: int, num_tokens: int) -> bool:
         """Whether block `layer` takes anything away from `num_tokens` tokens."""

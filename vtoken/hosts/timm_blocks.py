@@ -65,6 +65,7 @@ class EvaBlockMixin:
     ) -> Tensor:
         stock: Any = super().forward  # type: ignore[misc]
         if vtoken_state is not None and rope is not None:
+            vtoken_state.enter(self._vtoken_index, x)
             rope = gather_rope(rope, vtoken_state.slots[self._vtoken_index], vtoken_state.num_prefix)
         attention = given(rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         if vtoken_state is None:  # called outside a patched model

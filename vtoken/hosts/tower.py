@@ -91,7 +91,7 @@ def merged_block(
     layer: int = block._vtoken_index
     state.enter(layer, x)
     removes = state.removes(layer, x.shape[1])
-    if removes or state.slots[layer] is not state.slots[0]:
+    if removes or state.slots[layer] is not state.first:
         _refuse_mask(attention)
     bias = state.bias(layer, x.dtype)
     if bias is not None:

@@ -40,7 +40,7 @@ def check_amount(owner: str, ratio: Any, r: Any) -> tuple[Any, Any]:
     if r is not None:
         pair = isinstance(r, tuple) and len(r) == 2
         r = numbers(owner, "r", r, float)
-        if pair and -1 <= r[1] <= 1:  # as a tuple (8, 1) is a line; as a list [8, 1] it is one number per block
+        if pair and r[1] <= 1:  # as a tuple (8, 1) is a line; as a list [8, 1] it is one number per block
             r = (r[0], float(r[1]))
         if not is_line(r):
             for value in r if isinstance(r, tuple) else (r,):
