@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, build_methods, config_tuple, is_applied, remove, resolve
-from vtoken.core.errors import ConfigError, ShapeError
-from vtoken.core.host import HostAdapter, find_adapter
-from vtoken.core.method import BlockMethod
-from vtoken.core.plan import count_tokens
+from vtoken.core.apply import Config, apply, chosen, is_applied, plan_of, remove
+from vtoken.core.errors import ShapeError
+from vtoken.core.host import HostAdapter
 
 
 @dataclass(frozen=True)
@@ -124,14 +122,9 @@ def report(
         >>> import timm, vtoken
         >>> cost = vtoken.report(timm.create_model("deit_tiny_patch16_224"), vtoken.PiToMe(ratio=0.9))
         >>> cost.tokens[0], cost.tokens[-1], round(cost.flops_factor, 2)
-        (197, 60, 1.74)
+        (197, 60, 1.76)
     """
-    adapter = find_adapter(model)
-    configs = resolve(config, options) if config is not None else config_tuple(model)
-    if not configs:
-        raise ConfigError("no settings given and no method applied to this model")
-    method = build_methods(model, adapter, configs)["on_block"]
-    assert isinstance(method, BlockMethod)
+    adapter, configs, method = chosen(model, config, options)
     size = input_size or (_in_channels(model), *adapter.image_size(model))
     if not isinstance(size, Sequence) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
         raise ShapeError(f"input_size is (channels, height, width) of one image, got {input_size!r}")
@@ -141,8 +134,7 @@ def report(
     before = _count(shadow, adapter, size)
     after = _count(apply(shadow, list(configs)), adapter, size)
     spec = adapter.spec(model)
-    height, width = adapter.grid(model, size[1:])
-    tokens = count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix).tokens
+    tokens = plan_of(model, adapter, method, size[1:]).tokens
     layers = tuple(
         LayerCost(
             layer=i,

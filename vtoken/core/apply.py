@@ -140,14 +140,28 @@ def plan(
         config: settings; None means those that are applied.
         img_size: pixels, one side or (height, width); None means the model's own.
     """
+    adapter, _, method = chosen(model, config, options)
+    size = adapter.image_size(model) if img_size is None else pixels(img_size)
+    return plan_of(model, adapter, method, size)
+
+
+def chosen(
+    model: nn.Module, config: Config | None, options: dict[str, Any]
+) -> tuple[HostAdapter, tuple[MethodConfig, ...], BlockMethod]:
+    """The model's adapter, the given or else the applied settings, and the method they make."""
     adapter = find_adapter(model)
     configs = resolve(config, options) if config is not None else config_tuple(model)
     if not configs:
         raise ConfigError("no settings given and no method applied to this model")
     method = build_methods(model, adapter, configs)["on_block"]
     assert isinstance(method, BlockMethod)
+    return adapter, configs, method
+
+
+def plan_of(model: nn.Module, adapter: HostAdapter, method: BlockMethod, size: tuple[int, int]) -> Plan:
+    """Token counts of `method` on images of `size` (height, width) pixels."""
     spec = adapter.spec(model)
-    height, width = adapter.grid(model, pixels(adapter.image_size(model) if img_size is None else img_size))
+    height, width = adapter.grid(model, size)
     return count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix)
 
 
