@@ -101,10 +101,13 @@ def merged_block(
         return stock(x, **attention)
     tap = None if state.method.metric == "hidden" else Tap()
     x = x + block._vtoken_attn(x, tap, **attention)
+    # The keys are a view of the whole q, k, v projection: reduce them at once, so that it is freed before the MLP.
+    metric = None if tap is None else _metric(state.method, tap)
+    del tap
     if state.method.insert == "after":
         x = x + block._vtoken_mlp(x)
-        return state.on_block(layer, x, _metric(state.method, x, tap))
-    x = state.on_block(layer, x, _metric(state.method, x, tap))
+        return state.on_block(layer, x, x if metric is None else metric)
+    x = state.on_block(layer, x, x if metric is None else metric)
     return x + block._vtoken_mlp(x)
 
 
@@ -113,14 +116,12 @@ def given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None and value is not False}
 
 
-def _metric(method: BlockMethod, x: Tensor, tap: Tap | None) -> Tensor:
-    if tap is None:
-        return x
+def _metric(method: BlockMethod, tap: Tap) -> Tensor:
     if tap.keys is None:
         raise RuntimeError("the attention never called its key norm, so there are no keys to compare tokens by")
     if method.metric == "key":
         return key_metric(tap.keys)
-    return tap.keys.transpose(1, 2).flatten(2)
+    return tap.keys.detach().transpose(1, 2).flatten(2)
 
 
 def gather_rope(rope: Tensor, slot: Slot, num_prefix: int) -> Tensor:
