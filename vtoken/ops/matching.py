@@ -190,7 +190,11 @@ def _energies(unit: Tensor, margin: float, alpha: float, energy: str) -> Tensor:
     """
     similarity = torch.bmm(unit, unit.transpose(1, 2))
     # Every token is exactly 1 to itself (0 if it is a zero vector): rounding must not decide between equal energies.
-    similarity.flatten(1)[:, :: unit.shape[1] + 1].round_()  # diagonal() in place breaks ONNX export
+    if torch.compiler.is_compiling():  # one fused pass; written in place, it costs the compiler a scatter
+        row = torch.arange(unit.shape[1], device=unit.device)
+        similarity = torch.where(row == row.unsqueeze(1), similarity.round(), similarity)
+    else:
+        similarity.diagonal(dim1=1, dim2=2).round_()
     if energy == "elu":
         return F.elu_(similarity.sub_(margin), alpha).sum(-1)
     below = alpha * torch.expm1(similarity - margin)
