@@ -33,7 +33,9 @@ def check_amount(owner: str, ratio: Any, r: Any) -> tuple[Any, Any]:
         for value in ratio if isinstance(ratio, tuple) else (ratio,):
             if not 0.0 < value <= 1.0:
                 hint = f" Did you mean ratio={2 - value:.4g}?" if 1.0 < value < 2.0 else ""
-                hint = f" Did you mean ratio={value / 100:.4g}?" if 2.0 <= value <= 100.0 else hint
+                hint = (
+                    f" Did you mean ratio={value / (10 if value < 10 else 100):.4g}?" if 2.0 <= value <= 100.0 else hint
+                )
                 raise ConfigError(
                     f"{owner}(ratio={value!r}): ratio is the share of tokens kept per layer, must be in (0, 1].{hint}"
                 )
