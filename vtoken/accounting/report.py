@@ -125,7 +125,7 @@ def report(
         (197, 60, 1.76)
     """
     adapter, configs, method = chosen(model, config, options)
-    size = input_size or (_in_channels(model), *adapter.image_size(model))
+    size = input_size or (adapter.channels(model), *adapter.image_size(model))
     if not isinstance(size, Sequence) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
         raise ShapeError(f"input_size is (channels, height, width) of one image, got {input_size!r}")
     shadow = meta_copy(model)
@@ -150,10 +150,6 @@ def report(
     return Report(type(model).__name__, described, size, layers, before[0] // 2, after[0] // 2)
 
 
-def _in_channels(model: Any) -> int:
-    return int(getattr(model, "in_chans", 3))
-
-
 def _count(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> tuple[int, list[int]]:
     """FLOPs outside the blocks and of every block, counted by torch while the shadow runs one image."""
     from torch.utils.flop_counter import FlopCounterMode  # imports triton, which `import vtoken` must not
@@ -172,7 +168,7 @@ def _count(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> tup
             handles.append(block.register_forward_hook(_meter(counter, spent, index, 1)))
         try:
             adapter.run_image(shadow, image)
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, RuntimeError, ValueError) as error:
             raise ShapeError(f"{type(shadow).__name__} does not take images of {size}: {error}") from error
         finally:
             for handle in handles:

@@ -13,7 +13,7 @@ from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import BlockMethod, Method
-from vtoken.core.patch import is_patched, mixin_of, patch, unpatch
+from vtoken.core.patch import is_patched, mixin_of, patch, unpatch, wraps_patched_forward
 from vtoken.core.plan import Plan, count_tokens
 
 Config = MethodConfig | str | Sequence[MethodConfig]
@@ -80,11 +80,19 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
 def remove(model: M) -> M:
     """Give back exactly the model that came in: its classes restored, everything that was added deleted.
 
-    Works on a model or on any module that holds patched ones. Raises VTokenError if nothing is applied.
+    Works on a model or on any module that holds patched ones.
+
+    Raises:
+        VTokenError: if nothing is applied, or a wrapper around the patched forward would be left behind.
     """
     carriers = patched_modules(model)
     if not carriers:
         raise VTokenError(f"nothing to remove: no method is applied to this {type(model).__name__}")
+    if any(wraps_patched_forward(module) for module in carriers):
+        raise VTokenError(
+            "cannot remove: a wrapper on the instance holds the patched forward (accelerate's mixed precision does); "
+            "take it off first: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+        )
     for module in carriers:
         unpatch(module)
     return model
@@ -143,6 +151,33 @@ def plan(
     adapter, _, method = chosen(model, config, options)
     size = adapter.image_size(model) if img_size is None else pixels(img_size)
     return plan_of(model, adapter, method, size)
+
+
+def num_tokens(
+    model: nn.Module, config: Config | None = None, *, img_size: int | tuple[int, int] | None = None, **options: Any
+) -> int:
+    """How many tokens of one image the model hands on.
+
+    For a LLaVA, the placeholders that the prompt needs; else the rows that leave the last block, prefix included.
+
+    Args:
+        model: a supported model.
+        config: settings; None means those that are applied, or none at all.
+        img_size: pixels, one side or (height, width); None means the model's own.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.num_tokens(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.9))
+        54
+    """
+    adapter = find_adapter(model)
+    size = adapter.image_size(model) if img_size is None else pixels(img_size)
+    if config is None and not config_tuple(model):
+        spec, (height, width) = adapter.spec(model), adapter.grid(model, size)
+        full = Plan((spec.num_prefix + height * width,) * (spec.depth + 1), spec.num_prefix)
+        return adapter.num_tokens(model, full)
+    method = chosen(model, config, options)[2]
+    return adapter.num_tokens(model, plan_of(model, adapter, method, size))
 
 
 def chosen(

@@ -10,6 +10,7 @@ from torch import nn
 
 from vtoken.core.errors import UnsupportedModelError, VTokenError
 from vtoken.core.method import Method
+from vtoken.core.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ class HostAdapter:
         """The model's own input height and width in pixels."""
         raise NotImplementedError
 
+    def channels(self, model: nn.Module) -> int:
+        """Channels of the model's images."""
+        return int(getattr(model, "in_chans", 3))
+
+    def num_tokens(self, model: nn.Module, plan: Plan) -> int:
+        """Tokens of one image that the model hands on, of those that `plan` counts in its tower."""
+        return plan.tokens[-1]
+
     def run_image(self, model: nn.Module, image: Any) -> Any:
         """Run the model's image part on [B, C, H, W]; for models whose forward wants more than an image."""
         return model(image)
@@ -84,6 +93,7 @@ class HostAdapter:
 _BUILTIN = {
     "timm": ("vtoken.hosts.timm_vit", "TimmAdapter"),
     "open_clip": ("vtoken.hosts.open_clip", "OpenClipAdapter"),
+    "transformers": ("vtoken.hosts.hf_vision", "HFAdapter"),
 }
 _registered: list[HostAdapter] = []
 
@@ -108,7 +118,7 @@ def find_adapter(model: nn.Module) -> HostAdapter:
     raise UnsupportedModelError(
         f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this "
         "class. Supported hosts: timm VisionTransformer (vit, deit, ...), Eva (EVA-02, DINOv3, ...), NaFlexVit; "
-        f"open_clip image towers.{inner_hint(model)} "
+        f"open_clip image towers; transformers ViT, DeiT, CLIP, SigLIP, DINOv2, LLaVA towers.{inner_hint(model)} "
         "`python -m vtoken models` lists names; vtoken.register_adapter adds your own. The model was left as it was."
     )
 

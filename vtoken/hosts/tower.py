@@ -19,7 +19,7 @@ from vtoken.ops.rows import take_rows
 class BoundBlocks:
     """Stands where a model's `blocks` stood, for one forward: the same blocks, each called with the state."""
 
-    def __init__(self, container: nn.Module, blocks: list[nn.Module], state: TokenState) -> None:
+    def __init__(self, container: nn.Module, blocks: list[Callable[..., Tensor]], state: TokenState) -> None:
         self._container = container
         self._blocks = blocks
         self._state = state
@@ -157,4 +157,5 @@ def spread(rows: Tensor, slot: Slot, num_prefix: int, grid: tuple[int, int]) -> 
             f"no dense map: {rows.shape[1]} patch tokens entered the blocks, the grid has {height} x {width} (patch "
             "dropout drops them while training); use output_fmt='NLC' or model.eval()"
         )
-    return rows.transpose(1, 2).reshape(rows.shape[0], rows.shape[2], height, width)
+    # Contiguous as the hosts hand it out: a caller may `view` it, and convolutions add in another order otherwise.
+    return rows.transpose(1, 2).reshape(rows.shape[0], rows.shape[2], height, width).contiguous()

@@ -1,0 +1,136 @@
+"""transformers' vision encoder layers with tokens taken out between (or after) their two residual branches."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtoken.core.errors import InputError
+from vtoken.core.state import TokenState
+from vtoken.hosts.tower import Tap, merged_block
+
+
+class LayerMixin:
+    """What the layers share; a subclass gives the two residual branches as `_vtoken_attn` and `_vtoken_mlp`."""
+
+    _vtoken_index: int
+    _vtoken_takes_mask = True
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        vtoken_state: TokenState | None = None,
+        **options: Any,
+    ) -> Any:
+        stock: Any = super().forward  # type: ignore[misc]
+        if vtoken_state is None:  # called outside a patched tower
+            return stock(hidden_states, *([attention_mask] if self._vtoken_takes_mask else []), **options)
+        run = functools.partial(self._vtoken_stock, stock)
+        return merged_block(self, vtoken_state, hidden_states, run, attn_mask=attention_mask, **options)
+
+    def _vtoken_stock(self: Any, stock: Any, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
+        return stock(x, self._vtoken_mask(x, attn_mask), **options)
+
+    def _vtoken_mask(self: Any, x: Tensor, attn_mask: Tensor | None) -> Tensor | None:
+        """Sizes [B, 1, 1, T] as the mask [B, 1, T, T] that transformers wants; the host's own masks as they are."""
+        if attn_mask is None or attn_mask.dim() != 4 or attn_mask.shape[2] == x.shape[1]:
+            return attn_mask
+        refuse_flash(attention_of(self).config)
+        return attn_mask.expand(-1, -1, x.shape[1], -1)
+
+    def _vtoken_attend(
+        self: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:  # fmt: skip
+        """Normed tokens [B, T, C] through the host's attention, its keys into the tap."""
+        attn = attention_of(self)
+        tapped = attn if tap is None else tap.on(attn, "k_proj")
+        out: Tensor = tapped(x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
+        if tap is not None and tap.keys is not None:
+            tap.keys = tap.keys.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        return out
+
+
+class ClipLayerMixin(LayerMixin):
+    """CLIP, SigLIP, SigLIP 2."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.layer_norm1(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.mlp(self.layer_norm2(x))
+
+
+class ViTLayerMixin(LayerMixin):
+    """ViT, DeiT."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, **attention: Any) -> Tensor:
+        return self.dropout(self._vtoken_attend(self.layernorm_before(x), tap, **attention))
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.dropout(self.mlp(self.layernorm_after(x)))
+
+
+class DinoLayerMixin(LayerMixin):
+    """DINOv2 with and without registers."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, **attention: Any) -> Tensor:
+        return self.drop_path(self.layer_scale1(self._vtoken_attend(self.norm1(x), tap, **attention)))
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
+
+
+class MasklessDinoLayerMixin(DinoLayerMixin):
+    """DINOv2 as in transformers 5.17 (nested attention): its layers take no mask, so sizes are added here."""
+
+    _vtoken_takes_mask = False
+
+    def _vtoken_stock(self: Any, stock: Any, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
+        if attn_mask is None:
+            return stock(x, **options)
+        x = x + self._vtoken_attn(x, None, attn_mask=attn_mask)
+        return x + self._vtoken_mlp(x)
+
+    def _vtoken_attend(
+        self: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:  # fmt: skip
+        attn = self.attention.attention
+        heads = (attn.num_attention_heads, attn.attention_head_size)
+        q, k, v = (part(x).unflatten(2, heads).transpose(1, 2) for part in (attn.query, attn.key, attn.value))
+        if tap is not None:
+            tap.keys = k
+        dropout = attn.dropout_prob if attn.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        return self.attention.output(out.transpose(1, 2).flatten(2), x)
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention module of a layer."""
+    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+
+
+def refuse_flash(config: Any) -> None:
+    """Raise InputError if the attention chosen in `config` takes no bias on its logits."""
+    name = str(getattr(config, "_attn_implementation", None))
+    if "flash" in name:
+        raise InputError(
+            f"token sizes enter attention as a bias on the logits, which {name!r} does not take; use "
+            "model.set_attn_implementation('sdpa') or settings with prop_attn=False"
+        )
+
+
+#: Mixin of every supported layer, by the module of transformers.models and the class name.
+LAYERS: dict[tuple[str, str], type] = {
+    ("clip", "CLIPEncoderLayer"): ClipLayerMixin,
+    ("siglip", "SiglipEncoderLayer"): ClipLayerMixin,
+    ("siglip2", "Siglip2EncoderLayer"): ClipLayerMixin,
+    ("vit", "ViTLayer"): ViTLayerMixin,
+    ("deit", "DeiTLayer"): ViTLayerMixin,
+    ("dinov2", "Dinov2Layer"): DinoLayerMixin,
+    ("dinov2_with_registers", "Dinov2WithRegistersLayer"): DinoLayerMixin,
+}

@@ -1,0 +1,313 @@
+"""The entry methods of patched transformers vision models: towers, backbones and heads that average tokens."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from vtoken.core.errors import InputError
+from vtoken.core.patch import base_of, view
+from vtoken.core.state import Slot, TokenState
+from vtoken.core.trace import current_trace
+from vtoken.hosts.tower import BoundBlocks
+from vtoken.ops import size_bias
+from vtoken.ops.rows import take_rows
+
+
+class TowerMixin:
+    """A model whose forward embeds an image and runs the layers."""
+
+    _vtoken: Any
+    #: Attributes that lead from the tower to its list of layers.
+    _vtoken_path: ClassVar[tuple[str, ...]]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
+        out = run_tower(self, args, kwargs)[0]
+        return out if return_dict else out.to_tuple()
+
+    def _vtoken_arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of one call by name."""
+        signature = inspect.signature(base_of(type(self)).forward)  # type: ignore[attr-defined]
+        bound = signature.bind(self, *args, **kwargs).arguments
+        rest = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        options = bound.pop(rest[0], {}) if rest else {}
+        del bound["self"]
+        return {**bound, **options}
+
+    def _vtoken_stand_in(self: Any, state: TokenState, masked: bool) -> Any:
+        """The tower with its layers bound to one forward's state."""
+        return _bind(self, self._vtoken_path, state, masked)
+
+    def _vtoken_grid(self: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:
+        """Patch rows and columns of the images of this call."""
+        pixels = arguments["pixel_values"]
+        return grid_of(self, (pixels.shape[-2], pixels.shape[-1]))
+
+
+class ClipTowerMixin(TowerMixin):
+    """CLIP: class token, no pooling beyond it."""
+
+    _vtoken_path = ("encoder", "layers")
+
+
+class ViTTowerMixin(TowerMixin):
+    """ViT, DeiT."""
+
+    _vtoken_path = ("layers",)
+
+
+class DinoTowerMixin(TowerMixin):
+    """DINOv2 with and without registers."""
+
+    _vtoken_path = ("encoder", "layer")
+
+
+class SiglipTowerMixin(TowerMixin):
+    """SigLIP: no prefix, an attention pool that is told the sizes."""
+
+    _vtoken_path = ("encoder", "layers")
+
+    def _vtoken_stand_in(self: Any, state: TokenState, masked: bool) -> Any:
+        stand_in = _bind(self, self._vtoken_path, state, masked)
+        if self.use_head:
+            stand_in.__dict__["head"] = functools.partial(_sized_head, self.head, state)
+        return stand_in
+
+
+class Siglip2TowerMixin(SiglipTowerMixin):
+    """SigLIP 2: images come as rows of patches, with a padding mask."""
+
+    def _vtoken_arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = TowerMixin._vtoken_arguments(self, args, kwargs)
+        mask = given.setdefault("pixel_attention_mask", None)
+        if mask is None:
+            return given
+        if not torch.compiler.is_compiling() and bool(mask.all()):
+            return given | {"pixel_attention_mask": None}  # nothing is padded
+        if will_remove(self, given["pixel_values"].shape[1]):
+            raise InputError(
+                "pixel_attention_mask marks padding (or may: a compiled graph cannot look), and padded rows cannot be "
+                "told from image tokens when they merge; batch images of one size with max_num_patches set to their "
+                "patch count, and pass pixel_attention_mask=None"
+            )
+        return given
+
+    def _vtoken_grid(self: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:
+        shapes = arguments["spatial_shapes"]
+        first = shapes[0].tolist()
+        return (first[0], first[1]) if bool((shapes == shapes[0]).all()) else None
+
+
+class DinoBackboneMixin(DinoTowerMixin):
+    """A backbone: it reshapes hidden states to maps, so it gets them spread over all patches."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state, given = begin(self, dense=True), self._vtoken_arguments(args, kwargs)
+        maybe_install_capturing_hooks(self.encoder)
+        encoder = _bind(self.encoder, ("layer",), state, _masked(given))
+        stand_in = view(self, encoder=functools.partial(_dense_encoder, encoder, state))
+        out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
+        _refuse_attentions(_asked(self, given, "output_attentions"), state)
+        record(self, state, given)
+        return out
+
+
+class MeanHeadMixin:
+    """An image classifier that averages the tower's tokens: each must count as the patches it stands for."""
+
+    #: The attribute that holds the tower.
+    _vtoken_tower: ClassVar[str]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tower = getattr(self, self._vtoken_tower)
+        stock = base_of(type(self)).forward  # type: ignore[attr-defined]
+        if "_vtoken" not in tower.__dict__:  # removed from the tower alone
+            return stock(self, *args, **kwargs)
+        # Through the tower's own call, so that hooks which the user put on it run.
+        weighed = view(tower, forward=functools.partial(_weighed_tower, tower))
+        return stock(view(self, **{self._vtoken_tower: weighed}), *args, **kwargs)
+
+
+class VisionModelHeadMixin(MeanHeadMixin):
+    """CLIPForImageClassification, SiglipForImageClassification."""
+
+    _vtoken_tower = "vision_model"
+
+
+class Siglip2HeadMixin(VisionModelHeadMixin):
+    """Siglip2ForImageClassification: averages by the padding mask, which merged rows no longer fit."""
+
+    def forward(
+        self: Any,
+        pixel_values: Tensor,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        tower = self.vision_model
+        if "_vtoken" in tower.__dict__ and will_remove(tower, pixel_values.shape[1]):
+            # The tower still refuses padding; the head then takes the plain mean of the weighed rows.
+            kwargs["vtoken_mask"], pixel_attention_mask = pixel_attention_mask, None
+        return MeanHeadMixin.forward(self, pixel_values, pixel_attention_mask, spatial_shapes, *args, **kwargs)
+
+
+class Dinov2HeadMixin(MeanHeadMixin):
+    """Dinov2ForImageClassification."""
+
+    _vtoken_tower = "dinov2"
+
+
+class Dinov2RegistersHeadMixin(MeanHeadMixin):
+    """Dinov2WithRegistersForImageClassification."""
+
+    _vtoken_tower = "dinov2_with_registers"
+
+
+def run_tower(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Slot]:
+    """The host's forward with a state of its own.
+
+    Returns:
+        Its output, rows in raster order, and what is known of the rows of `last_hidden_state`.
+    """
+    state, given = begin(tower), tower._vtoken_arguments(args, kwargs)
+    attentions = _asked(tower, given, "output_attentions")
+    if attentions or _asked(tower, given, "output_hidden_states"):
+        # On the modules themselves: the host would install them anew on every stand-in.
+        maybe_install_capturing_hooks(tower)
+        if hasattr(tower, "encoder") and hasattr(tower.encoder, "config"):
+            maybe_install_capturing_hooks(tower.encoder)
+    stand_in = tower._vtoken_stand_in(state, _masked(given))
+    out = base_of(type(tower)).forward(stand_in, **{**given, "return_dict": True})  # type: ignore[attr-defined]
+    _refuse_attentions(attentions, state)
+    record(tower, state, given)
+    slot = state.last
+    if _method(tower).order == "raster":
+        out.last_hidden_state, slot = slot.in_raster_order(out.last_hidden_state)
+        if out.hidden_states is not None:
+            out.hidden_states = tuple(
+                rows if rows is None else state.slots[layer].in_raster_order(rows)[0]
+                for layer, rows in enumerate(out.hidden_states)
+            )
+    return out, slot
+
+
+def begin(tower: Any, *, dense: bool = False) -> TokenState:
+    """The state of one forward."""
+    method, traced = _method(tower), current_trace(tower) is not None
+    anchor = traced or (not dense and method.order == "raster")
+    return TokenState(method, num_prefix(tower), track_anchor=anchor, track_dest=traced or dense)
+
+
+def record(tower: Any, state: TokenState, arguments: dict[str, Any]) -> None:
+    """Tell the trace, if the caller asked for one."""
+    trace = current_trace(tower)
+    if trace is not None:
+        trace.record(state, tower._vtoken_grid(arguments))
+
+
+def num_prefix(tower: Any) -> int:
+    """Class, distillation and register tokens of a tower."""
+    kind = str(tower.config.model_type)
+    if kind.startswith("siglip"):
+        return 0
+    if kind == "deit":
+        return 2
+    return 1 + int(getattr(tower.config, "num_register_tokens", 0))
+
+
+def grid_of(tower: Any, img_size: tuple[int, int]) -> tuple[int, int]:
+    """Patch rows and columns of an image of `img_size` (height, width) pixels."""
+    patch = pair(tower.config.patch_size)
+    return img_size[0] // patch[0], img_size[1] // patch[1]
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """One side or (height, width) as a pair."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)
+
+
+def _method(tower: Any) -> Any:
+    return tower._vtoken.methods["on_block"]
+
+
+def will_remove(tower: Any, patches: int) -> bool:
+    method, layers = _method(tower), functools.reduce(getattr, tower._vtoken_path, tower)
+    return any(method.num_removed(layer, patches) for layer in range(len(layers)))
+
+
+def _asked(model: Any, arguments: dict[str, Any], name: str) -> bool:
+    return bool(arguments.get(name, getattr(model.config, name, False)))
+
+
+def _refuse_attentions(asked: bool, state: TokenState) -> None:
+    if asked and state.last is not state.first:
+        raise InputError(
+            "output_attentions=True cannot be served while tokens are removed: attention maps of different layers then "
+            "have different sizes and rows; use vtoken.trace for what merged, or vtoken.remove(model)"
+        )
+
+
+def _masked(arguments: dict[str, Any]) -> bool:
+    """Whether the caller gave a mask; export makes the host build one, of ones, even where there is none."""
+    return any(arguments.get(name) is not None for name in ("attention_mask", "pixel_attention_mask"))
+
+
+def _bind(module: Any, path: tuple[str, ...], state: TokenState, masked: bool) -> Any:
+    """The module with the layers at the end of `path` bound to one forward's state."""
+    name, *rest = path
+    child = getattr(module, name)
+    if rest:
+        return view(module, **{name: _bind(child, tuple(rest), state, masked)})
+    layers = list(child) if masked else [functools.partial(_unmasked, layer) for layer in child]
+    return view(module, **{name: BoundBlocks(child, layers, state)})
+
+
+def _unmasked(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """One layer of a forward whose caller gave no mask."""
+    rows: Tensor = layer(hidden_states, None, **options)
+    return rows
+
+
+def _sized_head(head: Any, state: TokenState, x: Tensor, *args: Any) -> Tensor:
+    """SigLIP's attention pool over merged tokens."""
+    size = state.last.size
+    if size is None:
+        return head(x, *args)
+    # A float key_padding_mask [B, T] is added to the logits of the keys.
+    bias = size_bias(size, x.dtype)[:, 0, 0]
+    return view(head, attention=functools.partial(head.attention, key_padding_mask=bias))(x, *args)
+
+
+def _weighed_tower(tower: Any, *args: Any, vtoken_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """The tower's output with rows scaled so that their plain mean is the mean over all patches."""
+    if vtoken_mask is not None:
+        kwargs["pixel_attention_mask"] = vtoken_mask  # taken away from the head, which would average by it
+    out, slot = run_tower(tower, args, kwargs)
+    if slot.size is not None:
+        rows, first = out.last_hidden_state, num_prefix(tower)
+        share = slot.size[:, first:]
+        scale = share * (share.shape[1] / share.sum(1, keepdim=True))
+        patches = (rows[:, first:] * scale.unsqueeze(-1)).to(rows.dtype)
+        out.last_hidden_state = torch.cat([rows[:, :first], patches], dim=1)
+    return out
+
+
+def _dense_encoder(encoder: Any, state: TokenState, *args: Any, **kwargs: Any) -> Any:
+    """The encoder's output with every hidden state spread over all patches."""
+    out = encoder(*args, **kwargs)
+    out.hidden_states = tuple(
+        None if rows is None else _spread(rows, state.slots[layer]) for layer, rows in enumerate(out.hidden_states)
+    )
+    return out
+
+
+def _spread(rows: Tensor, slot: Slot) -> Tensor:
+    return rows if slot.dest is None else take_rows(rows, slot.dest)
