@@ -16,9 +16,9 @@ ALLOWED = {
     "hosts": {"core", "ops"},
     "nn": {"core", "ops", "methods"},
     "accounting": {"core", "ops", "methods"},
-    "viz": {"core", "ops", "accounting"},
+    "visualize": {"core", "ops", "accounting"},
     "demo": {"core"},
-    "cli": {"core", "ops", "methods", "hosts", "accounting", "viz", "demo", "nn"},
+    "cli": {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn"},
 }
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from vtoken import nn, ops
 from vtoken.accounting.report import Report, report
-from vtoken.core.apply import applied, apply, config_of, configure, is_applied, plan, remove
+from vtoken.core.apply import applied, apply, config_of, configure, is_applied, num_tokens, plan, remove
 from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
 from vtoken.core.errors import (
     AlreadyAppliedError,
@@ -23,7 +23,8 @@ from vtoken.methods.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.pitome import PiToMe
 
 if TYPE_CHECKING:
-    from vtoken import viz
+    from vtoken import visualize
+    from vtoken import visualize as viz
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ __all__ = [
     "is_applied",
     "methods",
     "nn",
+    "num_tokens",
     "ops",
     "plan",
     "register_adapter",
@@ -63,12 +65,13 @@ __all__ = [
     "trace",
     "tracing",
     "unmerge",
+    "visualize",
     "viz",
 ]
 
 
 def __getattr__(name: str) -> object:
     # Drawing needs optional packages, so it is imported when first used.
-    if name == "viz":
-        return importlib.import_module("vtoken.viz")
+    if name in ("visualize", "viz"):  # one package, two names
+        return importlib.import_module("vtoken.visualize")
     raise AttributeError(f"module 'vtoken' has no attribute {name!r}")

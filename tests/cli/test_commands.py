@@ -27,7 +27,7 @@ def test_every_readme_command_parses() -> None:
 
 
 def test_readme_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    [snippet] = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    snippet = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)[0]
     names: dict[str, object] = {}
     exec(compile(snippet, "README.md", "exec"), names)
     assert names["logits"].shape == (1, 1000)

@@ -9,7 +9,23 @@ import torch
 from torch import Tensor
 
 import vtoken
-from tests.contract.table import PITOME, MethodRow, dense, every_case, every_host, features, full_table, run, traced
+from tests.contract.table import (
+    PITOME,
+    MethodRow,
+    attention,
+    blocks,
+    dense,
+    every_case,
+    every_host,
+    features,
+    final_norm,
+    full_table,
+    layer_maps,
+    layer_rows,
+    library_of,
+    run,
+    traced,
+)
 from tests.contract.table import host as host_row
 from tests.helpers import Host, assert_all_close, assert_close, assert_same
 
@@ -17,8 +33,12 @@ from tests.helpers import Host, assert_all_close, assert_close, assert_same
 def still_(model: Any) -> Any:
     """Both branches of every block add nothing: tokens change by merging alone."""
     with torch.no_grad():
-        for block in model.blocks:
-            parts = [block.attn.proj, getattr(block.mlp, "fc2", None) or block.mlp.w2]
+        for block in blocks(model):
+            attn, mlp = attention(block), block.mlp
+            parts = [
+                next(getattr(attn, name) for name in ("proj", "out_proj", "o_proj") if hasattr(attn, name)),
+                next(getattr(mlp, name) for name in ("fc2", "w2", "c_proj") if getattr(mlp, name, None) is not None),
+            ]
             if "Post" in type(block).__name__:
                 parts = [block.norm1, block.norm2]
             for part in parts:
@@ -30,7 +50,7 @@ def still_(model: Any) -> Any:
 def embedded(model: Any, x: Tensor) -> Tensor:
     """What enters block 0, [B, T0, C]."""
     seen: list[Tensor] = []
-    handle = model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    handle = blocks(model)[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     run(model, x)
     handle.remove()
     return seen[0]
@@ -56,17 +76,39 @@ def test_without_mixing_every_token_is_the_mean_of_its_patches(host: Host, metho
         expected = group_means(rows, trace.dest)
     else:  # what is left after pruning is what was there
         expected = torch.stack([r[a] for r, a in zip(rows, trace.anchor, strict=True)])
-    assert_close("features", model.norm(expected), out, 1e-10)
-    maps, layers = traced(model, x, "forward_intermediates", intermediates_only=True)
+    norm, makes_rows = final_norm(model), out.shape[1] == trace.tokens[-1]  # a backbone makes dense maps only
+    if makes_rows:
+        assert_close("features", norm(expected), out, 1e-10)
+    if not method.keeps_mass:
+        return
+    maps, layers = layer_maps(model, x)
+    assert len(maps) in (0, 3)
     for layer, found in enumerate(maps):
         dest = layers.layer_dest[layer]
-        if not method.keeps_mass:
-            continue
-        wanted = dense(group_means(rows, dest), dest)[:, trace.num_prefix :]
+        wanted = dense(group_means(rows, dest), dest)
+        wanted = (wanted if makes_rows else norm(wanted))[:, trace.num_prefix :]
         assert_close(f"map of block {layer}", wanted, found.flatten(2).transpose(1, 2), 1e-10)
+    after, layers = layer_rows(model, x)
+    assert len(after) == 3
+    for layer, found in enumerate(after):
+        dest = layers.layer_dest[layer]
+        wanted = group_means(rows, dest)
+        assert_close(f"rows of block {layer}", wanted if makes_rows else dense(wanted, dest), found, 1e-10)
 
 
-@every_case()
+@every_host("open_clip")
+def test_open_clips_maps_are_its_rows_spread_over_the_grid(host: Host, method: MethodRow) -> None:
+    model, x = host.model(), host.images()
+    vtoken.apply(model, method.reduces)
+    (maps, trace), (rows, _) = layer_maps(model, x), layer_rows(model, x)
+    assert len(maps) == len(rows) == 3
+    for layer, (row, found) in enumerate(zip(rows, maps, strict=True)):
+        assert row.shape[1] == trace.tokens[layer + 1]
+        wanted = dense(row, trace.layer_dest[layer])[:, trace.num_prefix :]
+        assert_same(f"map of block {layer}", wanted, found.flatten(2).transpose(1, 2))
+
+
+@every_case("timm")
 def test_maps_are_the_rows_spread_over_the_grid(host: Host, method: MethodRow) -> None:
     model, x = host.model(), host.images()
     vtoken.apply(model, method.reduces)
@@ -77,6 +119,7 @@ def test_maps_are_the_rows_spread_over_the_grid(host: Host, method: MethodRow) -
     assert_same("final features", last, again)
     assert_same("final features and forward_features", last, traced(model, x, "forward_features")[0])
     for layer, (row, found) in enumerate(zip(rows, maps, strict=True)):
+        assert found.is_contiguous(), "as the host's own maps, which callers may view"
         assert row.shape[1] == trace.tokens[layer + 1] - trace.num_prefix
         dest = trace.layer_dest[layer][:, trace.num_prefix :] - trace.num_prefix
         wanted = dense(row, dest).transpose(1, 2).reshape(x.shape[0], -1, height, width)
@@ -89,7 +132,7 @@ def test_maps_are_the_rows_spread_over_the_grid(host: Host, method: MethodRow) -
         assert_close(f"normed map {i}", dense(normed[i], dest), stopped[i].flatten(2).transpose(1, 2), 1e-5)
 
 
-@every_host()
+@every_host("timm")
 def test_intermediates_with_prefix_tokens(host: Host, method: MethodRow) -> None:
     model, x = host.model(), host.images()
     if not model.num_prefix_tokens:
@@ -126,13 +169,13 @@ def _heads_agree(host: Host, method: MethodRow, config: vtoken.MethodConfig) -> 
     assert_close("pooled unmerged features", before, pre, 1e-10)
 
 
-@full_table()
+@full_table("timm")
 def test_pooling_and_head_are_those_of_the_unmerged_features(host: Host, method: MethodRow) -> None:
     """A token of s patches must count as s equal rows in every pooling: mean, maximum, attention pools."""
     _heads_agree(host, method, method.reduces)
 
 
-@every_case()
+@every_case("timm")
 def test_head_after_features_when_nothing_is_removed(host: Host, method: MethodRow) -> None:
     model, x = host.model(), host.images()
     with torch.no_grad():
@@ -173,8 +216,16 @@ def test_order_internal_is_a_permutation_of_raster(host: Host, method: MethodRow
     model, x = host.model(), host.images()
     vtoken.apply(model, method.reduces)
     raster, trace = features(model, x)
+    before = run(model, x)
     vtoken.configure(model, order="internal")
     internal, _ = features(model, x)
+    if library_of(model) == "timm":
+        assert_close("logits", *_pooled(model, x), 1e-5)
+    else:
+        assert_close("output", before, run(model, x), 1e-5)
+    if raster.shape[1] != trace.tokens[-1]:
+        assert_close("dense maps have no order", raster, internal, 1e-6)
+        return
     assert trace.anchor is not None
     for b in range(x.shape[0]):
         distance = torch.cdist(raster[b], internal[b])
@@ -182,7 +233,8 @@ def test_order_internal_is_a_permutation_of_raster(host: Host, method: MethodRow
         assert sorted(match.tolist()) == list(range(raster.shape[1]))
         assert_close("rows", raster[b], internal[b][match], 1e-6)
     assert torch.equal(raster[:, : trace.num_prefix], internal[:, : trace.num_prefix])
-    assert_close("logits", *_pooled(model, x), 1e-5)
+    if method is PITOME:
+        assert not torch.equal(raster, internal)
 
 
 def _pooled(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,9 @@ import vtoken
 MODULES = [m.name for m in pkgutil.walk_packages(vtoken.__path__, "vtoken.") if m.name != "vtoken.__main__"]
 
 
-@pytest.mark.parametrize("name", ["vtoken.core.apply", "vtoken.accounting.report", "vtoken.nn.merging"])
+@pytest.mark.parametrize(
+    "name", ["vtoken.core.apply", "vtoken.accounting.report", "vtoken.nn.merging", "vtoken.visualize.kept"]
+)
 def test_examples(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name), verbose=False)
     assert result.attempted > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.helpers import assert_close
 
 transformers = pytest.importorskip("transformers")
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 PITOME = vtoken.PiToMe(ratio=0.8)
 SMALL: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 32,
@@ -345,20 +347,19 @@ def _anchors(vision: Any, x: Tensor, index: int) -> Tensor:
     return anchor
 
 
-def test_llava_processor_is_told_the_count() -> None:
-    """The recipe of the README: the processor's own knob for extra tokens takes the difference."""
+def test_llava_recipe_of_the_readme() -> None:
+    """The processor's own setting for extra tokens takes the difference."""
     model = llava(vision_feature_layer=-2, vision_feature_select_strategy="default")
-    full = vtoken.num_tokens(model)
-    vtoken.apply(model, PITOME)
     processor = transformers.LlavaProcessor.__new__(transformers.LlavaProcessor)
     processor.patch_size, processor.image_token = 4, "<image>"
-    processor.vision_feature_select_strategy = "default"
-    processor.num_additional_image_tokens = 1
-    count = processor.replace_image_token({"pixel_values": images().numpy()}, 0).count("<image>")
-    assert count == full
-    processor.num_additional_image_tokens += vtoken.num_tokens(model) - full
-    count = processor.replace_image_token({"pixel_values": images().numpy()}, 0).count("<image>")
-    assert count == vtoken.num_tokens(model) == 42
+    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "default", 1
+    pixels = {"pixel_values": images().numpy()}
+    assert processor.replace_image_token(pixels, 0).count("<image>") == vtoken.num_tokens(model) == 64
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    [snippet] = [text for text in snippets if "num_additional_image_tokens" in text]
+    exec(compile(snippet, "README.md", "exec"), {"model": model, "processor": processor, "vtoken": vtoken})
+    assert vtoken.is_applied(model)
+    assert processor.replace_image_token(pixels, 0).count("<image>") == vtoken.num_tokens(model) < 64
 
 
 def test_llava_15_counts_of_the_specification() -> None:

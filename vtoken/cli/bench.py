@@ -11,30 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.accounting import compare
-from vtoken.cli.settings import key_values
-from vtoken.core.config import MethodConfig, make_config
+from vtoken.cli import weights
+from vtoken.cli.settings import add_sweep, sweep
+from vtoken.core.config import MethodConfig
 from vtoken.core.errors import ConfigError
-from vtoken.core.host import find_adapter
-from vtoken.hosts.names import check_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--model", required=True, help="timm architecture, e.g. vit_base_patch16_224")
-    parser.add_argument("--method", nargs="+", default=["pitome"], help="see `python -m vtoken methods`")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--ratio", type=float, nargs="+", help="share of tokens kept per layer (default 0.925)")
-    amount.add_argument("--r", type=int, nargs="+", help="instead: tokens removed per layer")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="another setting of the methods")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--pretrained", action="store_true", help="timm's pretrained weights (needs a hub)")
-    weights.add_argument("--checkpoint", type=Path, help="weights from a .safetensors or .pth file")
+    add_sweep(parser, ["pitome"], [0.925])
+    weights.add_arguments(parser)
     parser.add_argument("--data", type=Path, help="an ImageFolder (one folder per class) instead of random images")
     parser.add_argument(
         "--limit", type=int, default=256, help="images of --data that are used, spread over the classes"
     )
-    parser.add_argument("--img-size", type=int, help="side of the input in pixels")
-    parser.add_argument("--num-classes", type=int, help="classes of the head, if not the model's own")
     parser.add_argument("--batch", type=int, default=8, help="timed batch")
     parser.add_argument("--rounds", type=int, default=9, help="timing samples per setting")
     parser.add_argument(
@@ -48,21 +39,22 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write JSON, CSV and the Pareto plot."""
     from tqdm import tqdm
 
-    from vtoken.viz import plot_pareto
+    from vtoken.visualize import plot_pareto
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    configs = _configs(args)
-    model = _model(args)
+    configs = sweep(args)
+    model = weights.build_model(args).to(args.device)
     images, labels = _images(args, model)
     quality = _Agreement(model, images, labels, args.batch)
     with tqdm(total=(1 + 2 * len(configs)) * (args.rounds + 1), desc="measuring", unit="run") as bar:
         rows = compare.compare(
             model, configs, images[: args.batch], rounds=args.rounds, quality=quality, tick=bar.update
         )  # fmt: skip
-    source = "pretrained" if args.pretrained else str(args.checkpoint or "random weights (agreement says little)")
+    source = weights.describe_weights(args)
+    note = " (agreement says little)" if source == "random weights" else ""
     inputs = f"{len(images)} images of {args.data}" if args.data else "random images"
-    print(f"\n{args.model}, {source}, {inputs}, batch {args.batch}, {args.threads} thread(s), {args.device}")
+    print(f"\n{args.model}, {source}{note}, {inputs}, batch {args.batch}, {args.threads} thread(s), {args.device}")
     print(compare.table(rows))
     about = {"command": "bench", "arguments": vars(args), "environment": compare.environment(images.device)}
     written = compare.write(rows, args.out, args.model, about)
@@ -70,49 +62,6 @@ def run(args: argparse.Namespace) -> int:
     written.append(plot_pareto(rows, args.out / f"{args.model}.png", quality="feature cosine", title=title))
     print("wrote " + ", ".join(str(path) for path in written))
     return 0
-
-
-def _configs(args: argparse.Namespace) -> list[MethodConfig]:
-    settings = key_values(args.set)
-    amounts: list[dict[str, Any]] = (
-        [{"r": r} for r in args.r] if args.r else [{"ratio": r} for r in args.ratio or [0.925]]
-    )
-    if settings.keys() & {"ratio", "r"}:
-        raise ConfigError("--set cannot change ratio or r; use --ratio or --r")
-    found: list[MethodConfig] = []
-    for method in args.method:
-        for amount in [{}] if method == "stride" else amounts:
-            found.append(make_config(method, amount | settings))
-    return found
-
-
-def _model(args: argparse.Namespace) -> nn.Module:
-    import timm
-
-    check_name(args.model)
-    options = {"img_size": args.img_size, "num_classes": args.num_classes}
-    given = {name: value for name, value in options.items() if value is not None}
-    model: nn.Module = timm.create_model(args.model, pretrained=args.pretrained, **given)
-    find_adapter(model).spec(model)  # refuse before anything is measured
-    if args.checkpoint:
-        model.load_state_dict(load_weights(args.checkpoint))
-    return model.to(args.device).eval().requires_grad_(False)
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from a torch file read with weights_only=True; opens "state_dict"."""
-    if not path.is_file():
-        raise ConfigError(f"--checkpoint {path}: no such file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    return {name.removeprefix("module."): value for name, value in loaded.items()}
 
 
 def _images(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor | None]:

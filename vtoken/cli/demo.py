@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write JSON, CSV, the Pareto plot and a picture of merged groups."""
     from tqdm import tqdm
 
-    from vtoken.viz import plot_pareto
+    from vtoken.visualize import plot_pareto
 
     if args.small:
         args.ratios, args.photos, args.batch, args.rounds = [0.9], 3, 2, 2
@@ -115,27 +115,18 @@ def _draw(
     model: SaliencyViT, images: Tensor, photographs: Tensor, names: list[str], args: argparse.Namespace
 ) -> Path:  # fmt: skip
     """One photograph beside its groups under PiToMe and ToMe at the strongest ratio."""
-    from PIL import Image, ImageDraw
-
-    from vtoken.viz import draw_groups
+    from vtoken.visualize import draw_groups, draw_image, side_by_side
 
     index = names.index("chelsea") if "chelsea" in names else 0
     ratio = min(args.ratios)
-    panels = []
-    for config in (_pitome(1.0), _pitome(ratio), _tome(ratio)):
+    panels = [draw_image(photographs[index], scale=2)]
+    for config in (_pitome(ratio), _tome(ratio)):
         with applied(model.backbone, config), torch.inference_mode():
             _, record = trace(model.backbone, images[index : index + 1])
         panels.append(draw_groups(photographs[index], record, scale=2))
-    original = (photographs[index].permute(1, 2, 0) * 255).to(torch.uint8).numpy()
-    panels[0] = Image.fromarray(original).resize(panels[0].size)
-    sheet = Image.new("RGB", (sum(p.width for p in panels) + 20, panels[0].height + 20), "white")
     titles = (names[index], f"PiToMe, ratio {ratio:g}", f"ToMe, ratio {ratio:g}")
-    for number, (panel, title) in enumerate(zip(panels, titles, strict=True)):
-        left = number * (panel.width + 10)
-        ImageDraw.Draw(sheet).text((left + 4, 4), title, fill="black")
-        sheet.paste(panel, (left, 20))
     path: Path = args.out / "groups.png"
-    sheet.save(path)
+    side_by_side(panels, titles).save(path)
     return path
 
 

@@ -1,11 +1,13 @@
-"""Settings given on the command line as KEY=VALUE."""
+"""Methods, amounts and other settings given on the command line."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import ConfigError
 
 
@@ -25,3 +27,32 @@ def key_values(items: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             settings[key] = value
     return settings
+
+
+def add_sweep(parser: argparse.ArgumentParser, methods: Sequence[str], ratios: Sequence[float]) -> None:
+    """The options that choose methods and amounts, with their defaults; `sweep` reads them."""
+    parser.add_argument("--method", nargs="+", default=list(methods), help="see `python -m vtoken methods`")
+    amount = parser.add_mutually_exclusive_group()
+    shown = " ".join(f"{ratio:g}" for ratio in ratios)
+    amount.add_argument(
+        "--ratio", type=float, nargs="+", default=list(ratios), help=f"share of tokens kept per layer (default {shown})"
+    )
+    amount.add_argument("--r", type=int, nargs="+", help="instead: tokens removed per layer")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="another setting of the methods")
+
+
+def sweep(args: argparse.Namespace) -> list[MethodConfig]:
+    """Every chosen method with every chosen amount.
+
+    Raises:
+        ConfigError: for unknown methods or settings.
+    """
+    settings = key_values(args.set)
+    if settings.keys() & {"ratio", "r"}:
+        raise ConfigError("--set cannot change ratio or r; use --ratio or --r")
+    amounts: list[dict[str, Any]] = [{"r": r} for r in args.r] if args.r else [{"ratio": r} for r in args.ratio]
+    found: list[MethodConfig] = []
+    for method in args.method:
+        for amount in [{}] if method == "stride" else amounts:
+            found.append(make_config(method, amount | settings))
+    return found

@@ -168,7 +168,7 @@ def num_tokens(
     Example:
         >>> import timm, vtoken
         >>> vtoken.num_tokens(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.9))
-        54
+        55
     """
     adapter = find_adapter(model)
     size = adapter.image_size(model) if img_size is None else pixels(img_size)

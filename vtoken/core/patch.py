@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import types
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,7 +31,8 @@ def derive(base: type, mixin: type) -> type:
                 "_vtoken_base": base,
                 "__reduce_ex__": _reduce,
             }
-            entries = {name: value for name, value in vars(mixin).items() if hasattr(base, name)}
+            inherited = [vars(cls).items() for cls in reversed(mixin.__mro__[:-1])]
+            entries = {name: value for items in inherited for name, value in items if hasattr(base, name)}
             body |= {name: _signed(value, base) for name, value in entries.items() if _takes_anything(value)}
             _derived[base, mixin] = type(base.__name__, (mixin, base), body)
         return _derived[base, mixin]
@@ -90,10 +93,50 @@ def view(module: nn.Module, **parts: Any) -> Any:
     Parameters, buffers, hooks and settings are the module's own. It lets the host's code run for one call with some
     attributes replaced, without writing to the model. Attributes that the host's code writes to it are lost.
     """
-    stand_in: Any = object.__new__(base_of(type(module)))
+    return view_as(base_of(type(module)), module, **parts)
+
+
+def view_as(cls: type, module: nn.Module, **parts: Any) -> Any:
+    """A view of another class, one whose `forward` serves in place of the module's."""
+    stand_in: Any = object.__new__(cls)
     stand_in.__dict__.update(module.__dict__)
+    if "_old_forward" in module.__dict__:
+        _follow_hooks(stand_in, module)
     stand_in.__dict__.update(parts)
     return stand_in
+
+
+def _follow_hooks(stand_in: Any, module: Any) -> None:
+    # accelerate's offloading hooks put a partial over the module into its `forward` and keep the method that they
+    # found in `_old_forward`: both would run the module instead. Weak, because a view must not hold itself.
+    weak, old, hooked = weakref.proxy(stand_in), module._old_forward, module.forward
+    if _is_own(old, module, type(module)):
+        stand_in._old_forward = types.MethodType(type(stand_in).forward, weak)
+    if isinstance(hooked, functools.partial) and hooked.args == (module,):
+        stand_in.forward = functools.partial(hooked.func, weak)
+
+
+def _is_own(method: Any, module: nn.Module, cls: type) -> bool:
+    """Whether `method` is the `forward` that `module` has by its class `cls`."""
+    bound = isinstance(method, types.MethodType) and method.__self__ is module
+    return bound and method.__func__ is cls.forward  # type: ignore[attr-defined]
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    """Change the class of a module, and with it the bound `forward`s that accelerate keeps on the instance."""
+    was = type(module)
+    module.__class__ = cls
+    for name in ("forward", "_old_forward"):
+        if _is_own(module.__dict__.get(name), module, was):
+            module.__dict__[name] = types.MethodType(cls.forward, module)  # type: ignore[attr-defined]
+
+
+def wraps_patched_forward(module: nn.Module) -> bool:
+    """Whether somebody put a function around the patched `forward` on the instance, which would outlive the patch."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, functools.partial) or _is_own(forward, module, type(module)):
+        return False  # both follow the class
+    return inspect.unwrap(forward) is type(module).forward if callable(forward) else False
 
 
 def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
@@ -102,7 +145,7 @@ def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
     try:
         for module, mixin, attributes in targets:
             done.append(module)
-            module.__class__ = derive(type(module), mixin)
+            _become(module, derive(type(module), mixin))
             module.__dict__.update(attributes)
     except BaseException:
         for module in done:
@@ -112,7 +155,7 @@ def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
 
 def unpatch(module: nn.Module) -> None:
     """Give one module its own class back and drop what `patch` added to it."""
-    module.__class__ = base_of(type(module))
+    _become(module, base_of(type(module)))
     for name in [n for n in module.__dict__ if n.startswith("_vtoken")]:
         del module.__dict__[name]
 

@@ -15,6 +15,8 @@ from vtoken.core.errors import ShapeError, VTokenError
 from vtoken.core.state import Slot, TokenState
 from vtoken.ops.rows import take_rows
 
+_EMPTY = "the trace holds no forward; get one from vtoken.trace(model, images) or vtoken.tracing(model)"
+
 
 @dataclass(eq=False)
 class Trace:
@@ -28,6 +30,7 @@ class Trace:
         layer_dest: the same after every block.
         size: patches per output token, [B, T'] float32.
         anchor: embedded row whose place each output row keeps, [B, T'] int64.
+        layer_anchor: the same after every block.
         grid: patch rows and columns of the images, if the host told.
     """
 
@@ -38,6 +41,7 @@ class Trace:
     layer_dest: list[Tensor] = field(default_factory=list)
     size: Tensor | None = None
     anchor: Tensor | None = None
+    layer_anchor: list[Tensor] = field(default_factory=list)
     grid: tuple[int, int] | None = None
 
     def record(self, state: TokenState, grid: tuple[int, int] | None) -> None:
@@ -51,11 +55,23 @@ class Trace:
         self.num_prefix = state.num_prefix
         self.grid = grid
         self.layer_dest = [rows if s.dest is None else s.dest for s in slots[1:]]
+        self.layer_anchor = [rows if s.anchor is None else s.anchor for s in slots[1:]]
         self.tokens = [num_tokens if s.anchor is None else s.anchor.shape[1] for s in slots]
         last = slots[-1]
         self.dest = rows if last.dest is None else last.dest
         self.anchor = rows if last.anchor is None else last.anchor
         self.size = torch.ones(self.anchor.shape, device=device) if last.size is None else last.size
+
+    def kept(self, index: int = 0, layer: int | None = None) -> Tensor:
+        """Patches of image `index` whose own token is left, [K] int64, ascending, counted in raster order from 0.
+
+        After block `layer`, None: the last one. A merging method's other patches live on in these; a pruning method's
+        are gone.
+        """
+        anchor = self.anchor if layer is None else self.layer_anchor[layer]
+        if anchor is None:
+            raise ShapeError(_EMPTY)
+        return anchor[index, self.num_prefix :] - self.num_prefix
 
 
 def _in_raster_order(slot: Slot) -> Slot:
@@ -77,9 +93,7 @@ def unmerge(features: Tensor, trace: Trace, *, layer: int | None = None) -> Tens
         ShapeError: if the features do not belong to that forward.
     """
     if trace.dest is None:
-        raise ShapeError(
-            "the trace holds no forward; get one from vtoken.trace(model, images) or vtoken.tracing(model)"
-        )
+        raise ShapeError(_EMPTY)
     dest = trace.dest if layer is None else trace.layer_dest[layer]
     count = trace.tokens[-1] if layer is None else trace.tokens[layer + 1]
     if features.dim() != 3 or features.shape[0] != dest.shape[0] or features.shape[1] != count:

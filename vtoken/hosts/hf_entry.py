@@ -179,10 +179,7 @@ def run_tower(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     state, given = begin(tower), tower._vtoken_arguments(args, kwargs)
     attentions = _asked(tower, given, "output_attentions")
     if attentions or _asked(tower, given, "output_hidden_states"):
-        # On the modules themselves: the host would install them anew on every stand-in.
-        maybe_install_capturing_hooks(tower)
-        if hasattr(tower, "encoder") and hasattr(tower.encoder, "config"):
-            maybe_install_capturing_hooks(tower.encoder)
+        _install_hooks(tower)
     stand_in = tower._vtoken_stand_in(state, _masked(given))
     out = base_of(type(tower)).forward(stand_in, **{**given, "return_dict": True})  # type: ignore[attr-defined]
     _refuse_attentions(attentions, state)
@@ -196,6 +193,13 @@ def run_tower(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
                 for layer, rows in enumerate(out.hidden_states)
             )
     return out, slot
+
+
+def _install_hooks(tower: Any) -> None:
+    """transformers' recording hooks on the modules themselves: it would install them anew on every stand-in."""
+    # An unpatched DINOv2 installs them on its encoder; a second set on the tower would record every state twice.
+    if not getattr(getattr(tower, "encoder", None), "_output_capturing_hooks_installed", False):
+        maybe_install_capturing_hooks(tower)
 
 
 def begin(tower: Any, *, dense: bool = False) -> TokenState:
@@ -239,6 +243,7 @@ def _method(tower: Any) -> Any:
 
 
 def will_remove(tower: Any, patches: int) -> bool:
+    """Whether any layer takes tokens away from an image of so many patches."""
     method, layers = _method(tower), functools.reduce(getattr, tower._vtoken_path, tower)
     return any(method.num_removed(layer, patches) for layer in range(len(layers)))
 
