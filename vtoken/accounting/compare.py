@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +17,17 @@ from torch import Tensor, nn
 
 from vtoken.accounting.ideal import Ideal
 from vtoken.accounting.report import report
-from vtoken.accounting.timing import Timing, interleaved
+from vtoken.accounting.shadow import shared_copy
+from vtoken.accounting.timing import interleaved
 from vtoken.core.apply import apply, is_applied, remove
 from vtoken.core.config import MethodConfig
 from vtoken.core.errors import ConfigError
+from vtoken.core.host import find_adapter
 
 SCHEMA = 1
+# Name in result files -> distribution.
+_PACKAGES = {"vtoken": "vtoken", "timm": "timm", "open_clip": "open_clip_torch",
+             "transformers": "transformers", "triton": "triton"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class Row:
         ideal_efficiency: the same for plain narrowing to the same token counts (None if not timed).
         milliseconds: median per batch.
         quality: figures against the unpatched model.
+        milliseconds_min: smallest per batch.
+        samples, dropped: undisturbed timing samples, and those that a busy machine spoilt (see `Timing`).
     """
 
     name: str
@@ -59,6 +68,9 @@ class Row:
     ideal_efficiency: float | None
     milliseconds: float
     quality: dict[str, Quality]
+    milliseconds_min: float | None = None
+    samples: int = 0
+    dropped: int = 0
 
 
 def label(config: MethodConfig | None) -> str:
@@ -76,8 +88,11 @@ def compare(
     images: Tensor,
     *,
     rounds: int = 5,
+    warmup: int = 1,
     quality: Callable[[MethodConfig | None], Mapping[str, Tensor]] | None = None,
     ideal: bool = True,
+    compiled: bool = False,
+    calls: int = 1,
     tick: Callable[[], object] | None = None,
 ) -> list[Row]:
     """Measure every setting on `model` (which carries none) against the model itself.
@@ -86,10 +101,12 @@ def compare(
         model: a supported model in eval mode.
         configs: settings to compare.
         images: the batch that is timed, [B, C, H, W].
-        rounds: timing samples per setting; all settings are interleaved.
+        rounds: timing samples per setting, after `warmup` that do not count; all settings are interleaved.
         quality: figures per image of the model as it is patched right now, by name, [images]; called with None for the
             unpatched model first.
         ideal: also time plain narrowing to the same token counts.
+        compiled: time torch.compile'd models, each compiled for this batch.
+        calls: calls that make one timing sample.
         tick: called after each timed run.
 
     Returns:
@@ -103,11 +120,13 @@ def compare(
     variants: dict[str, MethodConfig | None] = {label(c): c for c in [None, *configs]}
     ideals = {label(c): _ideal_of(c) for c in configs} if ideal else {}
     variants |= {f"ideal of {name}": narrow for name, narrow in ideals.items() if narrow is not None}
-    times = _time(model, variants, images, rounds, tick)
+    with torch._dynamo.config.patch(recompile_limit=4 * len(variants)) if compiled else contextlib.nullcontext():
+        runs = {name: forward_of(model, config, images, compiled=compiled) for name, config in variants.items()}
+        times = interleaved(runs, rounds=rounds, warmup=warmup, calls=calls, device=images.device, tick=tick)
     base = times["unpatched"]
     first = reports[label(configs[0])]
     rows = [Row("unpatched", {}, first.tokens[0], first.macs_before / 1e9, 1.0, 1.0, 1.0, 1.0, None, base.median * 1e3,
-                figures.get("unpatched", {}))]  # fmt: skip
+                figures.get("unpatched", {}), base.minimum * 1e3, base.samples, base.dropped)]  # fmt: skip
     for config in configs:
         name = label(config)
         cost, spent, narrow = reports[name], times[name], times.get(f"ideal of {name}")
@@ -125,9 +144,33 @@ def compare(
                 ideal_efficiency=None if narrow is None else base.median / narrow.median / factor,
                 milliseconds=spent.median * 1e3,
                 quality=figures.get(name, {}),
+                milliseconds_min=spent.minimum * 1e3,
+                samples=spent.samples,
+                dropped=spent.dropped,
             )
         )
     return rows
+
+
+def forward_of(
+    model: nn.Module, config: MethodConfig | None, images: Tensor, *, compiled: bool = False
+) -> Callable[[], object]:
+    """A call that runs a copy of the model (over the same weights) with a method applied, without gradients."""
+    adapter, network = find_adapter(model), shared_copy(model)
+    if config is not None:
+        apply(network, config)
+
+    def forward(x: Tensor) -> Any:
+        return adapter.run_image(network, x)
+
+    # fullgraph: a model that fell back to eager without a word would be timed as if it were compiled.
+    call = torch.compile(forward, fullgraph=True, dynamic=False) if compiled else forward
+
+    def run() -> None:
+        with torch.inference_mode():
+            call(images)
+
+    return run
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -150,19 +193,24 @@ def table(rows: Sequence[Row]) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on besides the code."""
-    import timm
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version(),
-            "device": f"{device.type}: {name}", "threads": torch.get_num_threads()}  # fmt: skip
+    versions = {name: _version(package) for name, package in _PACKAGES.items()}
+    return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": torch.__version__} | versions  # fmt: skip
+
+
+def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write one file of results: "schema", everything in `about`, then "rows"; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {"schema": SCHEMA, **about, "rows": list(rows)}
+    path.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    return path
 
 
 def write(rows: Sequence[Row], folder: Path, stem: str, about: Mapping[str, Any]) -> list[Path]:
     """Write `stem`.json (with "schema" and everything in `about`) and `stem`.csv; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    json_path, csv_path = folder / f"{stem}.json", folder / f"{stem}.csv"
-    values = {"schema": SCHEMA, **about, "rows": [asdict(row) for row in rows]}
-    json_path.write_text(json.dumps(values, indent=1, default=str) + "\n")
+    json_path = write_json(folder / f"{stem}.json", about, [asdict(row) for row in rows])
+    csv_path = folder / f"{stem}.csv"
     names = list(dict.fromkeys(q for row in rows for q in row.quality))
     plain = [f for f in Row.__dataclass_fields__ if f not in ("method", "quality")]
     with csv_path.open("w", newline="") as file:
@@ -173,6 +221,32 @@ def write(rows: Sequence[Row], folder: Path, stem: str, about: Mapping[str, Any]
             figures = [v for q in found for v in ((None, None) if q is None else (q.mean, q.spread))]
             writer.writerow([getattr(row, f) for f in plain] + figures)
     return [json_path, csv_path]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a JSON file that `write` made.
+
+    Raises:
+        ConfigError: if it is no such file.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        values = json.loads(path.read_text())
+        found = [row | {"quality": {n: Quality(**q) for n, q in row["quality"].items()}} for row in values["rows"]]
+        rows = [Row(**row) for row in found]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a result of vtoken's demo or bench: {error!r}") from error
+    if values.get("schema") != SCHEMA:
+        raise ConfigError(f"{path} has schema {values.get('schema')!r}, this vtoken reads {SCHEMA}")
+    return rows
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _ideal_of(config: MethodConfig) -> Ideal | None:
@@ -191,26 +265,3 @@ def _figures(model: nn.Module, config: MethodConfig | None, quality: Any) -> dic
         if config is not None:
             remove(model)
     return {name: Quality(float(v.mean()), float(v.std(unbiased=False))) for name, v in found.items()}
-
-
-def _time(
-    model: nn.Module, variants: dict[str, MethodConfig | None], images: Tensor, rounds: int, tick: Any
-) -> dict[str, Timing]:
-    def prepare(name: str) -> None:
-        config = variants[name]
-        if is_applied(model):
-            remove(model)
-        if config is not None:
-            apply(model, config)
-
-    def run() -> None:
-        with torch.inference_mode():
-            model(images)
-
-    try:
-        return interleaved(
-            dict.fromkeys(variants, run), rounds=rounds, device=images.device, prepare=prepare, tick=tick
-        )
-    finally:
-        if is_applied(model):
-            remove(model)

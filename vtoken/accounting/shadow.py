@@ -1,8 +1,9 @@
-"""A weightless copy of a model, to run it where it costs nothing."""
+"""Copies of a model that cost no memory: one without weights, one over the same weights."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,10 +13,8 @@ from torch import Tensor, nn
 def meta_copy(model: nn.Module) -> Any:
     """The same modules, classes and settings with every tensor on the meta device and no hooks; no weight is copied."""
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]:
-            if isinstance(value, Tensor):
-                memo.setdefault(id(value), _meta(value))
+    for value in _tensors(model):
+        memo.setdefault(id(value), _meta(value))
     shadow = copy.deepcopy(model, memo)
     for module in shadow.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -23,6 +22,19 @@ def meta_copy(model: nn.Module) -> Any:
     return shadow.requires_grad_(False).eval()
 
 
+def shared_copy(model: nn.Module) -> Any:
+    """The same modules over the same tensors: a method applied to the copy leaves the model alone."""
+    return copy.deepcopy(model, {id(value): value for value in _tensors(model)})
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for value in [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]:
+            if isinstance(value, Tensor):
+                yield value
+
+
 def _meta(value: Tensor) -> Tensor:
-    empty = torch.empty_like(value, device="meta")
+    # By shape and type: a quantised tensor is a subclass that need not know empty_like.
+    empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty

