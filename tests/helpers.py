@@ -83,11 +83,13 @@ def randomise_(model: nn.Module, seed: int) -> nn.Module:
             leaf = name.rpartition(".")[2]
             if "rope" in name:  # mixed rotary frequencies: their own values are already random and not small
                 continue
-            if leaf.startswith("gamma") or (leaf == "weight" and p.dim() == 1):
+            if leaf.startswith(("gamma", "lambda", "logit_scale")) or (leaf == "weight" and p.dim() == 1):
                 uniform(p, 0.5, 1.5)
+            elif leaf == "class_embedding" or "position_embedding" in name:  # may be a vector, or an nn.Embedding
+                normal(p, 0.6)
             elif p.dim() == 1:
                 normal(p, 0.3)
-            elif any(word in leaf for word in ("pos_embed", "token", "latent")):
+            elif any(word in leaf for word in ("pos_embed", "positional_embedding", "token", "latent", "probe")):
                 normal(p, 0.6)
             else:
                 normal(p, (p[0].numel()) ** -0.5)
@@ -172,13 +174,17 @@ class Host:
 
     Args:
         name: of the row.
-        build: makes it with timm's own initial weights.
+        build: makes it with the library's own initial weights.
         shape: channels, height and width of its images.
+        library: that it comes from.
+        prefix: class, register and distillation tokens; None: the model says so itself (timm).
     """
 
     name: str
     build: Callable[[], nn.Module]
     shape: tuple[int, int, int] = (3, 32, 32)
+    library: str = "timm"
+    prefix: int | None = None
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
         """A new, randomised model in eval mode."""
@@ -187,6 +193,10 @@ class Host:
     def images(self, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Images that fit it."""
         return images(self.shape, batch, seed, dtype)
+
+    def num_prefix(self, model: Any) -> int:
+        """Prefix tokens, known without vtoken."""
+        return int(model.num_prefix_tokens) if self.prefix is None else self.prefix
 
 
 def _built(host: Host) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import vtoken
-from tests.contract.table import METHODS, MethodRow
+from tests.contract.table import METHODS, MethodRow, arguments, call, installed, main
 from tests.contract.table import host as host_row
 from tests.contract.table import method as method_row
 from tests.helpers import Host, assert_close, vit
@@ -19,7 +19,9 @@ from tests.helpers import Host, assert_close, vit
 pytestmark = pytest.mark.slow
 
 _HOSTS = ("vit_token", "vit_avg_prefix", "vit_map", "vit_prr_token", "eva02", "eva_mixed", "naflex_rope")
-_CASES = [(host_row(n), method_row("pitome")) for n in _HOSTS] + [(host_row("vit_avg_prefix"), m) for m in METHODS[1:]]
+_OTHERS = installed("oc_map", "hf_siglip", "hf_dino_reg")
+_CASES = [(host_row(n), method_row("pitome")) for n in (*_HOSTS, *_OTHERS)]
+_CASES += [(host_row("vit_avg_prefix"), m) for m in METHODS[1:]]
 _cases = pytest.mark.parametrize(("host", "method"), _CASES, ids=[f"{h.name}-{m.name}" for h, m in _CASES])
 
 
@@ -42,6 +44,12 @@ class Counting:
         return self._compile(graph, inputs)
 
 
+def _call_like(other: Any, model: Any, x: Tensor) -> Tensor:
+    """The main output of a module that is called as `model` is."""
+    args, kwargs = arguments(model, x)
+    return main(other(*args, **kwargs))
+
+
 @_cases
 def test_one_full_graph_serves_repeated_calls_and_any_batch(host: Host, method: MethodRow) -> None:
     model = vtoken.apply(host.model(), method.reduces)
@@ -51,7 +59,7 @@ def test_one_full_graph_serves_repeated_calls_and_any_batch(host: Host, method: 
         for batch, seed in ((3, 0), (3, 1), (5, 2), (2, 3)):
             x = host.images(batch=batch, seed=seed)
             torch._dynamo.mark_dynamic(x, 0)
-            assert_close(f"batch {batch}", model(x), compiled(x), 1e-5)
+            assert_close(f"batch {batch}", call(model, x), _call_like(compiled, model, x), 1e-5)
     assert backend.graphs == 1
 
 
@@ -77,9 +85,9 @@ def test_training_compiles(name: str) -> None:
     model.train()
     backend = Counting()
     compiled, grads = torch.compile(model, fullgraph=True, backend=backend), []
-    for call in (model, compiled, compiled):
+    for each in (model, compiled, compiled):
         model.zero_grad()
-        call(x).square().sum().backward()
+        each(x).square().sum().backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     for n, grad in grads[0].items():
         if float(grad.abs().max()) > 1e-9:
@@ -130,7 +138,9 @@ def test_inductor() -> None:
 def test_export_and_reload_with_any_batch(host: Host, method: MethodRow) -> None:
     model, x = vtoken.apply(host.model(), method.reduces), host.images(batch=3)
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    args, kwargs = arguments(model, x)
+    shapes: Any = ({0: batch},) if args else {name: {0: batch} for name in kwargs}
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -139,7 +149,7 @@ def test_export_and_reload_with_any_batch(host: Host, method: MethodRow) -> None
     with torch.no_grad():
         for count in (3, 2, 7):
             images = host.images(batch=count, seed=count)
-            assert_close(f"batch {count}", model(images), loaded(images), 1e-5)
+            assert_close(f"batch {count}", call(model, images), _call_like(loaded, model, images), 1e-5)
 
 
 def _sort_stable(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
@@ -150,7 +160,11 @@ def _sort_stable(self: Any, stable: bool = True, dim: int = -1, descending: bool
     return op.TopK(self, length, axis=dim, largest=int(descending), sorted=1)
 
 
-@pytest.mark.parametrize(("name", "row"), [("vit_token", "pitome"), ("vit_avg_prefix", "tome"), ("eva02", "pitome")])
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [("vit_token", "pitome"), ("vit_avg_prefix", "tome"), ("eva02", "pitome"),
+     *((n, "pitome") for n in installed("hf_dino_reg"))],
+)  # fmt: skip
 def test_onnx(name: str, row: str) -> None:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
@@ -159,7 +173,10 @@ def test_onnx(name: str, row: str) -> None:
     model, x = vtoken.apply(host.model(), method_row(row).reduces), host.images()
     # torch's exporter knows no stable sort (torch 2.15, onnxscript 0.7); users pass the same table.
     table = {torch.ops.aten.sort.stable: _sort_stable}
-    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False, custom_translation_table=table)
+    args, kwargs = arguments(model, x)
+    program = torch.onnx.export(
+        model, args, kwargs=kwargs, dynamo=True, verbose=False, custom_translation_table=table
+    )  # fmt: skip
     assert program is not None
     file = io.BytesIO()
     program.save(file)
@@ -169,7 +186,7 @@ def test_onnx(name: str, row: str) -> None:
         for seed in (0, 1):
             images = host.images(seed=seed)
             found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
-            assert_close("onnxruntime", model(images), torch.from_numpy(found), 1e-4)
+            assert_close("onnxruntime", call(model, images), torch.from_numpy(found), 1e-4)
 
 
 def test_compiled_and_traced_modules_are_refused() -> None:

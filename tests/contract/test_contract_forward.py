@@ -13,7 +13,21 @@ import torch
 from torch import Tensor
 
 import vtoken
-from tests.contract.table import PITOME, MethodRow, distinct_hosts, every_host, run, snapshot, traced
+from tests.contract.table import (
+    PITOME,
+    MethodRow,
+    arguments,
+    call,
+    distinct_hosts,
+    every_host,
+    installed,
+    layer_maps,
+    main,
+    outputs,
+    run,
+    snapshot,
+    traced,
+)
 from tests.contract.table import host as host_row
 from tests.helpers import Host, assert_close, assert_same, images
 from vtoken.core.state import TokenState
@@ -111,6 +125,20 @@ def test_one_patched_model_serves_images_of_any_size(name: str) -> None:
             assert model.forward_intermediates(x, intermediates_only=True)[-1].shape[2:] == (size[0] // 4, size[1] // 4)
 
 
+@pytest.mark.parametrize("name", installed("hf_clip", "hf_siglip2", "hf_vit", "hf_deit", "hf_dino_reg", "hf_dino_maps"))
+def test_one_patched_transformers_model_serves_images_of_any_size(name: str) -> None:
+    host = host_row(name)
+    model = vtoken.apply(host.model(), PITOME.reduces)
+    for size in ((32, 32), (48, 20), (16, 64), (32, 32)):
+        x = images((3, *size))
+        fresh = vtoken.apply(host.model(), PITOME.reduces)
+        out, trace = traced(model, x)
+        assert tuple(trace.tokens) == vtoken.plan(model, img_size=size).tokens
+        assert trace.grid == (size[0] // 4, size[1] // 4)
+        assert_same(f"{size}", run(fresh, x), out)
+        assert all(m.shape[2:] == trace.grid for m in layer_maps(model, x)[0])
+
+
 def test_naflex_built_by_its_constructor() -> None:
     """Without timm's registry there is no pretrained_cfg to read an image size from."""
     model = timm.models.naflexvit.NaFlexVit(
@@ -130,12 +158,15 @@ def test_functional_call(host: Host, method: MethodRow) -> None:
     vtoken.apply(other, method.reduces)
     out, before = run(model, x), snapshot(model)
     state = {k: v.detach().clone() for k, v in (*other.named_parameters(), *other.named_buffers())}
+    args, kwargs = arguments(model, x)
     with torch.no_grad():
-        assert_same("with other weights", run(other, x), torch.func.functional_call(model, state, (x,)))
+        found = main(torch.func.functional_call(model, state, args, kwargs))
+        assert_same("with other weights", run(other, x), found)
     assert snapshot(model) == before
     assert_same("with its own weights again", out, run(model, x))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @distinct_hosts()
 def test_vmap_over_stacked_parameters(host: Host, method: MethodRow) -> None:
     models = [host.model(seed=s, dtype=torch.float64) for s in (0, 1)]
@@ -144,9 +175,12 @@ def test_vmap_over_stacked_parameters(host: Host, method: MethodRow) -> None:
     def ensemble() -> Tensor:
         params, buffers = torch.func.stack_module_state(models)
         base = copy.deepcopy(models[0])
-        return torch.func.vmap(lambda p, b: torch.func.functional_call(base, (p, b), (x,)), randomness="error")(
-            params, buffers
-        )
+        args, kwargs = arguments(base, x)
+
+        def one(p: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+            return main(torch.func.functional_call(base, (p, b), args, kwargs))
+
+        return torch.func.vmap(one, randomness="error")(params, buffers)
 
     with torch.no_grad():
         try:
@@ -155,11 +189,7 @@ def test_vmap_over_stacked_parameters(host: Host, method: MethodRow) -> None:
             pytest.skip(f"the unpatched model cannot: {error}")
         for model in models:
             vtoken.apply(model, method.reduces)
-        assert_close("ensemble", torch.stack([m(x) for m in models]), ensemble(), 1e-9)
-
-
-def _tensors() -> dict[int, Tensor]:
-    return {id(o): o for o in gc.get_objects() if issubclass(type(o), Tensor)}
+        assert_close("ensemble", torch.stack([call(m, x) for m in models]), ensemble(), 1e-9)
 
 
 @every_host()
@@ -168,22 +198,24 @@ def test_no_tensor_survives_a_forward_with_the_collector_off(host: Host, method:
     vtoken.apply(model, method.reduces)
 
     def use() -> None:
-        with torch.no_grad():
-            model(x)
-            model.forward_head(model.forward_features(x))
-            model.forward_intermediates(x)
-            model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=model.num_prefix_tokens > 0)
-            vtoken.trace(model, x)
+        outputs(model, x)
+        traced(model, x)
+        if host.library == "timm":
+            with torch.no_grad():
+                model.forward_head(model.forward_features(x))
+                model.forward_intermediates(x, output_fmt="NLC", return_prefix_tokens=model.num_prefix_tokens > 0)
+                vtoken.trace(model, x)
 
     use()  # rotary tables and the like are made once
-    gc.collect()
     gc.disable()
+    gc.freeze()  # what there is so far is not listed any more
     try:
-        before = _tensors()
         use()
-        left = [o for i, o in _tensors().items() if i not in before]
-        states = [o for o in gc.get_objects() if type(o) is TokenState]
+        found = gc.get_objects()
+        left = [o for o in found if issubclass(type(o), Tensor)]
+        states = [o for o in found if type(o) is TokenState]
     finally:
+        gc.unfreeze()
         gc.enable()
     assert not left, f"{len(left)} tensors alive, the first of shape {tuple(left[0].shape)}"
     assert not states

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import vtoken
+from tests.contract.slow_model import Settings, Tokens, merge
 
 open_clip = pytest.importorskip("open_clip")
 transformer = pytest.importorskip("open_clip.transformer")
@@ -84,6 +85,29 @@ def test_counts_trace_and_report(any_tower: Any) -> None:
         layers += 4 * t * width**2 + 2 * t * t * width + 4 * s * width**2
     assert sum(c.macs_after for c in cost.layers) == layers + cost.matching_macs
     assert sum(c.macs_before for c in cost.layers) == 3 * (8 * 65 * width**2 + 2 * 65 * 65 * width)
+
+
+@pytest.mark.parametrize("name", ["token", "q/k norm"])
+def test_tokens_are_matched_by_their_keys(name: str) -> None:
+    """The groups of block 0 are those of the slow model, which is given this block's normed keys."""
+    model, x = tower(**TOWERS[name]).double(), images().double()
+    block, rows = model.transformer.resblocks[0], []
+    handle = block.ln_1.register_forward_hook(lambda module, args, out: rows.append(out))
+    with torch.no_grad():
+        model(x)
+        handle.remove()
+        weight, bias = block.attn.in_proj_weight.chunk(3)[1], block.attn.in_proj_bias.chunk(3)[1]
+        keys = (rows[0] @ weight.T + bias).unflatten(2, (3, 16)).transpose(1, 2)
+        if name == "q/k norm":
+            keys = block.attn.ln_k(keys)
+        vtoken.apply(model, vtoken.PiToMe(ratio=0.7, layers=[0]))
+        _, trace = vtoken.trace(model, x)
+    for b, metric in enumerate(keys.mean(1)):
+        start = Tokens(metric, [1.0] * 65, list(range(65)), [[i] for i in range(65)])
+        found = merge(start, metric, 0, 3, Settings(ratio=0.7), 1)
+        order = sorted(range(len(found.anchor)), key=found.anchor.__getitem__)
+        for row, i in enumerate(order):
+            assert (trace.dest[b] == row).nonzero().flatten().tolist() == sorted(found.members[i])
 
 
 def test_packed_attention_is_multihead_attention() -> None:

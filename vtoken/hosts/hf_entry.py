@@ -298,7 +298,7 @@ def _weighed_tower(tower: Any, *args: Any, vtoken_mask: Tensor | None = None, **
     out, slot = run_tower(tower, args, kwargs)
     if slot.size is not None:
         rows, first = out.last_hidden_state, num_prefix(tower)
-        share = slot.size[:, first:]
+        share = slot.size[:, first:].to(torch.promote_types(rows.dtype, torch.float32))
         scale = share * (share.shape[1] / share.sum(1, keepdim=True))
         patches = (rows[:, first:] * scale.unsqueeze(-1)).to(rows.dtype)
         out.last_hidden_state = torch.cat([rows[:, :first], patches], dim=1)
