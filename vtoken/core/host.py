@@ -136,7 +136,8 @@ def inner_hint(model: nn.Module) -> str:
 
 
 def _builtin_adapters(model: nn.Module) -> list[HostAdapter]:
-    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    # Modules only: peft's wrapper inherits from a mixin of transformers.
+    packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__ if issubclass(cls, nn.Module)}
     found = [_BUILTIN[p] for p in _BUILTIN if p in packages]
     return [getattr(importlib.import_module(module), name)() for module, name in found]
 

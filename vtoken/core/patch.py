@@ -100,7 +100,7 @@ def view_as(cls: type, module: nn.Module, **parts: Any) -> Any:
     """A view of another class, one whose `forward` serves in place of the module's."""
     stand_in: Any = object.__new__(cls)
     stand_in.__dict__.update(module.__dict__)
-    if "_old_forward" in module.__dict__:
+    if "forward" in module.__dict__:
         _follow_hooks(stand_in, module)
     stand_in.__dict__.update(parts)
     return stand_in
@@ -108,12 +108,27 @@ def view_as(cls: type, module: nn.Module, **parts: Any) -> Any:
 
 def _follow_hooks(stand_in: Any, module: Any) -> None:
     # accelerate's offloading hooks put a partial over the module into its `forward` and keep the method that they
-    # found in `_old_forward`: both would run the module instead. Weak, because a view must not hold itself.
-    weak, old, hooked = weakref.proxy(stand_in), module._old_forward, module.forward
-    if _is_own(old, module, type(module)):
-        stand_in._old_forward = types.MethodType(type(stand_in).forward, weak)
-    if isinstance(hooked, functools.partial) and hooked.args == (module,):
-        stand_in.forward = functools.partial(hooked.func, weak)
+    # found in `_old_forward`; taken off, they leave that method. All of it would run the module instead.
+    # Weak, because a view must not hold itself.
+    forward, old = module.__dict__["forward"], module.__dict__.get("_old_forward")
+    if _is_own(forward, module, type(module)):
+        del stand_in.__dict__["forward"]
+    elif _is_hook(forward, module):
+        weak = weakref.proxy(stand_in)
+        stand_in.forward = functools.partial(forward.func, weak)
+        if _is_own(old, module, type(module)):
+            stand_in._old_forward = types.MethodType(type(stand_in).forward, weak)
+
+
+def _is_hook(forward: Any, module: nn.Module) -> bool:
+    return isinstance(forward, functools.partial) and forward.args == (module,)
+
+
+def forward_is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a `forward` that is neither its class's nor an accelerate hook around that."""
+    forward, old = module.__dict__.get("forward"), module.__dict__.get("_old_forward")
+    hooked = _is_hook(forward, module) and _is_own(old, module, type(module))
+    return forward is not None and not hooked and not _is_own(forward, module, type(module))
 
 
 def _is_own(method: Any, module: nn.Module, cls: type) -> bool:
@@ -134,9 +149,9 @@ def _become(module: nn.Module, cls: type) -> None:
 def wraps_patched_forward(module: nn.Module) -> bool:
     """Whether somebody put a function around the patched `forward` on the instance, which would outlive the patch."""
     forward = module.__dict__.get("forward")
-    if isinstance(forward, functools.partial) or _is_own(forward, module, type(module)):
-        return False  # both follow the class
-    return inspect.unwrap(forward) is type(module).forward if callable(forward) else False
+    if not callable(forward) or not forward_is_replaced(module):
+        return False  # the class's own and hooks around it follow the class
+    return inspect.unwrap(forward) is type(module).forward
 
 
 def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:

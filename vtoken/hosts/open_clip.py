@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from vtoken.core.errors import UnsupportedModelError
 from vtoken.core.host import HostAdapter, HostSpec, find_adapter
 from vtoken.core.method import BlockMethod, Method
-from vtoken.core.patch import base_of, view
+from vtoken.core.patch import base_of, forward_is_replaced, view, view_as
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import current_trace
 from vtoken.hosts.pooling import weighted_mean
@@ -39,7 +40,9 @@ class OpenClipTowerMixin:
         # Token rows leave the tower with output_tokens or without pooling; then in raster order.
         raster = self.output_tokens or self.pool_type == "none"
         state = _begin(self, raster=raster)
-        bound = BoundTransformer(self.transformer, state, raster=raster)
+        whole = isinstance(self.patch_dropout, nn.Identity) or not self.training
+        num_tokens = self.positional_embedding.shape[0] if whole else None
+        bound = BoundTransformer(self.transformer, state, raster=raster, num_tokens=num_tokens)
         out = base_of(type(self)).forward(_stand_in(self, bound), x)  # type: ignore[attr-defined]
         _record(self, state, x)
         return out
@@ -73,18 +76,25 @@ class BoundTransformer:
         state: of this forward.
         raster: hand tokens out in raster order. Not whenever anchors are known: a trace must not reorder a sum.
         dense: hand intermediates out spread over all patches.
+        num_tokens: how many there always are; None if patch dropout changes it.
     """
 
-    def __init__(self, transformer: Any, state: TokenState, *, raster: bool, dense: bool = False) -> None:
+    def __init__(
+        self, transformer: Any, state: TokenState, *, raster: bool, dense: bool = False, num_tokens: int | None = None
+    ) -> None:
         blocks = BoundBlocks(transformer.resblocks, list(transformer.resblocks), state)
         self._inner = view(transformer, resblocks=blocks)
         self._state = state
         self._raster = raster and state.method.order == "raster"
         self._dense = dense
+        self._num_tokens = num_tokens
         #: What is known of the rows that were handed out.
         self.slot = Slot()
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._num_tokens is not None and torch.compiler.is_compiling():
+            # compile(dynamic=True) makes symbols of the image's sides; token counts as terms of those take minutes.
+            x = x.narrow(1, 0, self._num_tokens)
         x = self._inner(x)
         return self._finish(x)
 
@@ -168,19 +178,47 @@ class CustomBlockMixin:
     _vtoken_mlp = BlockMixin._vtoken_mlp
 
 
-def packed_attention(attn: nn.MultiheadAttention, x: Tensor, tap: Tap | None, attn_mask: Tensor | None) -> Tensor:
-    """Self-attention with the packed weights of `attn`, kept fused; [B, T, C] whatever its batch_first says.
+class PackedAttention(nn.MultiheadAttention):
+    """What stands in for the attention of a block during one call: self-attention that shows its keys.
 
     nn.MultiheadAttention itself would expand a mask to every head and query, and gives no keys.
     """
-    packed = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-    q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-    if tap is not None:
-        tap.keys = k
-    dropout = attn.dropout if attn.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-    projected: Tensor = attn.out_proj(out.transpose(1, 2).flatten(2))
+
+    vtoken_tap: Tap | None
+    vtoken_mask: Tensor | None
+
+    def forward(self, query: Tensor, *_: Any, **unused: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Rows [B, T, C] attend to themselves, whatever `batch_first` says."""
+        packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = packed.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        if self.vtoken_tap is not None:
+            self.vtoken_tap.keys = k
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.vtoken_mask, dropout_p=dropout)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def packed_attention(attn: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None) -> Tensor:
+    """Self-attention [B, T, C] with the packed weights of `attn`, kept fused; hooks on it run as they always do."""
+    packed: Any = _plain_attention(attn)
+    if packed is None:
+        raise UnsupportedModelError(
+            f"the attention was replaced by a {type(attn).__module__}.{type(attn).__qualname__} after vtoken.apply; "
+            "merging would bypass it. Call vtoken.remove(model)"
+        )
+    stand_in = view_as(PackedAttention, packed, vtoken_tap=tap, vtoken_mask=attn_mask)
+    if packed is not attn:  # an adapter puts its weights into those of its base layer while it runs that
+        stand_in = view(attn, base_layer=stand_in)
+    projected: Tensor = stand_in(x, x, x, need_weights=False)[0]
     return projected
+
+
+def _plain_attention(attn: Any) -> nn.MultiheadAttention | None:
+    """The attention itself, or the one inside peft's LoRA layer; None if it computes something else."""
+    if type(attn).__module__.startswith("peft.tuners.lora"):
+        attn = attn.base_layer
+    # Not the class: parametrizations and FSDP2 subclass it.
+    return attn if type(attn).forward is nn.MultiheadAttention.forward else None
 
 
 BLOCKS: dict[type, type] = {
@@ -261,6 +299,9 @@ class OpenClipAdapter(HostAdapter):
         adapter, tower = self.tower(model)
         if adapter is not self:
             return adapter.spec(tower)
+        if forward_is_replaced(tower):
+            why = "forward was replaced on the instance, which merging would bypass (apply before accelerate's prepare)"
+            raise UnsupportedModelError(_refusal(model, why))
         if not isinstance(tower.transformer, Transformer):
             raise UnsupportedModelError(_refusal(model, f"its transformer is a {type(tower.transformer).__qualname__}"))
         for name, block in self.blocks(model):
@@ -326,13 +367,14 @@ def _refusal(model: nn.Module, why: str) -> str:
 def _block_problem(block: Any) -> str | None:
     kind = base_of(type(block))
     known = next((cls for cls in kind.__mro__ if cls in BLOCKS), None)
-    if known is None or kind.forward is not known.forward or "forward" in block.__dict__:  # type: ignore[attr-defined]
+    if known is None or kind.forward is not known.forward or forward_is_replaced(block):  # type: ignore[attr-defined]
         return f"a {kind.__qualname__}, whose forward vtoken does not know"
     attn = block.attn
     if known is CustomResidualAttentionBlock:
         if type(attn) is not Attention:
             return f"a {kind.__qualname__} with a {type(attn).__qualname__}"
         return "one with scaled cosine attention, which takes no key norm" if attn.scaled_cosine else None
-    if type(attn) is not nn.MultiheadAttention or not attn._qkv_same_embed_dim or attn.add_zero_attn:
+    plain = _plain_attention(attn)
+    if plain is None or forward_is_replaced(plain) or not attn._qkv_same_embed_dim or attn.add_zero_attn:
         return f"a {kind.__qualname__} with a {type(attn).__qualname__} that is not plain packed self-attention"
     return "one with key biases of its own" if attn.bias_k is not None else None

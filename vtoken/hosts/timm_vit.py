@@ -10,7 +10,7 @@ from torch import nn
 from vtoken.core.errors import UnsupportedModelError
 from vtoken.core.host import HostAdapter, HostSpec, inner_hint
 from vtoken.core.method import Method
-from vtoken.core.patch import base_of
+from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
 from vtoken.hosts.timm_blocks import ATTENTIONS, BLOCKS
 from vtoken.hosts.timm_entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
@@ -103,11 +103,11 @@ def _block_problem(block: Any) -> str | None:
     known = next((cls for cls in kind.__mro__ if cls in BLOCKS), None)
     if known is None:
         return f"a {kind.__module__}.{kind.__qualname__}, {reason(block)}"
-    if kind.forward is not known.forward or "forward" in block.__dict__:  # type: ignore[attr-defined]
+    if kind.forward is not known.forward or forward_is_replaced(block):  # type: ignore[attr-defined]
         return f"a {kind.__qualname__} with a forward of its own, which merging would bypass"
     attn = type(block.attn)
     known = next((cls for cls in attn.__mro__ if cls in ATTENTIONS), None)
-    if known is None or attn.forward is not known.forward or "forward" in block.attn.__dict__:  # type: ignore[attr-defined]
+    if known is None or attn.forward is not known.forward or forward_is_replaced(block.attn):  # type: ignore[attr-defined]
         return f"a {kind.__qualname__} with {attn.__module__}.{attn.__qualname__}, {reason(block.attn)}"
     return None
 
