@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vtoken.core.errors import UnsupportedModelError
 from vtoken.core.host import HostAdapter, HostSpec
 from vtoken.core.method import Method
-from vtoken.core.patch import base_of
+from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.core.plan import Plan
 from vtoken.hosts.hf_blocks import LAYERS, MasklessDinoLayerMixin, attention_of, refuse_flash
 from vtoken.hosts.hf_entry import (
@@ -216,7 +216,7 @@ def _own_forward(module: nn.Module, table: dict[Key, Any]) -> str | None:
     """A user's subclass may do anything around the tower; around the layers it would be bypassed."""
     kind = base_of(type(module))
     key = _known(kind, table)
-    if key is None or "forward" not in module.__dict__:
+    if key is None or not forward_is_replaced(module):
         return None
     return f"forward was replaced on the instance of {kind.__qualname__}; subclass it instead"
 
@@ -230,7 +230,7 @@ def _layer_problem(layer: Any) -> str | None:
     own = [
         cls for cls in kind.__mro__[: kind.__mro__.index(known)] if "forward" in vars(cls) and not _wraps(cls, known)
     ]
-    if own or "forward" in layer.__dict__:
+    if own or forward_is_replaced(layer):
         return f"a {kind.__qualname__} with a forward of its own, which merging would bypass"
     attn = attention_of(layer)
     if not (hasattr(attn, "k_proj") or hasattr(getattr(attn, "attention", None), "key")):
