@@ -18,6 +18,8 @@ class MethodConfig:
     """What a method should do; knows nothing of models. Subclasses set `method` and implement `build`."""
 
     method: ClassVar[str] = ""
+    #: Which part of a model the method acts in: "tower" (vision transformer) or "prompt" (of a multimodal model).
+    part: ClassVar[str] = "tower"
 
     def build(self, depth: int) -> Method:
         """The method for a model with `depth` blocks; raises ConfigError if the settings do not fit that depth."""

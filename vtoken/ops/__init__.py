@@ -4,16 +4,32 @@ Everything here is plain torch: it runs on any device, compiles and exports, and
 `vtoken.ops.reference` holds slow, obviously right versions of the same functions; the tests compare the two.
 """
 
+from vtoken.ops.cls_scores import (
+    ENSEMBLES,
+    class_row,
+    cls_scores,
+    ensemble,
+    received_row,
+    scored_layers,
+    select_tokens,
+)
 from vtoken.ops.matching import key_metric, plan_pitome, plan_random, plan_stride, plan_tome
 from vtoken.ops.merge import REDUCTIONS, MergePlan, size_bias
 
 __all__ = [
+    "ENSEMBLES",
     "REDUCTIONS",
     "MergePlan",
+    "class_row",
+    "cls_scores",
+    "ensemble",
     "key_metric",
     "plan_pitome",
     "plan_random",
     "plan_stride",
     "plan_tome",
+    "received_row",
+    "scored_layers",
+    "select_tokens",
     "size_bias",
 ]
