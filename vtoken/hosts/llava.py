@@ -14,7 +14,7 @@ from vtoken.core.config import MethodConfig
 from vtoken.core.errors import ShapeError, UnsupportedModelError
 from vtoken.core.host import HostAdapter, HostSpec, ImageTokens
 from vtoken.core.method import FeatureMethod, Method
-from vtoken.core.patch import base_of
+from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.hosts.hf_entry import grid_of, num_prefix
 from vtoken.hosts.hf_vision import HFAdapter, keys_of
 from vtoken.hosts.llava_entry import PromptMixin
@@ -74,7 +74,8 @@ class LlavaAdapter(HostAdapter):
         if not any(key in _TOWERS for key in keys_of(kind)):
             raise UnsupportedModelError(_refusal(model, f"its image tower is a {kind.__qualname__}"))
         for module, where in ((model, type(model).__name__), (model.model, "model"), (tower, f"model.{name}")):
-            if any(entry in vars(module) for entry in ("forward", "generate", "get_image_features")):
+            own = forward_is_replaced(module)
+            if own or any(entry in vars(module) for entry in ("generate", "get_image_features")):
                 raise UnsupportedModelError(_refusal(model, f"a method of {where} was replaced on the instance"))
 
     def check(self, model: nn.Module, methods: dict[str, Method]) -> None:

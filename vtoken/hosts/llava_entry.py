@@ -245,8 +245,8 @@ def _check_cache(model: Any, cache: Any, ids: Tensor | None) -> None:
     if any(counts) and not set(counts) <= set(marked):
         raise InputError(
             f"the cache was made from a shortened prompt with {marked} image tokens per row, but the ids have "
-            f"{counts}: the wrong tokens would be left out. Send the whole conversation without the cache, or go on from the "
-            "short ids in the record of vtoken.trace"
+            f"{counts}: the wrong tokens would be left out. Send the whole conversation without the cache, or go on "
+            "from the short ids in the record of vtoken.trace"
         )
 
 
