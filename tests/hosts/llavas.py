@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -74,6 +75,12 @@ def lively(model: nn.Module, seed: int = 0) -> Any:
 def images(count: int = 2, seed: int = 1) -> Tensor:
     """Images for the flat models."""
     return torch.randn(count, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def shown(model: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Images under the name that this release gives their argument."""
+    names = inspect.signature(model.forward).parameters
+    return {"pixel_values" if "pixel_values" in names else "pixel_values_images": pixels}
 
 
 def feature_count(kind: str) -> int:

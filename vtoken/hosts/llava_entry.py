@@ -114,7 +114,8 @@ def prepare(
     if short.input_ids is not ids and isinstance(given.get("logits_to_keep"), Tensor):
         raise InputError("logits_to_keep names positions of the full prompt; pass how many of the last ones to keep")
     _record(model, given, features, short)
-    call = {**without_images(model, given), **short.arguments(), "features": features.pruned()}
+    call = {name: value for name, value in without_images(given).items() if name not in (*_ALONG, "position_ids")}
+    call |= {**short.arguments(), "features": features.pruned()}
     return call, short.input_ids, changed
 
 

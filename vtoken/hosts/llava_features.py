@@ -93,7 +93,7 @@ def image_arguments(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in takes and value is not None and name in _IMAGE_SIDE}
 
 
-def without_images(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+def without_images(given: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments without those that say how images are encoded."""
     return {name: value for name, value in given.items() if name not in _IMAGE_SIDE}
 
