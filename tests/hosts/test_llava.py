@@ -298,8 +298,8 @@ def test_positions_of_ones_own_in_compact_mode() -> None:
     with torch.no_grad():
         expected = model(**given).logits
         assert torch.equal(model(**given, position_ids=torch.arange(40).expand(2, -1)).logits, expected)
-        assert_close("by mask", expected[mask[:, -10:] == 1], model(**given, position_ids=by_mask).logits[mask[:, -10:] == 1],
-                     1e-4)  # fmt: skip
+        real = mask[:, -10:] == 1
+        assert_close("by mask", expected[real], model(**given, position_ids=by_mask).logits[real], 1e-4)
         with pytest.raises(vtoken.InputError, match="position_ids"):
             model(**given, position_ids=torch.arange(40).expand(2, -1) * 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -25,7 +26,8 @@ def method(depth: int = 24, **options: Any) -> FeatureMethod:
         ({"num_tokens": -2}, "from 1 on"), ({"num_tokens": True}, "from 1 on"), ({"num_tokens": 2.0}, "from 1 on"),
         ({"keep_ratio": 0}, r"\(0, 1\]"), ({"keep_ratio": 1.1}, r"\(0, 1\]"), ({"keep_ratio": math.nan}, r"\(0, 1\]"),
         ({"keep_ratio": 64}, "did you mean num_tokens=64"), ({"num_tokens": 3, "start_layer": 1.5}, "whole number"),
-        ({"num_tokens": 3, "ensemble": "median"}, "mean, sum, max, min"), ({"num_tokens": 3, "scorer": "clss"}, "'cls'"),
+        ({"num_tokens": 3, "ensemble": "median"}, "mean, sum, max, min"),
+        ({"num_tokens": 3, "scorer": "clss"}, "'cls'"),
         ({"num_tokens": 3, "newline": "rows"}, "'row'"), ({"num_tokens": 3, "positions": "gaps"}, "original"),
     ],
 )  # fmt: skip
@@ -131,5 +133,5 @@ def test_customary_totals_of_a_full_grid() -> None:
 def test_more_budget_keeps_what_less_did() -> None:
     scores = grid(5, 7, overview=16)
     chosen = [set(method(num_tokens=u).choose(scores, 16).tolist()) for u in range(1, 17)]
-    assert all(a < b for a, b in zip(chosen, chosen[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(chosen))
     assert len(method(num_tokens=5).choose(scores, 16)) <= method(num_tokens=5).most(scores, 16)

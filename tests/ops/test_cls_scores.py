@@ -89,8 +89,11 @@ def test_selection_refuses_nothing_and_odd_shapes() -> None:
 
 @pytest.mark.parametrize(
     ("depth", "start", "last", "layers"),
-    [(24, None, 22, range(16, 23)), (24, None, 23, range(16, 24)), (24, None, 5, range(5, 6)), (4, None, 2, range(2, 3)),
-     (4, 1, 2, range(1, 3)), (4, -3, -2, range(1, 3)), (4, 0, 0, range(1)), (12, None, 10, range(8, 11))],
+    [
+        (24, None, 22, range(16, 23)), (24, None, 23, range(16, 24)), (24, None, 5, range(5, 6)),
+        (4, None, 2, range(2, 3)), (4, 1, 2, range(1, 3)), (4, -3, -2, range(1, 3)), (4, 0, 0, range(1)),
+        (12, None, 10, range(8, 11)),
+    ],
 )  # fmt: skip
 def test_layers(depth: int, start: int | None, last: int, layers: range) -> None:
     assert scored_layers(depth, start, last) == layers

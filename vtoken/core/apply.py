@@ -256,9 +256,10 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
 
 
 def config_tuple(model: nn.Module) -> tuple[MethodConfig, ...]:
-    """The settings of every method applied to the model or inside it."""
+    """The settings of every method applied to the model or inside it; those in the tower, where images come first."""
     found = [m.__dict__["_vtoken"] for m in model.modules() if "_vtoken" in m.__dict__]
-    return tuple(config for carried in found for config in carried.configs)
+    configs = [config for carried in found for config in carried.configs]
+    return tuple(sorted(configs, key=lambda config: config.part != "tower"))
 
 
 def _by_part(configs: tuple[MethodConfig, ...]) -> dict[str, tuple[MethodConfig, ...]]:
