@@ -92,7 +92,7 @@ def test_selection_refuses_nothing_and_odd_shapes() -> None:
     [
         (24, None, 22, range(16, 23)), (24, None, 23, range(16, 24)), (24, None, 5, range(5, 6)),
         (4, None, 2, range(2, 3)), (4, 1, 2, range(1, 3)), (4, -3, -2, range(1, 3)), (4, 0, 0, range(1)),
-        (12, None, 10, range(8, 11)),
+        (12, None, 10, range(8, 11)), (4, None, 3, range(3, 4)), (26, None, 25, range(18, 26)),
     ],
 )  # fmt: skip
 def test_layers(depth: int, start: int | None, last: int, layers: range) -> None:
