@@ -73,7 +73,8 @@ class LlavaAdapter(HostAdapter):
         kind = base_of(type(tower))
         if not any(key in _TOWERS for key in keys_of(kind)):
             raise UnsupportedModelError(_refusal(model, f"its image tower is a {kind.__qualname__}"))
-        for module, where in ((model, type(model).__name__), (model.model, "model"), (tower, f"model.{name}")):
+        parts: list[tuple[Any, str]] = [(model, type(model).__name__), (model.model, "model"), (tower, f"model.{name}")]
+        for module, where in parts:
             own = forward_is_replaced(module)
             if own or any(entry in vars(module) for entry in ("generate", "get_image_features")):
                 raise UnsupportedModelError(_refusal(model, f"a method of {where} was replaced on the instance"))
