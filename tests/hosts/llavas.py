@@ -41,7 +41,7 @@ def build(kind: str, **options: Any) -> Any:
         name = (
             "vision_feature_layer" if hasattr(t.VipLlavaConfig(), "vision_feature_layer") else "vision_feature_layers"
         )
-        common |= {name: options.pop("vision_feature_layer", [-2, -3, 1])}
+        common |= {name: options.pop("vision_feature_layer", [-3, -2, 1])}
     if kind in ANYRES:
         common |= {"image_grid_pinpoints": options.get("image_grid_pinpoints", PINPOINTS)}
     if kind in ("onevision", "video"):

@@ -80,6 +80,11 @@ class VTCCLS(MethodConfig):
         check_choice("VTCCLS", "newline", self.newline, NEWLINES)
         check_choice("VTCCLS", "positions", self.positions, POSITIONS)
 
+    @classmethod
+    def example(cls) -> VTCCLS:
+        """64 tokens, the smallest published budget."""
+        return cls(num_tokens=64)
+
     def build(self, depth: int) -> FeatureMethod:
         """The pruning behind a tower with `depth` blocks."""
         return ClassAttentionPruning(self, depth)
