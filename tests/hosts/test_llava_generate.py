@@ -232,3 +232,15 @@ def test_what_cannot_be_generated() -> None:
         model.generate(**given, pixel_values=pixels, **GREEDY, use_cache=False)
     with pytest.raises(vtoken.InputError, match="assisted"):
         model.generate(**given, pixel_values=pixels, **GREEDY, prompt_lookup_num_tokens=2)
+
+
+def test_rows_that_end_up_unequal_without_a_mask_are_padded_left() -> None:
+    model, pixels = build("llava"), images(3)
+    given = prompt([1, -36, -36, 7], [1, -36, *[5] * 37])
+    expected = model.generate(**by_embeds(model, given, pixels), **GREEDY)
+    vtoken.apply(model, vtoken.VTCCLS(num_tokens=6))
+    with vtoken.tracing(model) as record:
+        ids = model.generate(**given, pixel_values=pixels, **GREEDY)
+    assert torch.equal(ids[:, -6:], expected[:, -6:])
+    assert record.prompt is not None
+    assert record.prompt.index[0, 0] == -1
