@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 from vtoken import nn, ops
+from vtoken.accounting.prefill import kv_cache_bytes, prefill_flops
+from vtoken.accounting.prompt_report import PromptReport, prompt_report
 from vtoken.accounting.report import Report, report
 from vtoken.core.apply import applied, apply, config_of, configure, is_applied, num_tokens, plan, remove
 from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
@@ -18,9 +20,13 @@ from vtoken.core.errors import (
 from vtoken.core.host import HostAdapter, HostSpec, register_adapter
 from vtoken.core.plan import Plan
 from vtoken.core.trace import Trace, trace, tracing, unmerge
+from vtoken.hosts.class_rows import cls_attention_scores
 from vtoken.hosts.names import supported
+from vtoken.hosts.prompt import shrink_inputs
 from vtoken.methods.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.pitome import PiToMe
+from vtoken.methods.vtc_cls import VTCCLS
+from vtoken.ops import select_tokens
 
 if TYPE_CHECKING:
     from vtoken import visualize
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "VTCCLS",
     "AlreadyAppliedError",
     "ConfigError",
     "HostAdapter",
@@ -37,6 +44,7 @@ __all__ = [
     "MethodConfig",
     "PiToMe",
     "Plan",
+    "PromptReport",
     "RandomMerge",
     "RandomPrune",
     "Report",
@@ -48,19 +56,25 @@ __all__ = [
     "VTokenError",
     "applied",
     "apply",
+    "cls_attention_scores",
     "config_from_dict",
     "config_of",
     "configure",
     "is_applied",
+    "kv_cache_bytes",
     "methods",
     "nn",
     "num_tokens",
     "ops",
     "plan",
+    "prefill_flops",
+    "prompt_report",
     "register_adapter",
     "register_method",
     "remove",
     "report",
+    "select_tokens",
+    "shrink_inputs",
     "supported",
     "trace",
     "tracing",

@@ -11,7 +11,7 @@ from torch import nn
 
 from vtoken.accounting.shadow import meta_copy
 from vtoken.core.apply import Config, apply, chosen, is_applied, plan_of, remove
-from vtoken.core.errors import ShapeError
+from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.core.host import HostAdapter
 
 
@@ -125,6 +125,9 @@ def report(
         (197, 60, 1.76)
     """
     adapter, configs, method = chosen(model, config, options)
+    configs = tuple(c for c in configs if c.part == "tower")
+    if not configs:
+        raise ConfigError("no method acts in the tower; vtoken.prompt_report counts what one in the prompt saves")
     size = input_size or (adapter.channels(model), *adapter.image_size(model))
     if not isinstance(size, Sequence) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
         raise ShapeError(f"input_size is (channels, height, width) of one image, got {input_size!r}")
@@ -148,6 +151,12 @@ def report(
     )
     described = configs[0].to_dict() if len(configs) == 1 else {"method": "+".join(c.method for c in configs)}
     return Report(type(model).__name__, described, size, layers, before[0] // 2, after[0] // 2)
+
+
+def count_macs(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> int:
+    """Multiply-adds of one image of `size` (channels, height, width) through a model on the meta device."""
+    other, blocks = _count(shadow, adapter, size)
+    return (other + sum(blocks)) // 2
 
 
 def _count(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> tuple[int, list[int]]:

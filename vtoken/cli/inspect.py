@@ -14,7 +14,7 @@ import torch
 from vtoken.accounting.report import report
 from vtoken.cli.settings import key_values
 from vtoken.core.apply import plan
-from vtoken.core.config import MethodConfig, make_config, methods
+from vtoken.core.config import MethodConfig, example, make_config, methods
 from vtoken.hosts.names import build_weightless, supported, why_not
 
 
@@ -39,12 +39,12 @@ def show_info(args: argparse.Namespace) -> int:
 
 def show_methods(args: argparse.Namespace) -> int:
     """Every method with its settings and their defaults."""
-    found = {name: make_config(name, {}).to_dict() for name in methods()}
+    found = {name: example(name).to_dict() for name in methods()}
     if args.json:
         print(json.dumps(found))
         return 0
     for name in methods():
-        config = make_config(name, {})
+        config = example(name)
         line = ", ".join(f"{f.name}={getattr(config, f.name)!r}" for f in fields(config))
         print(f"{name}: {type(config).__name__}({line})")
     return 0

@@ -12,7 +12,7 @@ from torch import nn
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter, find_adapter
-from vtoken.core.method import BlockMethod, Method
+from vtoken.core.method import BlockMethod, KeepAll, Method
 from vtoken.core.patch import is_patched, mixin_of, patch, unpatch, wraps_patched_forward
 from vtoken.core.plan import Plan, count_tokens
 
@@ -36,8 +36,9 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     Args:
         model: a supported model (see `vtoken.supported`), not compiled or wrapped.
         config: settings such as `vtoken.PiToMe(ratio=0.9)`; or a method's name, with its settings as `options`; or a
-            list of settings whose methods act in different places.
-        replace: replace what is applied instead of raising.
+            list of settings whose methods act in different places. Methods that act in different parts of a model
+            (merging in the tower, pruning of the prompt) may also be applied one after the other, in any order.
+        replace: replace what is applied in the same part instead of raising.
 
     Returns:
         The same model.
@@ -45,7 +46,7 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     Raises:
         UnsupportedModelError: if tokens cannot be taken from it, with the reason.
         ConfigError: if the settings do not fit it.
-        AlreadyAppliedError: if it carries a method and `replace` is false.
+        AlreadyAppliedError: if that part of it carries a method and `replace` is false.
         In every case the model is left as it was.
 
     Example:
@@ -55,11 +56,11 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
         True
     """
     configs = resolve(config, options)
-    adapter = find_adapter(model)
-    built = build_methods(model, adapter, configs)
-    carriers = patched_modules(model)
+    parts = [(find_adapter(model, part), group) for part, group in _by_part(configs).items()]
+    built = [build_methods(model, adapter, group) for adapter, group in parts]
+    carriers = [m for m in patched_modules(model) if _part(m) in _by_part(configs)]
     if carriers and not replace:
-        names = ", ".join(c.method for c in config_tuple(model))
+        names = ", ".join(c.method for c in config_tuple(model) if c.part in _by_part(configs))
         raise AlreadyAppliedError(
             f"{type(model).__name__} already carries {names or 'a method on a submodule'}; "
             "call vtoken.remove(model) first, use vtoken.configure to change settings, or pass replace=True"
@@ -68,8 +69,11 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     for module in carriers:
         unpatch(module)
     try:
-        targets = adapter.targets(model, built)
-        targets[0][2]["_vtoken"] = Applied(configs, built)
+        targets = []
+        for (adapter, group), methods in zip(parts, built, strict=True):
+            found = adapter.targets(model, methods)
+            found[0][2]["_vtoken"] = Applied(group, methods)
+            targets += found
         patch(targets)
     except BaseException:
         patch(previous)
@@ -77,24 +81,21 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     return model
 
 
-def remove(model: M) -> M:
+def remove(model: M, method: str | None = None) -> M:
     """Give back exactly the model that came in: its classes restored, everything that was added deleted.
 
     Works on a model or on any module that holds patched ones.
 
+    Args:
+        method: name of the method to remove, such as "vtc_cls", if several are applied; None removes all.
+
     Raises:
-        VTokenError: if nothing is applied, or a wrapper around the patched forward would be left behind.
+        VTokenError: if nothing (of that name) is applied, or a wrapper around the patched forward would be left behind.
     """
-    carriers = patched_modules(model)
+    carriers = patched_modules(model) if method is None else _carriers_of(model, method)
     if not carriers:
         raise VTokenError(f"nothing to remove: no method is applied to this {type(model).__name__}")
-    if any(wraps_patched_forward(module) for module in carriers):
-        raise VTokenError(
-            "cannot remove: a wrapper on the instance holds the patched forward (accelerate's mixed precision does); "
-            "take it off first: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
-        )
-    for module in carriers:
-        unpatch(module)
+    _leave(carriers)
     return model
 
 
@@ -103,12 +104,12 @@ def applied(model: M, config: Config, **options: Any) -> Iterator[M]:
     """`apply` for the length of a `with` block; always undone, also on an error."""
     if "replace" in options:
         raise ConfigError("applied() cannot replace what is applied; vtoken.remove it first, or use vtoken.configure")
-    apply(model, config, **options)
+    configs = resolve(config, options)
+    apply(model, configs)
     try:
         yield model
     finally:
-        if is_applied(model):
-            remove(model)
+        _leave([m for m in patched_modules(model) if _part(m) in _by_part(configs)])
 
 
 def is_applied(model: nn.Module) -> bool:
@@ -125,16 +126,20 @@ def config_of(model: nn.Module) -> MethodConfig | tuple[MethodConfig, ...] | Non
 def configure(model: M, **changes: Any) -> M:
     """Change settings of the applied method without patching again; for sweeps.
 
+    If several methods are applied, the one that has all the named settings is meant.
+
     Raises:
-        VTokenError: if not exactly one method is applied.
+        VTokenError: if nothing is applied, or it cannot be told which method is meant.
         ConfigError: if a value is wrong; the old settings stay.
     """
     configs = config_tuple(model)
-    if len(configs) != 1:
+    meant = [c for c in configs if all(hasattr(c, name) for name in changes)] if len(configs) > 1 else list(configs)
+    if len(meant) != 1:
         raise VTokenError(f"configure needs exactly one applied method, found {len(configs)}; use vtoken.apply")
-    new = (configs[0].replace(**changes),)
-    owner = next(m for m in model.modules() if "_vtoken" in m.__dict__)
-    owner.__dict__["_vtoken"] = Applied(new, build_methods(owner, find_adapter(owner), new))
+    owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and meant[0] in m.__dict__["_vtoken"].configs)
+    new = tuple(c.replace(**changes) if c is meant[0] else c for c in owner.__dict__["_vtoken"].configs)
+    adapter = find_adapter(owner, meant[0].part)
+    owner.__dict__["_vtoken"] = Applied(new, build_methods(owner, adapter, new))
     return model
 
 
@@ -158,7 +163,9 @@ def num_tokens(
 ) -> int:
     """How many tokens of one image the model hands on.
 
-    For a LLaVA, the placeholders that the prompt needs; else the rows that leave the last block, prefix included.
+    For a LLaVA, the placeholders that the prompt needs; else the rows that leave the last block, prefix included. Where
+    a method shortens the prompt, the image tokens that reach the language model; prompts may then have this many
+    placeholders or, as the processor writes them, as many as without it. Newlines that depend on the image all count.
 
     Args:
         model: a supported model.
@@ -170,9 +177,14 @@ def num_tokens(
         >>> vtoken.num_tokens(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.9))
         55
     """
+    configs = resolve(config, options) if config is not None else config_tuple(model)
+    if any(c.part == "prompt" for c in configs):
+        shortening = find_adapter(model, "prompt")
+        size = shortening.image_size(model) if img_size is None else pixels(img_size)
+        return shortening.count(model, configs, size).kept
     adapter = find_adapter(model)
     size = adapter.image_size(model) if img_size is None else pixels(img_size)
-    if config is None and not config_tuple(model):
+    if not configs:
         spec, (height, width) = adapter.spec(model), adapter.grid(model, size)
         full = Plan((spec.num_prefix + height * width,) * (spec.depth + 1), spec.num_prefix)
         return adapter.num_tokens(model, full)
@@ -188,7 +200,8 @@ def chosen(
     configs = resolve(config, options) if config is not None else config_tuple(model)
     if not configs:
         raise ConfigError("no settings given and no method applied to this model")
-    method = build_methods(model, adapter, configs)["on_block"]
+    in_tower = tuple(c for c in configs if c.part == "tower")
+    method = build_methods(model, adapter, in_tower).get("on_block", KeepAll())
     assert isinstance(method, BlockMethod)
     return adapter, configs, method
 
@@ -238,13 +251,45 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
         if isinstance(method, BlockMethod) and spec.fixed_size:
             method.check_patches(spec.grid[0] * spec.grid[1])
         built[method.hook] = method
+    adapter.check(model, built)
     return built
 
 
 def config_tuple(model: nn.Module) -> tuple[MethodConfig, ...]:
-    """The settings of every method applied to the model or inside it."""
+    """The settings of every method applied to the model or inside it; those in the tower, where images come first."""
     found = [m.__dict__["_vtoken"] for m in model.modules() if "_vtoken" in m.__dict__]
-    return tuple(config for carried in found for config in carried.configs)
+    configs = [config for carried in found for config in carried.configs]
+    return tuple(sorted(configs, key=lambda config: config.part != "tower"))
+
+
+def _by_part(configs: tuple[MethodConfig, ...]) -> dict[str, tuple[MethodConfig, ...]]:
+    return {part: tuple(c for c in configs if c.part == part) for part in dict.fromkeys(c.part for c in configs)}
+
+
+def _leave(carriers: list[nn.Module]) -> None:
+    if any(wraps_patched_forward(module) for module in carriers):
+        raise VTokenError(
+            "cannot remove: a wrapper on the instance holds the patched forward (accelerate's mixed precision does); "
+            "take it off first: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+        )
+    for module in carriers:
+        unpatch(module)
+
+
+def _part(module: nn.Module) -> str:
+    return getattr(mixin_of(type(module)), "_vtoken_part", "tower")
+
+
+def _carriers_of(model: nn.Module, method: str) -> list[nn.Module]:
+    """The patched modules that serve one method, which must be alone in its part of the model."""
+    parts = {c.part for c in config_tuple(model) if c.method == method}
+    others = [c.method for c in config_tuple(model) if c.part in parts and c.method != method]
+    if others:
+        raise VTokenError(f"{method} and {', '.join(others)} are patched together; remove both: vtoken.remove(model)")
+    if not parts:
+        names = ", ".join(c.method for c in config_tuple(model)) or "no method"
+        raise VTokenError(f"nothing to remove: {type(model).__name__} carries {names}, not {method}")
+    return [m for m in patched_modules(model) if _part(m) in parts]
 
 
 def patched_modules(model: nn.Module) -> list[nn.Module]:

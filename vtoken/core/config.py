@@ -18,6 +18,13 @@ class MethodConfig:
     """What a method should do; knows nothing of models. Subclasses set `method` and implement `build`."""
 
     method: ClassVar[str] = ""
+    #: Which part of a model the method acts in: "tower" (vision transformer) or "prompt" (of a multimodal model).
+    part: ClassVar[str] = "tower"
+
+    @classmethod
+    def example(cls) -> Self:
+        """Typical settings: the defaults, and something for what must be given."""
+        return cls()
 
     def build(self, depth: int) -> Method:
         """The method for a model with `depth` blocks; raises ConfigError if the settings do not fit that depth."""
@@ -54,6 +61,11 @@ def register_method(config: type[MethodConfig]) -> type[MethodConfig]:
 def methods() -> list[str]:
     """Names of the registered methods, as `vtoken.apply(model, "name", ...)` takes them."""
     return sorted(_registry)
+
+
+def example(method: str) -> MethodConfig:
+    """Typical settings of the method called `method`, for lists of methods."""
+    return _registry[method].example()
 
 
 def make_config(method: str, options: Mapping[str, Any]) -> MethodConfig:

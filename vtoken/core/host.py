@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from vtoken.core.config import MethodConfig
 from vtoken.core.errors import UnsupportedModelError, VTokenError
 from vtoken.core.method import Method
 from vtoken.core.plan import Plan
@@ -42,6 +44,25 @@ class HostSpec:
     fixed_size: bool = True
 
 
+@dataclass(frozen=True)
+class ImageTokens:
+    """One image on its way to a language model.
+
+    Args:
+        crops: images that the tower sees for it, at its own size.
+        rows: tokens of one of them that go through the projector.
+        full: tokens of all, newlines included, without pruning of the prompt.
+        kept: tokens with it; newlines that depend on the image all count.
+        exact: whether `kept` is the same for every image.
+    """
+
+    crops: int
+    rows: int
+    full: int
+    kept: int
+    exact: bool = True
+
+
 class HostAdapter:
     """Knowledge of one family. Subclass it and pass the class to `vtoken.register_adapter` to support your own."""
 
@@ -49,6 +70,8 @@ class HostAdapter:
     name: str = ""
     #: Hooks (see Method.hook) that this family can serve.
     hooks: frozenset[str] = frozenset()
+    #: The part of a model that it knows; see MethodConfig.part.
+    part: str = "tower"
 
     def matches(self, model: nn.Module) -> bool:
         """Whether the model belongs to this family; cheap, by class."""
@@ -72,6 +95,9 @@ class HostAdapter:
         """What `patch` needs: module, mixin, attributes; the model itself first."""
         raise NotImplementedError
 
+    def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
+        """Raise ConfigError if the methods do not fit the model in a way that only its family knows."""
+
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """The model's own input height and width in pixels."""
         raise NotImplementedError
@@ -84,16 +110,30 @@ class HostAdapter:
         """Tokens of one image that the model hands on, of those that `plan` counts in its tower."""
         return plan.tokens[-1]
 
+    def count(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> ImageTokens:
+        """What one image of `size` (height, width) costs in tokens; for adapters of the part "prompt"."""
+        raise NotImplementedError
+
+    def scoring_macs(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> int:
+        """Multiply-adds that a method in the prompt spends on one image or crop; for adapters of the part "prompt"."""
+        raise NotImplementedError
+
+    def run_watched(self, model: nn.Module, rows: Any, image: Any) -> None:
+        """Run the tower on [B, C, H, W] with the attention of its blocks read into `rows`; see hosts/class_rows.py."""
+        raise UnsupportedModelError(f"{self.name}: vtoken cannot read class attention there")
+
     def run_image(self, model: nn.Module, image: Any) -> Any:
         """Run the model's image part on [B, C, H, W]; for models whose forward wants more than an image."""
         return model(image)
 
 
-# Adapter modules by the top-level package of the classes they know; imported only when such a model arrives.
+# Adapter modules by the top-level package of the classes they know, and the part of a model; imported only when such a
+# model arrives.
 _BUILTIN = {
-    "timm": ("vtoken.hosts.timm_vit", "TimmAdapter"),
-    "open_clip": ("vtoken.hosts.open_clip", "OpenClipAdapter"),
-    "transformers": ("vtoken.hosts.hf_vision", "HFAdapter"),
+    ("timm", "tower"): ("vtoken.hosts.timm_vit", "TimmAdapter"),
+    ("open_clip", "tower"): ("vtoken.hosts.open_clip", "OpenClipAdapter"),
+    ("transformers", "tower"): ("vtoken.hosts.hf_vision", "HFAdapter"),
+    ("transformers", "prompt"): ("vtoken.hosts.llava", "LlavaAdapter"),
 }
 _registered: list[HostAdapter] = []
 
@@ -104,17 +144,23 @@ def register_adapter(adapter: type[HostAdapter]) -> type[HostAdapter]:
     return adapter
 
 
-def find_adapter(model: nn.Module) -> HostAdapter:
-    """The adapter of the model's family.
+def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
+    """The adapter of the model's family, for one part of the model.
 
     Raises:
         UnsupportedModelError: if there is none.
         VTokenError: if the model is wrapped or compiled; names the module to use instead.
     """
     refuse_wrappers(model)
-    for adapter in [*_registered, *_builtin_adapters(model)]:
+    for adapter in [*(a for a in _registered if a.part == part), *_builtin_adapters(model, part)]:
         if adapter.matches(model):
             return adapter
+    if part == "prompt":
+        raise UnsupportedModelError(
+            f"cannot shorten the prompt of {type(model).__module__}.{type(model).__qualname__}: it is no multimodal "
+            "model that vtoken knows. Supported: transformers LlavaForConditionalGeneration, VipLlava..., "
+            f"LlavaNext..., LlavaOnevision... and VideoLlava....{inner_hint(model, part)} The model was left as it was."
+        )
     raise UnsupportedModelError(
         f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this "
         "class. Supported hosts: timm VisionTransformer (vit, deit, ...), Eva (EVA-02, DINOv3, ...), NaFlexVit; "
@@ -123,10 +169,10 @@ def find_adapter(model: nn.Module) -> HostAdapter:
     )
 
 
-def inner_hint(model: nn.Module) -> str:
+def inner_hint(model: nn.Module, part: str = "tower") -> str:
     """Names the supported model inside a wrapper, if there is one; a sentence for messages."""
     for name, module in model.named_modules():
-        for adapter in _builtin_adapters(module) if name else ():
+        for adapter in _builtin_adapters(module, part) if name else ():
             try:
                 adapter.spec(module)
             except UnsupportedModelError:
@@ -135,10 +181,10 @@ def inner_hint(model: nn.Module) -> str:
     return ""
 
 
-def _builtin_adapters(model: nn.Module) -> list[HostAdapter]:
+def _builtin_adapters(model: nn.Module, part: str) -> list[HostAdapter]:
     # Modules only: peft's wrapper inherits from a mixin of transformers.
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__ if issubclass(cls, nn.Module)}
-    found = [_BUILTIN[p] for p in _BUILTIN if p in packages]
+    found = [_BUILTIN[key] for key in _BUILTIN if key[0] in packages and key[1] == part]
     return [getattr(importlib.import_module(module), name)() for module, name in found]
 
 

@@ -52,3 +52,61 @@ class BlockMethod(Method):
     def describe(self, layer: int) -> dict[str, Any]:
         """The settings that block `layer` runs with."""
         raise NotImplementedError
+
+
+class FeatureMethod(Method):
+    """A method that takes image features away between the tower and the language model.
+
+    Args:
+        ensemble: how the scores of several blocks become one.
+        positions: "compact" (text and kept tokens are renumbered) or "original" (they keep their places).
+        newline: which newlines of a detail grid stay, "row" (by content), "all" or "none".
+    """
+
+    hook: ClassVar[str] = "on_features"
+    ensemble: str
+    positions: str
+    newline: str
+
+    def scorer(self, has_class: bool) -> str:
+        """ "cls" or "received", for a tower with or without a class token; raises ConfigError if it must be "cls"."""
+        raise NotImplementedError
+
+    def layers(self, last: int, scorer: str) -> range:
+        """Blocks whose attention is read when block `last` makes the features; raises ConfigError if there is none."""
+        raise NotImplementedError
+
+    def num_kept(self, num_tokens: int) -> int:
+        """How many of the `num_tokens` patch tokens of one image or crop stay; needs no data."""
+        raise NotImplementedError
+
+    def choose(self, scores: Tensor, num_tokens: int) -> Tensor:
+        """Ascending indices of what stays of one image.
+
+        Args:
+            scores: of its features [n]: first `num_tokens` of the image or of its overview crop, then those of the
+                detail grid, row by row; -1 marks a newline.
+        """
+        raise NotImplementedError
+
+    def most(self, scores: Tensor, num_tokens: int) -> int:
+        """How many `choose` keeps at most, whatever the scores are; only their -1 are read."""
+        raise NotImplementedError
+
+
+class KeepAll(BlockMethod):
+    """Removes nothing: what the blocks run where no method acts between them."""
+
+    metric, insert, order = "hidden", "between", "raster"
+
+    def num_removed(self, layer: int, mergeable: int) -> int:
+        """None."""
+        return 0
+
+    def has_bias(self) -> bool:
+        """There are no sizes."""
+        return False
+
+    def matching_macs(self, layer: int, mergeable: int, head_dim: int, width: int) -> int:
+        """Nothing is matched."""
+        return 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.core.errors import ShapeError, VTokenError
+from vtoken.core.prompt import PromptRecord
 from vtoken.core.state import Slot, TokenState
 from vtoken.ops.rows import take_rows
 
@@ -32,6 +33,7 @@ class Trace:
         anchor: embedded row whose place each output row keeps, [B, T'] int64.
         layer_anchor: the same after every block.
         grid: patch rows and columns of the images, if the host told.
+        prompt: which image tokens reached the language model, if a method acts there.
     """
 
     num_forwards: int = 0
@@ -43,6 +45,7 @@ class Trace:
     anchor: Tensor | None = None
     layer_anchor: list[Tensor] = field(default_factory=list)
     grid: tuple[int, int] | None = None
+    prompt: PromptRecord | None = None
 
     def record(self, state: TokenState, grid: tuple[int, int] | None) -> None:
         """Take over what `state` knows after a forward."""
@@ -62,12 +65,20 @@ class Trace:
         self.anchor = rows if last.anchor is None else last.anchor
         self.size = torch.ones(self.anchor.shape, device=device) if last.size is None else last.size
 
+    def record_prompt(self, record: PromptRecord) -> None:
+        """Take over what a method did to the image tokens of a prompt."""
+        self.num_forwards += self.dest is None  # else the tower has counted this forward
+        self.prompt = record
+        self.grid = record.grid or self.grid
+
     def kept(self, index: int = 0, layer: int | None = None) -> Tensor:
         """Patches of image `index` whose own token is left, [K] int64, ascending, counted in raster order from 0.
 
-        After block `layer`, None: the last one. A merging method's other patches live on in these; a pruning method's
-        are gone.
+        After block `layer`, None: the last one, or what reached the language model. A merging method's other patches
+        live on in these; a pruning method's are gone.
         """
+        if self.prompt is not None and layer is None:
+            return self.prompt.patches(index)
         anchor = self.anchor if layer is None else self.layer_anchor[layer]
         if anchor is None:
             raise ShapeError(_EMPTY)
@@ -108,6 +119,7 @@ def current_trace(model: nn.Module) -> Trace | None:
     """The record that a caller of `model`, in this thread, asked for."""
     if torch.compiler.is_compiling():  # a compiled graph cannot read a context variable
         return None
+    model = model.__dict__.get("_vtoken_stands_for", model)
     return next((trace for owner, trace in reversed(_active.get()) if owner is model), None)
 
 

@@ -204,7 +204,9 @@ def _install_hooks(tower: Any) -> None:
 
 def begin(tower: Any, *, dense: bool = False) -> TokenState:
     """The state of one forward."""
-    method, traced = _method(tower), current_trace(tower) is not None
+    method = _method(tower)
+    # Whoever put the stand-in here wants to know what became of every token.
+    traced = current_trace(tower) is not None or "_vtoken_stands_for" in tower.__dict__
     anchor = traced or (not dense and method.order == "raster")
     return TokenState(method, num_prefix(tower), track_anchor=anchor, track_dest=traced or dense)
 

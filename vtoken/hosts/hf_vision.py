@@ -12,6 +12,7 @@ from vtoken.core.host import HostAdapter, HostSpec
 from vtoken.core.method import Method
 from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.core.plan import Plan
+from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.hf_blocks import LAYERS, MasklessDinoLayerMixin, attention_of, refuse_flash
 from vtoken.hosts.hf_entry import (
     ClipTowerMixin,
@@ -28,6 +29,7 @@ from vtoken.hosts.hf_entry import (
     num_prefix,
     pair,
 )
+from vtoken.hosts.hf_watch import watched_tower
 
 Key = tuple[str, str]  # module of transformers.models, class name
 
@@ -175,6 +177,11 @@ class HFAdapter(HostAdapter):
         resize = other_size and not tower.config.model_type.startswith("dinov2")  # DINOv2 always fits its positions
         return runner(image, **({"interpolate_pos_encoding": True} if resize else {}))
 
+    def run_watched(self, model: nn.Module, rows: ClassRows, image: Tensor) -> None:
+        """Class attention of the query and key projections."""
+        tower = self.tower(model)
+        self.run_image(watched_tower(tower, _mixin(tower)._vtoken_path, rows), image)
+
     def num_tokens(self, model: nn.Module, plan: Plan) -> int:
         """For a LLaVA, the placeholders that one image needs."""
         config: Any = model.config
@@ -186,7 +193,7 @@ class HFAdapter(HostAdapter):
         return plan.tokens[index] - int(drops_class)
 
 
-def _keys(cls: type) -> list[Key]:
+def keys_of(cls: type) -> list[Key]:
     """Where transformers defines `cls` and its bases."""
     found = []
     for base in cls.__mro__:
@@ -197,7 +204,7 @@ def _keys(cls: type) -> list[Key]:
 
 
 def _known(cls: type, table: dict[Key, Any]) -> Key | None:
-    return next((key for key in _keys(cls) if key in table), None)
+    return next((key for key in keys_of(cls) if key in table), None)
 
 
 def _mixin(tower: nn.Module) -> Any:
@@ -255,7 +262,7 @@ def _check_feature_layer(model: Any) -> None:
 def _reason(model: nn.Module) -> str:
     if _known(type(model), LAYERS) is not None:
         return "it is a single layer; pass the model that holds it"
-    name = next((key[0] for key in _keys(type(model))), "")
+    name = next((key[0] for key in keys_of(type(model))), "")
     return REASONS.get(name, "vtoken does not know what it does with its image tokens")
 
 

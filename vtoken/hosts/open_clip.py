@@ -23,6 +23,7 @@ from vtoken.core.method import BlockMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, view, view_as
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import current_trace
+from vtoken.hosts.class_rows import ClassRows, RowTap
 from vtoken.hosts.pooling import weighted_mean
 from vtoken.hosts.tower import BoundBlocks, Tap, merged_block
 from vtoken.ops import size_bias
@@ -354,6 +355,19 @@ class OpenClipAdapter(HostAdapter):
     def run_image(self, model: Any, image: Tensor) -> Any:
         """The tower alone: a whole CLIP also wants text."""
         return self.tower(model)[1](image)
+
+    def run_watched(self, model: nn.Module, rows: ClassRows, image: Tensor) -> None:
+        """Class attention of the packed projection, or behind the norms of open_clip's own attention."""
+        adapter, tower = self.tower(model)
+        if adapter is not self:
+            return adapter.run_watched(tower, rows, image)
+        blocks = rows.watched(tower.transformer.resblocks, _tapped)
+        view(tower, transformer=view(tower.transformer, resblocks=blocks))(image)
+
+
+def _tapped(block: Any, tap: RowTap) -> Any:
+    own = isinstance(block, CustomResidualAttentionBlock)
+    return view(block, attn=tap.on(block.attn, "ln_q", "ln_k") if own else tap.on_packed(block.attn))
 
 
 def _refusal(model: nn.Module, why: str) -> str:

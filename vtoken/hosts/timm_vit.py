@@ -10,7 +10,8 @@ from torch import nn
 from vtoken.core.errors import UnsupportedModelError
 from vtoken.core.host import HostAdapter, HostSpec, inner_hint
 from vtoken.core.method import Method
-from vtoken.core.patch import base_of, forward_is_replaced
+from vtoken.core.patch import base_of, forward_is_replaced, view
+from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
 from vtoken.hosts.timm_blocks import ATTENTIONS, BLOCKS
 from vtoken.hosts.timm_entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
@@ -88,6 +89,12 @@ class TimmAdapter(HostAdapter):
             mixin = BLOCKS[next(cls for cls in type(block).__mro__ if cls in BLOCKS)]
             found.append((block, mixin, {"_vtoken_index": index}))
         return found
+
+    def run_watched(self, model: nn.Module, rows: ClassRows, image: Any) -> None:
+        """Class attention behind the norms of queries and keys."""
+        tower: Any = model
+        blocks = rows.watched(tower.blocks, lambda block, tap: view(block, attn=tap.on(block.attn, "q_norm", "k_norm")))
+        view(model, blocks=blocks).forward_features(image)
 
 
 def _refusal(model: nn.Module, why: str) -> str:

@@ -4,15 +4,28 @@ Everything here is plain torch: it runs on any device, compiles and exports, and
 `vtoken.ops.reference` holds slow, obviously right versions of the same functions; the tests compare the two.
 """
 
+from vtoken.ops.cls_scores import (
+    ENSEMBLES,
+    class_row,
+    cls_scores,
+    ensemble,
+    received_row,
+    scored_layers,
+    select_tokens,
+)
 from vtoken.ops.connections import Connections, select_grouped, select_threshold, select_topk
 from vtoken.ops.matching import key_metric, plan_pitome, plan_random, plan_stride, plan_tome
 from vtoken.ops.merge import REDUCTIONS, MergePlan, size_bias
 from vtoken.ops.sparse_attention import sparse_attention
 
 __all__ = [
+    "ENSEMBLES",
     "REDUCTIONS",
     "Connections",
     "MergePlan",
+    "class_row",
+    "cls_scores",
+    "ensemble",
     "key_metric",
     "plan_pitome",
     "plan_random",
@@ -21,6 +34,9 @@ __all__ = [
     "select_grouped",
     "select_threshold",
     "select_topk",
+    "received_row",
+    "scored_layers",
+    "select_tokens",
     "size_bias",
     "sparse_attention",
 ]

@@ -1,0 +1,57 @@
+"""What is remembered of one shortened prompt; made only while a caller asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vtoken.core.errors import ShapeError
+
+
+@dataclass(frozen=True, eq=False)
+class PromptRecord:
+    """Which image tokens reached the language model. Images are counted over the whole batch, in prompt order.
+
+    Args:
+        kept: of every image, ascending indices [k] int64 among its features (its placeholders in the full prompt).
+        full_lengths, lengths: features of every image before and after.
+        scores: of every image, what the choice was made by, [n] float32; -1 marks a newline, and a class token that is
+            kept in any case has the score of its own attention to itself.
+        index: for every position of the short prompt, its position in the prompt that the caller passed, [B, L'] int64;
+            -1 where it is padding.
+        input_ids: the short prompt [B, L'] int64, to go on from a cache.
+        scorer: "cls" or "received".
+        layers: blocks of the tower whose attention was read.
+        grid: patch rows and columns of an image or of its overview crop, if it is known.
+        first_patch: patch that feature 0 is; -1 if it is the class token.
+        anchors: of every image or overview crop the patch whose place each feature keeps, [n] int64, if the tower
+            merges tokens; else None.
+    """
+
+    kept: tuple[Tensor, ...]
+    full_lengths: tuple[int, ...]
+    lengths: tuple[int, ...]
+    scores: tuple[Tensor, ...]
+    index: Tensor
+    input_ids: Tensor
+    scorer: str
+    layers: tuple[int, ...]
+    grid: tuple[int, int] | None
+    first_patch: int
+    anchors: tuple[Tensor, ...] | None
+
+    def patches(self, image: int = 0) -> Tensor:
+        """Kept patches of one image, [k] int64 in raster order from 0; of the overview crop, if it has several.
+
+        Raises:
+            ShapeError: if there is no such image.
+        """
+        if not 0 <= image < len(self.kept):
+            raise ShapeError(f"image {image} of a prompt with {len(self.kept)} image(s)")
+        if self.anchors is not None:
+            found = self.anchors[image][self.kept[image]]
+        else:
+            found = self.kept[image] + self.first_patch
+        num_patches = self.grid[0] * self.grid[1] if self.grid else self.full_lengths[image]
+        return found[(found >= 0) & (found < num_patches)]

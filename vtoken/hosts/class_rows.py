@@ -1,0 +1,211 @@
+"""Reading how much attention patches get while an image tower runs, without asking it for attention maps.
+
+The tower runs through a view whose chosen layers keep one row of scores each; nothing is left on the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtoken.core.errors import ConfigError, UnsupportedModelError, VTokenError
+from vtoken.core.host import find_adapter
+from vtoken.core.patch import is_patched, view_as
+from vtoken.core.state import Slot, TokenState
+from vtoken.ops import class_row, ensemble, received_row, scored_layers
+
+
+def cls_attention_scores(
+    tower: Any,
+    pixel_values: Tensor,
+    *,
+    start_layer: int | None = None,
+    last: int | None = None,
+    how: str = "mean",
+) -> Tensor:
+    """How much the class token of a vision transformer attends to every patch, averaged over heads and layers.
+
+    Args:
+        tower: an unpatched transformers, open_clip or timm model with a class token, or a model that holds one.
+        pixel_values: images [B, C, H, W].
+        start_layer, last: first and last block that is read; negative ones count from the end. By default from
+            ceil(2/3 depth) to the last block.
+        how: "mean", "sum", "max" or "min" over the blocks.
+
+    Returns:
+        Scores [B, N], float32, detached; rows sum to less than 1, the rest is what prefix tokens get.
+
+    Raises:
+        UnsupportedModelError: if the model is not understood, with the reason.
+        ConfigError: if it has no class token, or for blocks that it does not have.
+        VTokenError: if it is patched.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> scores = vtoken.cls_attention_scores(timm.create_model("test_vit"), torch.randn(1, 3, 160, 160))
+        >>> scores.shape
+        torch.Size([1, 100])
+
+    Source: arXiv 2412.05819.
+    """
+    adapter = find_adapter(tower)
+    spec = adapter.spec(tower)
+    if any(is_patched(m) for m in tower.modules()):
+        raise VTokenError(f"{spec.name} carries a method; use vtoken.remove first, or read the record of vtoken.trace")
+    if spec.num_prefix == 0:
+        raise ConfigError(f"{spec.name} has no class token whose attention could be read")
+    if spec.position == "rotary":
+        raise UnsupportedModelError(f"cannot read class attention of {spec.name}: it rotates queries and keys")
+    rows = ClassRows(scored_layers(spec.depth, start_layer, spec.depth - 1 if last is None else last), "cls")
+    with torch.no_grad():
+        adapter.run_watched(tower, rows, pixel_values)
+    return rows.scores(spec.depth - 1, how)[0][:, spec.num_prefix :]
+
+
+class ClassRows:
+    """What the chosen layers' attention says in one pass of images through a tower.
+
+    Args:
+        layers: their indices.
+        scorer: "cls" or "received".
+    """
+
+    def __init__(self, layers: Collection[int], scorer: str) -> None:
+        self._layers = sorted(layers)
+        self._scorer = scorer
+        self._rows: dict[int, Tensor] = {}
+        #: Where every token went, if the tower merges tokens.
+        self._state: TokenState | None = None
+
+    def watched(self, layers: Iterable[Any], tapped: Callable[[Any, RowTap], Any]) -> Layers:
+        """The layers of a tower, the chosen ones reporting here.
+
+        Args:
+            tapped: makes the stand-in of a layer whose attention runs with a tap.
+        """
+        chosen = set(self._layers)
+        return Layers(
+            functools.partial(self._run, tapped, layer, i) if i in chosen else layer for i, layer in enumerate(layers)
+        )
+
+    def scores(self, last: int, how: str) -> tuple[Tensor, Tensor | None]:
+        """Scores of the rows that block `last` hands out, and the embedded row whose place each keeps.
+
+        Returns:
+            [B, T] float32, prefix tokens included; [B, T] int64, or None if no token was merged.
+        """
+        slot = Slot() if self._state is None else self._state.slots[last + 1]
+        if slot.anchor is not None and self._state is not None and self._state.method.order == "raster":
+            slot = slot.in_raster_order(slot.anchor.new_empty(*slot.anchor.shape, 0))[1]
+        return ensemble([self._carried(layer, slot) for layer in self._layers], how), slot.anchor
+
+    def _carried(self, layer: int, slot: Slot) -> Tensor:
+        """One layer's scores brought to the rows of `slot`: tokens that merged later pass on their sum."""
+        row = self._rows[layer]
+        if self._state is None or slot.dest is None or slot.anchor is None:
+            return row
+        was = self._state.slots[layer].anchor
+        now = slot.dest if was is None else slot.dest.gather(1, was)
+        return torch.zeros(slot.anchor.shape, dtype=row.dtype, device=row.device).scatter_add(1, now, row)
+
+    def _run(
+        self, tapped: Any, layer: Any, index: int, *args: Any, vtoken_state: TokenState | None = None, **kwargs: Any
+    ) -> Any:  # fmt: skip
+        """One layer with a tap."""
+        bias = None
+        if vtoken_state is not None:
+            kwargs["vtoken_state"] = self._state = vtoken_state
+            sizes = vtoken_state.bias(index, torch.float32) if index in vtoken_state.slots else None
+            bias = None if sizes is None else sizes[:, 0]
+        tap = RowTap(self._scorer, bias)
+        out = tapped(layer, tap)(*args, **kwargs)
+        self._rows[index] = tap.row
+        return out
+
+
+class Layers(list[Any]):
+    """Stands where a tower's list of layers stood, be it called or iterated over."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class RowTap:
+    """Turns the queries and keys of one attention call into one row of scores as soon as both have arrived.
+
+    Later calls (activation checkpointing runs a layer again) pass through it untouched.
+
+    Args:
+        scorer: "cls" or "received".
+        bias: added to the logits of the keys, [B, 1, T].
+    """
+
+    def __init__(self, scorer: str, bias: Tensor | None) -> None:
+        self._score = class_row if scorer == "cls" else received_row
+        self._bias = bias
+        self._head_dim = 0
+        self._q: Tensor | None = None
+        self._k: Tensor | None = None
+        self._row: Tensor | None = None
+
+    @property
+    def row(self) -> Tensor:
+        """[B, T] float32."""
+        if self._row is None:
+            raise RuntimeError("the attention never computed queries and keys, so there are no scores")
+        return self._row
+
+    def on(self, attn: Any, query: str, key: str) -> Any:
+        """The attention with this tap behind its modules `query` and `key`, projections or norms."""
+        self._head_dim = int(attn.head_dim)
+        parts = {
+            query: functools.partial(self._queries, getattr(attn, query)),
+            key: functools.partial(self._keys, getattr(attn, key)),
+        }
+        return view_as(type(attn), attn, **parts)
+
+    def on_packed(self, attn: Any) -> Callable[..., Any]:
+        """`nn.MultiheadAttention` with this tap; queries and keys are projected once more, it does not show its own."""
+        self._head_dim = int(attn.head_dim)
+
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows = (x if attn.batch_first else x.transpose(0, 1)).detach()
+            weights = attn.in_proj_weight.detach().chunk(3)
+            biases = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.detach().chunk(3)
+            self._queries(lambda r: F.linear(r, weights[0], biases[0]), rows)
+            self._keys(lambda r: F.linear(r, weights[1], biases[1]), rows)
+            return attn(x, *args, **kwargs)
+
+        return run
+
+    def _queries(self, project: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        q = project(x)
+        if self._row is None:
+            heads = self._heads(q)
+            self._q = heads[:, :, 0] if self._score is class_row else heads
+            self._finish()
+        return q
+
+    def _keys(self, project: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        k = project(x)
+        if self._row is None:
+            self._k = self._heads(k)
+            self._finish()
+        return k
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, H, T, D] of a projection [B, T, C], or as it is."""
+        x = x.detach()
+        return x if x.dim() == 4 else x.unflatten(2, (-1, self._head_dim)).transpose(1, 2)
+
+    def _finish(self) -> None:
+        if self._q is not None and self._k is not None:
+            self._row = self._score(self._q, self._k, scale=self._head_dim**-0.5, bias=self._bias)
+            self._q = self._k = self._bias = None
