@@ -12,8 +12,8 @@ from torch import nn
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter, find_adapter
-from vtoken.core.method import BlockMethod, Method
-from vtoken.core.patch import is_patched, mixin_of, patch, unpatch, wraps_patched_forward
+from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll, Method
+from vtoken.core.patch import PREDICTOR, additions, is_patched, mixin_of, patch, unpatch, wraps_patched_forward
 from vtoken.core.plan import Plan, count_tokens
 
 Config = MethodConfig | str | Sequence[MethodConfig]
@@ -64,7 +64,7 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
             f"{type(model).__name__} already carries {names or 'a method on a submodule'}; "
             "call vtoken.remove(model) first, use vtoken.configure to change settings, or pass replace=True"
         )
-    previous = [(m, mixin_of(type(m)), _additions(m)) for m in carriers]
+    previous = [(m, mixin_of(type(m)), additions(m)) for m in carriers]
     for module in carriers:
         unpatch(module)
     try:
@@ -134,7 +134,18 @@ def configure(model: M, **changes: Any) -> M:
         raise VTokenError(f"configure needs exactly one applied method, found {len(configs)}; use vtoken.apply")
     new = (configs[0].replace(**changes),)
     owner = next(m for m in model.modules() if "_vtoken" in m.__dict__)
-    owner.__dict__["_vtoken"] = Applied(new, build_methods(owner, find_adapter(owner), new))
+    applied = Applied(new, build_methods(owner, find_adapter(owner), new))
+    carriers = [m for m in owner.modules() if "_vtoken_method" in m.__dict__]
+    attention = applied.methods.get("on_attention")
+    if isinstance(attention, AttentionMethod):
+        layers = {int(m.__dict__["_vtoken_index"]) for m in carriers}
+        if any(attention.acts_on(layer) != (layer in layers) for layer in range(find_adapter(owner).spec(owner).depth)):
+            raise ConfigError("configure cannot add or take away layers with a learned part; use replace=True in apply")
+        for carrier in carriers:
+            attention.fits(int(carrier.__dict__["_vtoken_index"]), carrier.get_submodule(PREDICTOR))
+        for carrier in carriers:
+            carrier.__dict__["_vtoken_method"] = attention
+    owner.__dict__["_vtoken"] = applied
     return model
 
 
@@ -188,7 +199,7 @@ def chosen(
     configs = resolve(config, options) if config is not None else config_tuple(model)
     if not configs:
         raise ConfigError("no settings given and no method applied to this model")
-    method = build_methods(model, adapter, configs)["on_block"]
+    method = build_methods(model, adapter, configs).get("on_block", KeepAll())
     assert isinstance(method, BlockMethod)
     return adapter, configs, method
 
@@ -227,8 +238,8 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
     """The methods by the hook they serve, checked against the model; nothing is changed."""
     spec = adapter.spec(model)
     built: dict[str, Method] = {}
-    for config in configs:
-        method = config.build(spec.depth)
+    made = [(config, method) for config in configs for method in _made(config.build(spec.depth))]
+    for config, method in made:
         if method.hook in built:
             raise ConfigError(
                 f"two methods act at {method.hook}: {', '.join(c.method for c in configs)}; apply one of them"
@@ -241,6 +252,10 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
     return built
 
 
+def _made(methods: Method | tuple[Method, ...]) -> tuple[Method, ...]:
+    return methods if isinstance(methods, tuple) else (methods,)
+
+
 def config_tuple(model: nn.Module) -> tuple[MethodConfig, ...]:
     """The settings of every method applied to the model or inside it."""
     found = [m.__dict__["_vtoken"] for m in model.modules() if "_vtoken" in m.__dict__]
@@ -250,7 +265,3 @@ def config_tuple(model: nn.Module) -> tuple[MethodConfig, ...]:
 def patched_modules(model: nn.Module) -> list[nn.Module]:
     """Every patched module in the model, itself included."""
     return [m for m in model.modules() if is_patched(m)]
-
-
-def _additions(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.__dict__.items() if name.startswith("_vtoken")}

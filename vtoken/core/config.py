@@ -19,8 +19,8 @@ class MethodConfig:
 
     method: ClassVar[str] = ""
 
-    def build(self, depth: int) -> Method:
-        """The method for a model with `depth` blocks; raises ConfigError if the settings do not fit that depth."""
+    def build(self, depth: int) -> Method | tuple[Method, ...]:
+        """The method, or one per hook, for a model with `depth` blocks; raises ConfigError if they do not fit it."""
         raise NotImplementedError(f"{type(self).__name__} must implement build(depth)")
 
     def replace(self, **changes: Any) -> Self:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
@@ -16,14 +17,22 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from vtoken.core.errors import UnsupportedModelError
+from vtoken.core.errors import InputError, UnsupportedModelError
 from vtoken.core.host import HostAdapter, HostSpec, find_adapter
-from vtoken.core.method import BlockMethod, Method
-from vtoken.core.patch import base_of, view
+from vtoken.core.method import AttentionMethod, Method
+from vtoken.core.patch import base_of, view, view_as
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import current_trace
 from vtoken.hosts.pooling import weighted_mean
-from vtoken.hosts.tower import BoundBlocks, Tap, merged_block
+from vtoken.hosts.tower import (
+    BoundBlocks,
+    Tap,
+    attention_targets,
+    begin,
+    block_method,
+    merged_block,
+    stock_with,
+)
 from vtoken.ops import size_bias
 from vtoken.ops.rows import take_rows
 
@@ -38,8 +47,10 @@ class OpenClipTowerMixin:
     def forward(self: Any, x: Tensor) -> Any:
         # Token rows leave the tower with output_tokens or without pooling; then in raster order.
         raster = self.output_tokens or self.pool_type == "none"
-        state = _begin(self, raster=raster)
-        bound = BoundTransformer(self.transformer, state, raster=raster)
+        state = _begin(self, x, raster=raster)
+        whole = isinstance(self.patch_dropout, nn.Identity) or not self.training
+        num_tokens = self.positional_embedding.shape[0] if whole else None
+        bound = BoundTransformer(self.transformer, state, raster=raster, num_tokens=num_tokens)
         out = base_of(type(self)).forward(_stand_in(self, bound), x)  # type: ignore[attr-defined]
         _record(self, state, x)
         return out
@@ -55,7 +66,7 @@ class OpenClipTowerMixin:
         output_extra_tokens: bool = False,
     ) -> Any:
         dense = output_fmt == "NCHW"
-        state = _begin(self, raster=True, dense=dense)
+        state = _begin(self, x, raster=True, dense=dense)
         bound = BoundTransformer(self.transformer, state, raster=True, dense=dense)
         out = base_of(type(self)).forward_intermediates(  # type: ignore[attr-defined]
             _stand_in(self, bound), x, indices, stop_early, normalize_intermediates, intermediates_only, output_fmt,
@@ -73,18 +84,25 @@ class BoundTransformer:
         state: of this forward.
         raster: hand tokens out in raster order. Not whenever anchors are known: a trace must not reorder a sum.
         dense: hand intermediates out spread over all patches.
+        num_tokens: how many there always are; None if patch dropout changes it.
     """
 
-    def __init__(self, transformer: Any, state: TokenState, *, raster: bool, dense: bool = False) -> None:
+    def __init__(
+        self, transformer: Any, state: TokenState, *, raster: bool, dense: bool = False, num_tokens: int | None = None
+    ) -> None:
         blocks = BoundBlocks(transformer.resblocks, list(transformer.resblocks), state)
         self._inner = view(transformer, resblocks=blocks)
         self._state = state
         self._raster = raster and state.method.order == "raster"
         self._dense = dense
+        self._num_tokens = num_tokens
         #: What is known of the rows that were handed out.
         self.slot = Slot()
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._num_tokens is not None and torch.compiler.is_compiling():
+            # compile(dynamic=True) makes symbols of the image's sides; token counts as terms of those take minutes.
+            x = x.view(x.shape[0], self._num_tokens, x.shape[2])
         x = self._inner(x)
         return self._finish(x)
 
@@ -133,15 +151,15 @@ class BlockMixin:
         rows = merged_block(self, vtoken_state, q_x.transpose(0, 1), functools.partial(self._vtoken_stock, stock))
         return rows.transpose(0, 1).contiguous()
 
-    def _vtoken_stock(self: Any, stock: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """A block that removes nothing: the host's own forward while there are no sizes, which is exact to the bit."""
-        if attn_mask is not None:
-            x = x + self._vtoken_attn(x, None, attn_mask=attn_mask)
+    def _vtoken_stock(self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None) -> Tensor:
+        """A block that removes nothing: the host's own forward while that is exact to the bit."""
+        if attn_mask is not None or tap.acts_in(self.attn):
+            x = x + self._vtoken_attn(x, tap, attn_mask=attn_mask)
             return x + self._vtoken_mlp(x)
         rows: Tensor = stock(x if self.attn.batch_first else x.transpose(0, 1))
         return rows if self.attn.batch_first else rows.transpose(0, 1)
 
-    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None = None) -> Tensor:
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None) -> Tensor:
         return self.ls_1(packed_attention(self.attn, self.ln_1(x), tap, attn_mask))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
@@ -159,45 +177,92 @@ class CustomBlockMixin:
         stock: Any = super().forward  # type: ignore[misc]
         if vtoken_state is None:
             return stock(x, attn_mask=attn_mask)
-        return merged_block(self, vtoken_state, x, stock)
+        return merged_block(self, vtoken_state, x, functools.partial(stock_with, self, stock, "attn", "ln_k"))
 
-    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None = None) -> Tensor:
-        attn = self.attn if tap is None else tap.on(self.attn, "ln_k")
-        return self.ls_1(self.ln_attn(attn(self.ln_1(x), attn_mask=attn_mask)))
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None) -> Tensor:
+        return self.ls_1(self.ln_attn(tap.on(self.attn, "ln_k")(self.ln_1(x), attn_mask=attn_mask)))
 
     _vtoken_mlp = BlockMixin._vtoken_mlp
 
 
-def packed_attention(attn: nn.MultiheadAttention, x: Tensor, tap: Tap | None, attn_mask: Tensor | None) -> Tensor:
-    """Self-attention with the packed weights of `attn`, kept fused; [B, T, C] whatever its batch_first says.
+class PackedAttention(nn.MultiheadAttention):
+    """What stands in for the attention of a block during one call: self-attention that shows its keys.
 
     nn.MultiheadAttention itself would expand a mask to every head and query, and gives no keys.
     """
-    packed = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
-    q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-    if tap is not None:
-        tap.keys = k
-    dropout = attn.dropout if attn.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-    projected: Tensor = attn.out_proj(out.transpose(1, 2).flatten(2))
+
+    vtoken_tap: Tap | None
+    vtoken_mask: Tensor | None
+
+    def forward(self, query: Tensor, *_: Any, **unused: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Rows [B, T, C] attend to themselves, whatever `batch_first` says."""
+        packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = packed.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        tap, dropout = self.vtoken_tap, self.dropout if self.training else 0.0
+        if tap is not None and tap.acts_in(self):
+            call = tap.call(self.head_dim**-0.5, self.vtoken_mask, dropout)
+            out = self._vtoken_method.attend(q, k, v, self.predictor, call)  # type: ignore[union-attr, operator, arg-type]
+            tap.done(call, k)
+        else:
+            if tap is not None:
+                tap.keys = k
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.vtoken_mask, dropout_p=dropout)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def packed_attention(attn: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None) -> Tensor:
+    """Self-attention [B, T, C] with the packed weights of `attn`, kept fused; hooks on it run as they always do."""
+    packed: Any = _plain_attention(attn)
+    if packed is None:
+        raise UnsupportedModelError(
+            f"the attention was replaced by a {type(attn).__module__}.{type(attn).__qualname__} after vtoken.apply; "
+            "merging would bypass it. Call vtoken.remove(model)"
+        )
+    stand_in = view_as(PackedAttention, packed, vtoken_tap=tap, vtoken_mask=attn_mask)
+    if packed is not attn:  # an adapter puts its weights into those of its base layer while it runs that
+        stand_in = view(attn, base_layer=stand_in)
+    projected: Tensor = stand_in(x, x, x, need_weights=False)[0]
     return projected
 
 
+def _plain_attention(attn: Any) -> nn.MultiheadAttention | None:
+    """The attention itself, or the one inside peft's LoRA layer; None if it computes something else."""
+    if type(attn).__module__.startswith("peft.tuners.lora"):
+        attn = attn.base_layer
+    # Not the class: parametrizations and FSDP2 subclass it.
+    return attn if base_of(type(attn)).forward is nn.MultiheadAttention.forward else None  # type: ignore[attr-defined]
+
+
+class PackedMethodMixin:
+    """nn.MultiheadAttention whose core is an attention method's; inside a patched tower PackedAttention runs it."""
+
+    _vtoken_method: AttentionMethod
+    _vtoken_index: int
+
+    def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        if self._vtoken_method.is_stock(self._vtoken_index):
+            return super().forward(query, key, value, *args, **options)  # type: ignore[misc]
+        given = [name for name, value in options.items() if value is not None and name not in _IGNORED]
+        if query is not key or key is not value or args or given or options.get("need_weights", True):
+            raise InputError("attention with a connectivity mask is self-attention with need_weights=False and no mask")
+        x = query if self.batch_first else query.transpose(0, 1)
+        out = packed_attention(self, x, Tap.alone(self, x.shape[1]), None)
+        return (out if self.batch_first else out.transpose(0, 1)), None
+
+
+_IGNORED = ("need_weights", "average_attn_weights")
+ATTENTION_MIXINS: dict[type, type] = {nn.MultiheadAttention: PackedMethodMixin}
 BLOCKS: dict[type, type] = {
     ResidualAttentionBlock: BlockMixin,
     CustomResidualAttentionBlock: CustomBlockMixin,
 }
 
 
-def _method(tower: Any) -> BlockMethod:
-    method: BlockMethod = tower._vtoken.methods["on_block"]
-    return method
-
-
-def _begin(tower: Any, *, raster: bool, dense: bool = False) -> TokenState:
-    traced, method = current_trace(tower) is not None, _method(tower)
-    anchor = raster and method.order == "raster"
-    return TokenState(method, NUM_PREFIX, track_anchor=anchor or traced, track_dest=traced or dense)
+def _begin(tower: Any, x: Tensor, *, raster: bool, dense: bool = False) -> TokenState:
+    anchor = raster and block_method(tower).order == "raster"
+    state = begin(tower, NUM_PREFIX, anchor=anchor, dest=dense)
+    state.grid = grid_of(tower, (x.shape[2], x.shape[3]))
+    return state
 
 
 def _stand_in(tower: Any, bound: BoundTransformer) -> Any:
@@ -241,7 +306,7 @@ class OpenClipAdapter(HostAdapter):
     """open_clip's image towers; the text tower is never touched."""
 
     name = "open_clip image towers"
-    hooks = frozenset({"on_block"})
+    hooks = frozenset({"on_block", "on_attention"})
 
     def matches(self, model: nn.Module) -> bool:
         """Every class from open_clip; `spec` refuses what is not an image tower or holds none."""
@@ -261,6 +326,9 @@ class OpenClipAdapter(HostAdapter):
         adapter, tower = self.tower(model)
         if adapter is not self:
             return adapter.spec(tower)
+        if "forward" in vars(tower):
+            why = "forward was replaced on the instance, which merging would bypass (apply before accelerate's prepare)"
+            raise UnsupportedModelError(_refusal(model, why))
         if not isinstance(tower.transformer, Transformer):
             raise UnsupportedModelError(_refusal(model, f"its transformer is a {type(tower.transformer).__qualname__}"))
         for name, block in self.blocks(model):
@@ -308,7 +376,12 @@ class OpenClipAdapter(HostAdapter):
         for index, (_, block) in enumerate(self.blocks(model)):
             mixin = BLOCKS[next(cls for cls in type(block).__mro__ if cls in BLOCKS)]
             found.append((block, mixin, {"_vtoken_index": index}))
-        return found
+        attention = methods.get("on_attention")
+        if attention is None:
+            return found
+        return found + attention_targets(
+            attention, self.spec(model), list(tower.transformer.resblocks), ATTENTION_MIXINS
+        )
 
     def run_image(self, model: Any, image: Tensor) -> Any:
         """The tower alone: a whole CLIP also wants text."""
@@ -333,6 +406,7 @@ def _block_problem(block: Any) -> str | None:
         if type(attn) is not Attention:
             return f"a {kind.__qualname__} with a {type(attn).__qualname__}"
         return "one with scaled cosine attention, which takes no key norm" if attn.scaled_cosine else None
-    if type(attn) is not nn.MultiheadAttention or not attn._qkv_same_embed_dim or attn.add_zero_attn:
+    plain = _plain_attention(attn)
+    if plain is None or "forward" in plain.__dict__ or not attn._qkv_same_embed_dim or attn.add_zero_attn:
         return f"a {kind.__qualname__} with a {type(attn).__qualname__} that is not plain packed self-attention"
     return "one with key biases of its own" if attn.bias_k is not None else None

@@ -12,9 +12,10 @@ from vtoken.core.host import HostAdapter, HostSpec, inner_hint
 from vtoken.core.method import Method
 from vtoken.core.patch import base_of
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
-from vtoken.hosts.timm_blocks import ATTENTIONS, BLOCKS
+from vtoken.hosts.timm_blocks import ATTENTION_MIXINS, ATTENTIONS, BLOCKS
 from vtoken.hosts.timm_entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
 from vtoken.hosts.timm_unsupported import reason
+from vtoken.hosts.tower import attention_targets
 
 _ENTRIES = ("forward_features", "forward_intermediates", "forward_head")
 
@@ -23,7 +24,7 @@ class TimmAdapter(HostAdapter):
     """timm's plain-attention towers, recognised by class identity and structure, never by name."""
 
     name = "timm VisionTransformer, Eva, NaFlexVit"
-    hooks = frozenset({"on_block"})
+    hooks = frozenset({"on_block", "on_attention"})
 
     def matches(self, model: nn.Module) -> bool:
         """Every model whose class comes from timm; `spec` refuses the unsupported ones by name."""
@@ -87,7 +88,12 @@ class TimmAdapter(HostAdapter):
         for index, (_, block) in enumerate(self.blocks(model)):
             mixin = BLOCKS[next(cls for cls in type(block).__mro__ if cls in BLOCKS)]
             found.append((block, mixin, {"_vtoken_index": index}))
-        return found
+        attention = methods.get("on_attention")
+        if attention is None:
+            return found
+        return found + attention_targets(
+            attention, self.spec(model), [b for _, b in self.blocks(model)], ATTENTION_MIXINS
+        )
 
 
 def _refusal(model: nn.Module, why: str) -> str:
