@@ -21,6 +21,7 @@ from vtoken.core.trace import Trace, trace, tracing, unmerge
 from vtoken.hosts.names import supported
 from vtoken.methods.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.pitome import PiToMe
+from vtoken.methods.sparsifiner import Sparsifiner
 
 if TYPE_CHECKING:
     from vtoken import visualize
@@ -41,6 +42,7 @@ __all__ = [
     "RandomPrune",
     "Report",
     "ShapeError",
+    "Sparsifiner",
     "StrideMerge",
     "ToMe",
     "Trace",

@@ -144,6 +144,7 @@ def configure(model: M, **changes: Any) -> M:
         for carrier in carriers:
             attention.fits(int(carrier.__dict__["_vtoken_index"]), carrier.get_submodule(PREDICTOR))
         for carrier in carriers:
+            attention.tune(carrier.get_submodule(PREDICTOR))
             carrier.__dict__["_vtoken_method"] = attention
     owner.__dict__["_vtoken"] = applied
     return model

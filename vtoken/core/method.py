@@ -78,6 +78,10 @@ class AttentionMethod(Method):
         """Raise ConfigError unless the settings can go on with the `predictor` that is there."""
         raise NotImplementedError
 
+    def tune(self, predictor: nn.Module) -> None:
+        """Give a `predictor` that fits the settings that shape no parameter."""
+        raise NotImplementedError
+
     def is_stock(self, layer: int) -> bool:
         """Whether block `layer` computes plain attention, so that the host's own code can."""
         raise NotImplementedError
@@ -93,11 +97,19 @@ class AttentionMethod(Method):
 
 @dataclass(frozen=True)
 class AttentionMacs:
-    """One attention core without projections, in multiply-adds: plain, as the method runs it, and choosing keys."""
+    """One attention core (no projections) in multiply-adds.
+
+    Args:
+        dense: plain attention.
+        core: as the method runs it.
+        predictor: its learned part, up to the coefficients.
+        up: spreading those over the keys.
+    """
 
     dense: int
     core: int
-    predictor: int
+    predictor: int = 0
+    up: int = 0
 
 
 class KeepAll(BlockMethod):

@@ -73,7 +73,10 @@ class Slot:
         if self.anchor is None:
             return x, self
         anchor, order = self.anchor.sort(dim=1)
-        dest = None if self.dest is None else order.argsort(dim=1).gather(1, self.dest)
+        dest = None
+        if self.dest is not None:
+            dest = order.argsort(dim=1).gather(1, self.dest.clamp(min=0) if self.dropped else self.dest)
+            dest = torch.where(self.dest < 0, self.dest, dest) if self.dropped else dest
         size = None if self.size is None else self.size.gather(1, order)
         return take_rows(x, order), replace(self, anchor=anchor, dest=dest, size=size)
 

@@ -111,7 +111,7 @@ def _block_problem(block: Any) -> str | None:
         return f"a {kind.__module__}.{kind.__qualname__}, {reason(block)}"
     if kind.forward is not known.forward or "forward" in block.__dict__:  # type: ignore[attr-defined]
         return f"a {kind.__qualname__} with a forward of its own, which merging would bypass"
-    attn = type(block.attn)
+    attn = base_of(type(block.attn))
     known = next((cls for cls in attn.__mro__ if cls in ATTENTIONS), None)
     if known is None or attn.forward is not known.forward or "forward" in block.attn.__dict__:  # type: ignore[attr-defined]
         return f"a {kind.__qualname__} with {attn.__module__}.{attn.__qualname__}, {reason(block.attn)}"

@@ -1,0 +1,303 @@
+"""The connectivity predictor: which keys a query will attend to, as a rank-K product (arXiv 2303.13755 section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.ops.largest import keep_largest
+from vtoken.ops.rows import full_precision
+
+Grid = tuple[int, int]
+#: Bases and resized weights kept per predictor in eval mode: one or two for each image size in use.
+_CACHED = 8
+
+
+class ConnectivityPredictor(nn.Module):
+    """Scores of all keys for every patch query of one attention layer; the parameters are shared by its heads.
+
+    Queries and keys enter as the attention has them before scaling, [B, H, n, d], prefix tokens first. Everything is
+    computed in float32 (float64 stays), under autocast too.
+
+    Args:
+        head_dim: d.
+        num_heads: H; only the default of `scale` depends on it.
+        num_tokens: N, prefix tokens included; may be left out if `grid` is given.
+        grid: rows and columns of the patch grid; None: the square one of num_tokens - num_prefix patches, if any.
+        num_prefix: prefix tokens P (class, registers, distillation).
+        num_basis: K; None: N // reduce_n_factor up to N = 197, from there on as for 197.
+        reduce_c_factor: d over the reduced width c.
+        reduce_n_factor: N over K.
+        share_proj: whether w_up and w_down are one parameter.
+        coef_topk: coefficients kept per query; 0: as many as exceed `coef_threshold` (all if that is 0, too).
+        coef_threshold: see `coef_topk`.
+        basis_threshold: entries of the basis up to this become 0.
+        basis_abs: whether the basis is |w_up|.
+        scale: factor on the coefficients' logits; None: H ** -0.5.
+
+    Raises:
+        ConfigError: if the settings do not fit each other.
+
+    Source: arXiv 2303.13755 section 3.2; sparsifiner.md sections 2 and 10.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        *,
+        num_tokens: int | None = None,
+        grid: Grid | None = None,
+        num_prefix: int = 1,
+        num_basis: int | None = None,
+        reduce_c_factor: int = 2,
+        reduce_n_factor: int = 6,
+        share_proj: bool = False,
+        coef_topk: int = 8,
+        coef_threshold: float = 0.0,
+        basis_threshold: float = 0.02,
+        basis_abs: bool = True,
+        scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_prefix, self.num_heads = num_prefix, num_heads
+        self.num_tokens, self.grid = _tokens_and_grid(num_tokens, grid, num_prefix)
+        self.num_basis = num_basis or max(1, min(self.num_tokens, 197) // reduce_n_factor)
+        if reduce_c_factor < 1 or head_dim < reduce_c_factor or self.num_basis < 1:
+            raise ConfigError(
+                f"head_dim={head_dim} over reduce_c_factor={reduce_c_factor} and num_basis={self.num_basis} must be "
+                "at least 1"
+            )
+        if coef_topk < 0 or coef_threshold < 0 or basis_threshold < 0:
+            raise ConfigError("coef_topk, coef_threshold and basis_threshold must not be negative")
+        self.coef_topk, self.coef_threshold = coef_topk, coef_threshold
+        self.basis_threshold, self.basis_abs, self.share_proj = basis_threshold, basis_abs, share_proj
+        self.scale = num_heads**-0.5 if scale is None else scale
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.reduce_q = nn.Linear(head_dim, head_dim // reduce_c_factor, **like)
+        self.reduce_k = nn.Linear(head_dim, head_dim // reduce_c_factor, **like)
+        self.w_down = nn.Parameter(torch.empty(self.num_tokens, self.num_basis, **like))
+        self.w_up = self.w_down if share_proj else nn.Parameter(torch.empty_like(self.w_down))
+        self._cache: dict[tuple[str, Grid | None], tuple[Tensor, tuple[int, int], Tensor]] = {}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters: normal with deviation 0.02, cut at +-2, and zero biases."""
+        for weight in {self.reduce_q.weight, self.reduce_k.weight, self.w_down, self.w_up}:
+            nn.init.trunc_normal_(weight, std=0.02, a=-2.0, b=2.0)
+        nn.init.zeros_(self.reduce_q.bias)
+        nn.init.zeros_(self.reduce_k.bias)
+
+    def coefficients(self, q: Tensor, k: Tensor, *, live: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """Sparse coefficients of every patch query over the basis: [B, H, n - P, K], at least float32.
+
+        Args:
+            q, k: [B, H, n, d].
+            live: which of the N tokens these are, [B, n], prefix tokens first; None: all of them.
+            grid: rows and columns of the patch grid, where it is not the predictor's own.
+
+        Raises:
+            ShapeError: if the number of tokens does not fit.
+        """
+        a = self._all_coefficients(q, k, live, grid)
+        if self.coef_topk:
+            a = keep_largest(a, self.coef_topk)
+        elif self.coef_threshold > 0:
+            a = a * (a > self.coef_threshold)
+        return a.transpose(-1, -2)
+
+    def basis(self, *, live: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """The sparse basis, without gradient: [K, N], or [B, K, n] for `live` tokens [B, n].
+
+        In eval mode it is kept until w_up changes (changes through `.data` in place are not seen before the next
+        `train()` or `eval()`).
+        """
+        full = self._remember("basis", grid, self.w_up, self._make_basis)
+        if live is None:
+            return full
+        return full.index_select(1, live.flatten()).view(-1, *live.shape).transpose(0, 1)
+
+    def scores(self, q: Tensor, k: Tensor, *, live: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+        """Scores of all keys, [B, H, n - P, n], non-negative with `basis_abs`. For looking at: selection needs less."""
+        basis = self.basis(live=live, grid=grid)
+        return self.coefficients(q, k, live=live, grid=grid) @ (basis if live is None else basis.unsqueeze(1))
+
+    def reconstruction(self, q: Tensor, k: Tensor, *, grid: Grid | None = None) -> Tensor:
+        """Estimate of the dense attention of the patch queries, [B, H, T, N], for training: nothing is cut, signed."""
+        up = self._resized("up", grid)
+        a = self._all_coefficients(q, k, None, grid)
+        return a.transpose(-1, -2) @ up.to(a.dtype).t()
+
+    def _all_coefficients(self, q: Tensor, k: Tensor, live: Tensor | None, grid: Grid | None) -> Tensor:
+        """Softmax over the basis, [B, H, K, n - P]: columns are queries."""
+        down = self._resized("down", grid)
+        self._check(q, k, live, down.shape[0])
+        with full_precision(q):
+            dtype = _precise(q, down)
+            wq, bq = self.reduce_q.weight.to(dtype), self.reduce_q.bias.to(dtype)
+            wk, bk = self.reduce_k.weight.to(dtype), self.reduce_k.bias.to(dtype)
+            down = down.to(dtype) if live is None else F.embedding(live, down.to(dtype)).unsqueeze(1)
+            # Tokens are mixed before their width is reduced, and the K mixtures are widened again instead of reducing
+            # every query: the same products in another order, a third fewer of them where K = c.
+            mixed = down.transpose(-1, -2) @ k.to(dtype)  # [B, H, K, d]
+            reduced = (mixed @ wk.t() + down.sum(-2).unsqueeze(-1) * bk) * self.scale  # [B, H, K, c]
+            logits = (reduced @ wq) @ q[:, :, self.num_prefix :].to(dtype).transpose(-1, -2)
+            return logits.add_((reduced @ bq).unsqueeze(-1)).softmax(-2)
+
+    def _check(self, q: Tensor, k: Tensor, live: Tensor | None, num_tokens: int) -> None:
+        if q.dim() != 4 or q.shape != k.shape or q.shape[3] != self.reduce_q.in_features:
+            d = self.reduce_q.in_features
+            raise ShapeError(f"q and k must be [B, H, n, {d}], got {tuple(q.shape)} and {tuple(k.shape)}")
+        if live is not None:
+            if tuple(live.shape) != (q.shape[0], q.shape[2]):
+                raise ShapeError(f"live must be [{q.shape[0]}, {q.shape[2]}], got {tuple(live.shape)}")
+        elif q.shape[2] != num_tokens:
+            raise ShapeError(
+                f"{q.shape[2]} tokens, but the predictor is for {num_tokens} ({self.num_prefix} prefix tokens and "
+                f"{num_tokens - self.num_prefix} patches). Pass grid=(rows, columns) for another image size, or live= "
+                "if tokens have been removed"
+            )
+
+    def _make_basis(self, grid: Grid | None) -> Tensor:
+        up = self._resize(self.w_up, grid, mean=False)
+        up = up.to(_precise(up)).t()
+        up = up.abs() if self.basis_abs else up
+        return up.masked_fill(~(up > self.basis_threshold), 0.0).contiguous()
+
+    def _resized(self, which: str, grid: Grid | None) -> Tensor:
+        """w_down or w_up for a grid; with its gradient where one may be asked for."""
+        source = self.w_down if which == "down" else self.w_up
+        if grid is None or grid == self.grid:
+            return source
+        if torch.is_grad_enabled() and source.requires_grad:
+            return self._resize(source, grid, mean=which == "down")
+        return self._remember(which, grid, source, lambda g: self._resize(source, g, mean=which == "down"))
+
+    def _resize(self, rows: Tensor, grid: Grid | None, *, mean: bool) -> Tensor:
+        if grid is None or grid == self.grid:
+            return rows
+        if self.grid is None:
+            raise ShapeError(
+                f"this predictor is for {self.num_tokens} tokens of no known grid, so it cannot be resized to "
+                f"{grid[0]} x {grid[1]}; make it with grid=(rows, columns)"
+            )
+        return resize_rows(rows, self.grid, grid, num_prefix=self.num_prefix, mean=mean)
+
+    def _remember(
+        self, name: str, grid: Grid | None, source: Tensor, make: Callable[[Grid | None], Tensor]
+    ) -> Tensor:  # fmt: skip
+        """`make(grid)`, without gradient; in eval mode the result is kept while `source` stays what it is."""
+        key = (name, None if grid == self.grid else grid)
+        plain = type(source) is nn.Parameter and not source.is_inference()
+        if self.training or torch.compiler.is_compiling() or not plain:
+            with torch.no_grad():
+                return make(grid)
+        stamp = (source._version, source.data_ptr())
+        found = self._cache.get(key)
+        # dtype and device are those of `source`; holding on to it makes sure that `is` compares living objects.
+        if found is None or found[0] is not source or found[1] != stamp:
+            # A tensor made inside inference mode could not be used by autograd later.
+            with torch.inference_mode(False), torch.no_grad():
+                found = (source, stamp, make(grid))
+            self._cache.pop(key, None)
+            while len(self._cache) >= _CACHED:
+                self._cache.pop(next(iter(self._cache)), None)
+            self._cache[key] = found
+        return found[2]
+
+    def train(self, mode: bool = True) -> ConnectivityPredictor:
+        """Set training or eval mode; either way what was remembered is forgotten."""
+        self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConnectivityPredictor:
+        self._cache.clear()
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    def _tie(self) -> None:
+        # Some moves (to_empty, load_state_dict with assign=True) make two parameters of one.
+        if self.share_proj:
+            self.w_up = self.w_down
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Weights of a square grid are resized when this predictor has another grid."""
+        for name in ("w_down", "w_up"):
+            rows = state_dict.get(prefix + name)
+            if isinstance(rows, Tensor) and rows.dim() == 2 and rows.shape[0] != self.num_tokens:
+                state_dict[prefix + name] = self._resized_for_loading(prefix + name, rows, mean=name == "w_down")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._tie()
+
+    def _resized_for_loading(self, name: str, rows: Tensor, *, mean: bool) -> Tensor:
+        patches = rows.shape[0] - self.num_prefix
+        side = math.isqrt(max(patches, 0))
+        if side == 0 or side * side != patches or self.grid is None:
+            raise ShapeError(
+                f"{name} has {rows.shape[0]} rows, this predictor {self.num_tokens} tokens "
+                f"(grid {self.grid}, {self.num_prefix} prefix tokens). Only square grids can be told from the number "
+                "of rows; resize others with vtoken.methods.predictor.resize_rows"
+            )
+        return resize_rows(rows, (side, side), self.grid, num_prefix=self.num_prefix, mean=mean)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": {}}
+
+    def extra_repr(self) -> str:
+        """Settings, shown by print(module)."""
+        return (
+            f"num_tokens={self.num_tokens}, grid={self.grid}, num_prefix={self.num_prefix}, "
+            f"num_basis={self.num_basis}, coef_topk={self.coef_topk}, share_proj={self.share_proj}"
+        )
+
+
+def resize_rows(rows: Tensor, old: Grid, new: Grid, *, num_prefix: int, mean: bool) -> Tensor:
+    """Rows [P + T, K] that belong to the tokens of one grid, for another: bicubic per column, prefix rows as they are.
+
+    Args:
+        rows: prefix rows first, then one per patch of `old`, row by row.
+        old, new: rows and columns of the patch grids.
+        num_prefix: P.
+        mean: multiply patch rows by T_old / T_new (w_down), so that a mixture of all tokens keeps its magnitude.
+
+    Raises:
+        ShapeError: if `rows` does not fit `old`.
+
+    Source: sparsifiner.md section 10.
+    """
+    patches, count = rows[num_prefix:], old[0] * old[1]
+    if patches.shape[0] != count or min(new) < 1:
+        raise ShapeError(f"{rows.shape[0]} rows are not {num_prefix} prefix tokens and a grid of {old[0]} x {old[1]}")
+    image = patches.to(_precise(patches)).t().reshape(1, -1, *old)
+    resized = F.interpolate(image, size=new, mode="bicubic", align_corners=False, antialias=False)
+    resized = resized.flatten(2)[0].t()
+    if mean:
+        resized = resized * (count / (new[0] * new[1]))
+    return torch.cat([rows[:num_prefix], resized.to(rows.dtype)])
+
+
+def _precise(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _tokens_and_grid(num_tokens: int | None, grid: Grid | None, num_prefix: int) -> tuple[int, Grid | None]:
+    if grid is None:
+        if num_tokens is None or num_tokens <= num_prefix:
+            raise ConfigError(
+                f"num_tokens={num_tokens} must exceed num_prefix={num_prefix}; or pass grid=(rows, columns)"
+            )
+        side = math.isqrt(num_tokens - num_prefix)
+        return num_tokens, (side, side) if side * side == num_tokens - num_prefix else None
+    expected = grid[0] * grid[1] + num_prefix
+    if min(grid) < 1 or num_tokens not in (None, expected):
+        raise ConfigError(f"grid={grid} and num_prefix={num_prefix} make {expected} tokens, not {num_tokens}")
+    return expected, (int(grid[0]), int(grid[1]))

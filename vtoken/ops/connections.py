@@ -1,0 +1,287 @@
+"""Which keys every query keeps: Connections, and their selection from low-rank scores (arXiv 2303.13755 section 3).
+
+The scores of the patch queries are `coefficients @ basis`; selection computes them a few queries at a time, so that
+all N x N of them never exist together, and nothing here carries a gradient. Patch queries are the last T of N tokens;
+the P = N - T prefix tokens before them keep all keys as queries and are ordinary candidates as keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.ops.hilbert import hilbert_order
+from vtoken.ops.largest import largest_index
+
+#: Scores alive at one time: 1 MB, which stays in cache; on an accelerator 256 MB, which keeps it busy.
+_SCORES = {"cpu": 2**18}
+_SCORES_ELSEWHERE = 2**26
+
+
+@dataclass(frozen=True, eq=False)
+class Connections:
+    """The keys that each patch query keeps, in one of three forms. Made by the `select_` functions.
+
+    Args:
+        num_tokens: N, prefix tokens included.
+        index: kept keys in ascending order, int64; [B, H, T, k] per query ("topk"), or [B, H, groups, k] per group of
+            queries ("grouped").
+        order: "grouped" only: patch queries (0..T-1) in the order in which they are cut into groups, [1 or B, T].
+            All groups have ceil(T / groups) queries but the last, which may have fewer.
+        crow: "threshold" only: where the keys of each query start in `col`, [B, H, T + 1] int64.
+        col: "threshold" only: kept keys, ascending within a query, [nnz] int64.
+    """
+
+    num_tokens: int
+    index: Tensor | None = None
+    order: Tensor | None = None
+    crow: Tensor | None = None
+    col: Tensor | None = None
+
+    @property
+    def form(self) -> str:
+        """ "topk", "grouped" or "threshold"."""
+        if self.index is None:
+            return "threshold"
+        return "topk" if self.order is None else "grouped"
+
+    @property
+    def batch_and_heads(self) -> tuple[int, int]:
+        """B and H."""
+        batch, heads = self._keys.shape[:2]
+        return batch, heads
+
+    @property
+    def num_queries(self) -> int:
+        """Patch queries, T."""
+        if self.order is not None:
+            return self.order.shape[1]
+        return self._keys.shape[2] - (self.index is None)
+
+    @property
+    def num_prefix(self) -> int:
+        """Prefix tokens, P."""
+        return self.num_tokens - self.num_queries
+
+    @property
+    def count(self) -> int:
+        """Kept query-key pairs over batch and heads, those of the prefix queries included."""
+        batch, heads = self.batch_and_heads
+        prefix = batch * heads * self.num_prefix * self.num_tokens
+        if self.col is not None:
+            return prefix + self.col.shape[0]
+        assert self.index is not None
+        return prefix + batch * heads * self.num_queries * self.index.shape[-1]
+
+    @property
+    def density(self) -> float:
+        """Share of all B * H * N * N pairs that is kept."""
+        batch, heads = self.batch_and_heads
+        return self.count / max(1, batch * heads * self.num_tokens**2)
+
+    def mask(self) -> Tensor:
+        """Every pair: bool [B, H, N, N], rows are queries."""
+        batch, heads = self.batch_and_heads
+        mask = torch.zeros(batch, heads, self.num_tokens, self.num_tokens, dtype=torch.bool, device=self._keys.device)
+        mask[:, :, : self.num_prefix] = True
+        if self.form == "topk":
+            assert self.index is not None
+            mask[:, :, self.num_prefix :].scatter_(3, self.index, True)
+        else:
+            mask[self.pairs()] = True
+        return mask
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Indices (b, h, query, key) that pick the kept pairs of the patch queries out of a [B, H, N, N] tensor.
+
+        They broadcast to [B, H, T, k] ("topk"), [B, H, groups, ceil(T / groups), k] ("grouped"; the last query fills
+        up the last group), or [nnz] ("threshold").
+        """
+        (batch, heads), device = self.batch_and_heads, self._keys.device
+        if self.index is None:
+            assert self.crow is not None
+            assert self.col is not None
+            rows = torch.arange(batch * heads * self.num_queries, device=device)
+            rows = rows.repeat_interleave(self.crow.diff().flatten(), output_size=self.col.shape[0])
+            head, query = rows // self.num_queries, rows % self.num_queries
+            return head // heads, head % heads, query + self.num_prefix, self.col
+        b = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+        h = torch.arange(heads, device=device).view(-1, 1, 1)
+        if self.order is None:
+            return b, h, torch.arange(self.num_prefix, self.num_tokens, device=device).view(-1, 1), self.index
+        queries = self.grouped_order() + self.num_prefix
+        return b.unsqueeze(-1), h.unsqueeze(-1), queries[:, None, :, :, None], self.index.unsqueeze(3)
+
+    def grouped_order(self) -> Tensor:
+        """`order` cut into groups, the last one filled up by its last query: [1 or B, groups, ceil(T / groups)]."""
+        assert self.index is not None
+        assert self.order is not None
+        groups = self.index.shape[2]
+        size = -(-self.num_queries // groups)
+        missing = groups * size - self.num_queries
+        filled = torch.cat([self.order, self.order[:, -1:].expand(-1, missing)], dim=1)
+        return filled.view(-1, groups, size)
+
+    @property
+    def _keys(self) -> Tensor:
+        keys = self.crow if self.index is None else self.index
+        assert keys is not None
+        return keys
+
+
+def num_kept(keep_ratio: float, num_tokens: int, num_original: int | None = None) -> int:
+    """Keys per query: `keep_ratio` of the original number of tokens (None: of `num_tokens`), at most `num_tokens`.
+
+    Raises:
+        ConfigError: if `keep_ratio` is not in (0, 1].
+    """
+    if not 0 < keep_ratio <= 1:
+        raise ConfigError(f"keep_ratio={keep_ratio} is the share of keys that a query keeps and must be in (0, 1]")
+    # 0.1 * 30 is a little more than 3 in binary: that is not a reason to keep 4.
+    return min(math.ceil(keep_ratio * (num_original or num_tokens) - 1e-6), num_tokens) or 1
+
+
+@torch.no_grad()
+def select_topk(
+    coefficients: Tensor, basis: Tensor, keep_ratio: float, *, num_original: int | None = None
+) -> Connections:
+    """The k keys with the largest scores for every patch query, equal scores by the lowest key index.
+
+    Args:
+        coefficients: of the patch queries, [B, H, T, K].
+        basis: [K, N], or [B, K, N] where the images of a batch have lost different tokens.
+        keep_ratio: k = min(ceil(keep_ratio * num_original), N).
+        num_original: tokens before any were removed; None: N.
+
+    Raises:
+        ShapeError, ConfigError: if the tensors do not fit each other, if `keep_ratio` is not in (0, 1].
+
+    Source: arXiv 2303.13755 section 3.2; ties as sparsifiner.md section 3.
+    """
+    num_tokens = _check(coefficients, basis)
+    k = num_kept(keep_ratio, num_tokens, num_original)
+    chunks = [largest_index(scores, k) for scores in _score_chunks(coefficients, basis)]
+    return Connections(num_tokens, index=torch.cat(chunks, dim=2))
+
+
+@torch.no_grad()
+def select_threshold(coefficients: Tensor, basis: Tensor, threshold: float | Tensor) -> Connections:
+    """The keys whose score is greater than `threshold`, one number or one per head [H]; there may be none.
+
+    Tensors and errors as `select_topk`. The number of kept keys depends on the values, so this neither compiles into
+    one graph nor runs on the meta device.
+
+    Source: arXiv 2303.13755 section 3.2.
+    """
+    num_tokens = _check(coefficients, basis)
+    batch, heads, queries, _ = coefficients.shape
+    step = _rows_at_a_time(coefficients.device, num_tokens, queries)
+    limits = torch.as_tensor(threshold, dtype=coefficients.dtype, device=coefficients.device).expand(heads)
+    counts, cols = [], []
+    for b in range(batch):
+        for h in range(heads):
+            for rows in coefficients[b, h].split(step):
+                kept = (rows @ (basis if basis.dim() == 2 else basis[b])) > limits[h]
+                counts.append(kept.sum(-1))
+                cols.append(kept.view(-1).nonzero().view(-1) % num_tokens)
+    ends = torch.cat(counts).cumsum(0).view(batch, heads, queries)
+    first = F.pad(ends[:, :, -1].flatten()[:-1], (1, 0)).view(batch, heads, 1)
+    return Connections(num_tokens, crow=torch.cat([first, ends], dim=2), col=torch.cat(cols))
+
+
+@torch.no_grad()
+def select_grouped(
+    coefficients: Tensor,
+    basis: Tensor,
+    keep_ratio: float,
+    *,
+    grid: tuple[int, int],
+    group_size: int = 64,
+    live: Tensor | None = None,
+    num_original: int | None = None,
+) -> Connections:
+    """The k best keys for every group of neighbouring patch queries, by the mean of the group's coefficients.
+
+    Patches are ordered along a Hilbert curve and cut into ceil(T / group_size) groups of equal size (the last may be
+    smaller). group_size=1 gives the keys of `select_topk`. A departure from the paper, for speed.
+
+    Args:
+        coefficients, basis, keep_ratio, num_original: as `select_topk`.
+        grid: rows and columns of the patch grid.
+        group_size: queries that share their keys, at most.
+        live: the tokens of the grid that are still there, [B, N], prefix tokens first; None: all of them.
+
+    Raises:
+        ShapeError, ConfigError: as `select_topk`; if grid or `live` do not fit; if `group_size` is below 1.
+
+    Source: sparsifiner.md section 8.
+    """
+    num_tokens = _check(coefficients, basis)
+    if group_size < 1:
+        raise ConfigError(f"group_size={group_size}: a group has at least one query")
+    batch, heads, queries, width = coefficients.shape
+    order = _query_order(grid, live, num_tokens, queries, coefficients)
+    size = -(-queries // -(-queries // group_size))
+    if order.shape[0] == 1:
+        sorted_rows = coefficients.index_select(2, order[0])
+    else:
+        sorted_rows = coefficients.gather(2, order[:, None, :, None].expand(-1, heads, -1, width))
+    missing = -queries % size
+    grouped = F.pad(sorted_rows, (0, 0, 0, missing)).view(batch, heads, -1, size, width).sum(3)
+    members = torch.full((grouped.shape[2], 1), size, dtype=grouped.dtype, device=grouped.device)
+    members[-1] -= missing
+    index = select_topk(grouped / members, basis, keep_ratio, num_original=num_original).index
+    return Connections(num_tokens, index=index, order=order)
+
+
+def _query_order(
+    grid: tuple[int, int], live: Tensor | None, num_tokens: int, queries: int, like: Tensor
+) -> Tensor:  # fmt: skip
+    """Patch queries along the Hilbert curve: [1, T], or [B, T] if images have lost different tokens."""
+    order = hilbert_order(*grid, like.device)
+    if live is None:
+        if order.shape[0] != queries:
+            raise ShapeError(
+                f"a grid of {grid[0]} x {grid[1]} has {order.shape[0]} patches, but there are {queries} patch queries; "
+                "pass live= if tokens have been removed"
+            )
+        return order.unsqueeze(0)
+    if tuple(live.shape) != (like.shape[0], num_tokens):
+        raise ShapeError(f"live must be [{like.shape[0]}, {num_tokens}] (one row per token), got {tuple(live.shape)}")
+    prefix = num_tokens - queries
+    return order.argsort()[live[:, prefix:] - prefix].argsort(1)
+
+
+def _check(coefficients: Tensor, basis: Tensor) -> int:
+    """N, if the tensors fit each other."""
+    fits = coefficients.dim() == 4 and basis.dim() in (2, 3) and basis.shape[-2] == coefficients.shape[3]
+    if not fits or (basis.dim() == 3 and basis.shape[0] != coefficients.shape[0]):
+        raise ShapeError(
+            f"coefficients must be [B, H, T, K] and basis [K, N] or [B, K, N], got {tuple(coefficients.shape)} and "
+            f"{tuple(basis.shape)}"
+        )
+    if not 0 < coefficients.shape[2] <= basis.shape[-1]:
+        raise ShapeError(f"{coefficients.shape[2]} patch queries do not fit {basis.shape[-1]} tokens")
+    return basis.shape[-1]
+
+
+def _score_chunks(coefficients: Tensor, basis: Tensor) -> Iterator[Tensor]:
+    """Scores [B, H, t, N] of t queries at a time."""
+    batch, heads, queries, _ = coefficients.shape
+    step = _rows_at_a_time(coefficients.device, batch * heads * basis.shape[-1], queries)
+    if basis.dim() == 3:
+        basis = basis.unsqueeze(1)
+    for rows in coefficients.split(step, dim=2):
+        yield rows @ basis
+
+
+def _rows_at_a_time(device: torch.device, row_size: int, queries: int) -> int:
+    if device.type == "meta" or torch.compiler.is_compiling():  # a graph holds every pass: few, whatever the batch
+        return max(1, queries // 4)
+    return max(1, min(_SCORES.get(device.type, _SCORES_ELSEWHERE) // row_size, queries // 2))
