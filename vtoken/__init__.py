@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from vtoken import nn, ops
+from vtoken import nn, ops, train
 from vtoken.accounting.report import Report, report
 from vtoken.core.apply import applied, apply, config_of, configure, is_applied, num_tokens, plan, remove
 from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
@@ -22,6 +22,7 @@ from vtoken.hosts.names import supported
 from vtoken.methods.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.pitome import PiToMe
 from vtoken.methods.sparsifiner import Sparsifiner
+from vtoken.train.calibrate import calibrate_threshold
 
 if TYPE_CHECKING:
     from vtoken import visualize
@@ -50,6 +51,7 @@ __all__ = [
     "VTokenError",
     "applied",
     "apply",
+    "calibrate_threshold",
     "config_from_dict",
     "config_of",
     "configure",
@@ -66,6 +68,7 @@ __all__ = [
     "supported",
     "trace",
     "tracing",
+    "train",
     "unmerge",
     "visualize",
     "viz",

@@ -23,6 +23,10 @@ class MethodConfig:
         """The method, or one per hook, for a model with `depth` blocks; raises ConfigError if they do not fit it."""
         raise NotImplementedError(f"{type(self).__name__} must implement build(depth)")
 
+    def counted(self) -> MethodConfig:
+        """The settings under which a counter of matrix products sees all that shapes tell; see `vtoken.report`."""
+        return self
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed; unknown names raise ConfigError."""
         names = [f.name for f in fields(self)]

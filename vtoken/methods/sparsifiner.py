@@ -102,6 +102,10 @@ class Sparsifiner(MethodConfig):
         if self.num_basis is not None and self.num_basis < 1:
             raise ConfigError(f"{owner}(num_basis={self.num_basis!r}): must be at least 1")
 
+    def counted(self) -> MethodConfig:
+        """With dense attention: kept keys depend on the image."""
+        return self.replace(keep_ratio=1.0, mode="exact", phase="sparse")
+
     def build(self, depth: int) -> tuple[Method, ...]:
         """Sparse attention, and the pruning of tokens if it is asked for."""
         attention = SparseAttention(self, depth)

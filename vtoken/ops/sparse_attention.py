@@ -129,9 +129,7 @@ class _Bias:
 
     def rows(self, rows: slice) -> _Bias:
         """For some of the queries."""
-        added, allowed = (
-            x if x is None or x.shape[2] == 1 else x[:, :, rows] for x in (self.added, self.allowed)
-        )
+        added, allowed = (x if x is None or x.shape[2] == 1 else x[:, :, rows] for x in (self.added, self.allowed))
         return _Bias(added, allowed)
 
     def of_pairs(self, connections: Connections, dtype: torch.dtype) -> Tensor | None:
@@ -198,7 +196,14 @@ def _weights(q: Tensor, k: Tensor, keep: Tensor, bias: _Bias, scale: float) -> T
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, bias: _Bias, scale: float, dropout_p: float, guard: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    bias: _Bias,
+    scale: float,
+    dropout_p: float,
+    guard: bool = True,
 ) -> Tensor:
     """Fused attention of [B, H, Q, D] queries; `keep` [B, H, Q, N] may be None (all)."""
     mask = keep
