@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(
-        f"top-1 in per cent at keep ratio, mean over {args.seeds} seed(s) (lowest to highest); {args.test} canvases each"
+        f"top-1 in per cent by keep ratio, mean over {args.seeds} seed(s) (lowest-highest), {args.test} canvases each"
     )
     print(f"{'':<24}" + "".join(f"{ratio:>22}" for ratio in RATIOS))
     for name in runs[0]:
