@@ -86,8 +86,7 @@ def fine_tune(
     for _ in tqdm(range(steps), desc="backbone", leave=False):
         canvases, labels = next(data)
         ratio = RATIOS[1 + int(torch.randint(len(RATIOS) - 1, (), generator=generator))]
-        # The whole matrix: at 197 tokens its backward pass is the fastest on a CPU.
-        vtoken.configure(model, keep_ratio=ratio, backend="dense_masked")
+        vtoken.configure(model, keep_ratio=ratio)
         with torch.autocast("cpu", torch.bfloat16):
             features = model.forward_features(canvases)
             logits = model.forward_head(features).float()
@@ -99,7 +98,6 @@ def fine_tune(
         opt.step()
         schedule.step()
         opt.zero_grad()
-    vtoken.configure(model, backend="auto")
 
 
 @torch.inference_mode()
@@ -117,7 +115,8 @@ def one_seed(args: argparse.Namespace, seed: int, images: Tensor, labels: Tensor
     found = {"dense": [accuracy(dense, canvases, answers)] * len(RATIOS)}
     for name, mode in (("learned", "exact"), ("random", "random")):
         model: Any = load_clutter_vit(args.weights)
-        vtoken.apply(model, vtoken.Sparsifiner(mode=mode, seed=seed))
+        # At 197 tokens and 32 channels per head the whole matrix is the fastest on a CPU, forward and backward.
+        vtoken.apply(model, vtoken.Sparsifiner(mode=mode, seed=seed, backend="dense_masked"))
         if mode == "exact":
             loss = learn_predictors(model, batches(images, labels, args.batch, seed), args.recon_steps, args.recon_rate)
             print(f"seed {seed}: reconstruction loss {loss:.4f} after {args.recon_steps} steps")
@@ -145,12 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--recon-steps", type=int, default=400)
-    parser.add_argument("--tune-steps", type=int, default=400)
-    parser.add_argument("--recon-rate", type=float, default=3e-3)
+    parser.add_argument("--recon-steps", type=int, default=200)
+    parser.add_argument("--tune-steps", type=int, default=80)
+    parser.add_argument("--recon-rate", type=float, default=1e-2)
     parser.add_argument("--tune-rate", type=float, default=1e-4)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--test", type=int, default=2000, help="test canvases of every seed")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--test", type=int, default=600, help="test canvases of every seed")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the Fashion-MNIST files")
     parser.add_argument("--weights", type=Path, help="the dense model; default: the one in the repository")
     parser.add_argument("--out", type=Path, help="folder for checkpoints and results")

@@ -186,7 +186,7 @@ def _attention_macs(
         for m in model.modules()
         if "_vtoken_method" in m.__dict__
     }
-    return [attention.macs(i, tokens[i], spec, predictors.get(i)) for i in range(spec.depth)]
+    return [attention.macs(i, tokens[i], tokens[0], spec, predictors.get(i)) for i in range(spec.depth)]
 
 
 def _exchanged(core: AttentionMacs | None) -> int:

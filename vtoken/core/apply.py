@@ -247,6 +247,8 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
             )
         if method.hook not in adapter.hooks:
             raise ConfigError(f"{config.method} acts at {method.hook}, which {adapter.name} does not offer")
+        if isinstance(method, BlockMethod) and method.metric == "cls" and not spec.class_token:
+            raise ConfigError(f"{config.method} ranks tokens by the class token's attention, {spec.name} has none")
         if isinstance(method, BlockMethod) and spec.fixed_size:
             method.check_patches(spec.grid[0] * spec.grid[1])
         built[method.hook] = method

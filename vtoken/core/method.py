@@ -90,8 +90,13 @@ class AttentionMethod(Method):
         """Attention of [B, H, T, D] queries over keys and values, [B, H, T, D]."""
         raise NotImplementedError
 
-    def macs(self, layer: int, tokens: int, spec: HostSpec, predictor: nn.Module | None) -> AttentionMacs:
-        """Multiply-adds of block `layer`'s attention core for one image of `tokens` tokens, prefix included."""
+    def macs(
+        self, layer: int, tokens: int, embedded: int, spec: HostSpec, predictor: nn.Module | None
+    ) -> AttentionMacs:
+        """Multiply-adds of block `layer`'s attention core for one image.
+
+        `tokens` of the `embedded` ones enter it, prefix included; `predictor` is its learned part, if there is one yet.
+        """
         raise NotImplementedError
 
 

@@ -66,7 +66,7 @@ class Trace:
         self.num_forwards += 1
         self.num_prefix = state.num_prefix
         self.grid = grid
-        self.attention = state.records
+        self.attention = list(state.records)  # checkpointing adds to the state's own when it runs blocks again
         self.dropped = slots[-1].dropped
         self.layer_dest = [rows if s.dest is None else s.dest for s in slots[1:]]
         self.layer_anchor = [rows if s.anchor is None else s.anchor for s in slots[1:]]

@@ -17,12 +17,12 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from vtoken.core.errors import InputError, UnsupportedModelError
+from vtoken.core.errors import InputError, ShapeError, UnsupportedModelError
 from vtoken.core.host import HostAdapter, HostSpec, find_adapter
 from vtoken.core.method import AttentionMethod, Method
 from vtoken.core.patch import base_of, view, view_as
 from vtoken.core.state import Slot, TokenState
-from vtoken.core.trace import current_trace
+from vtoken.core.trace import DROPPED, current_trace
 from vtoken.hosts.pooling import weighted_mean
 from vtoken.hosts.tower import (
     BoundBlocks,
@@ -127,6 +127,8 @@ class BoundTransformer:
         return slot.in_raster_order(rows)[0] if self._raster else rows
 
     def _spread(self, rows: Tensor, slot: Slot) -> Tensor:
+        if slot.dropped:
+            raise ShapeError(DROPPED)
         return rows if slot.dest is None else take_rows(rows, slot.dest)
 
 
@@ -246,7 +248,8 @@ class PackedMethodMixin:
         if query is not key or key is not value or args or given or options.get("need_weights", True):
             raise InputError("attention with a connectivity mask is self-attention with need_weights=False and no mask")
         x = query if self.batch_first else query.transpose(0, 1)
-        out = packed_attention(self, x, Tap.alone(self, x.shape[1]), None)
+        # Not through its call: hooks on this attention are running already.
+        out = view_as(PackedAttention, self, vtoken_tap=Tap.alone(self, x.shape[1]), vtoken_mask=None).forward(x)[0]
         return (out if self.batch_first else out.transpose(0, 1)), None
 
 

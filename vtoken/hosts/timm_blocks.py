@@ -107,10 +107,10 @@ class AttentionMixin:
         is_causal: bool = False,
         vtoken_tap: Tap | None = None,
     ) -> Tensor:
+        if vtoken_tap is None and self._vtoken_method.is_stock(self._vtoken_index):
+            return super().forward(x, **given(attn_mask=attn_mask, is_causal=is_causal))  # type: ignore[misc]
         if is_causal:
             raise InputError("is_causal=True cannot be combined with a connectivity mask; use vtoken.remove(model)")
-        if vtoken_tap is None and self._vtoken_method.is_stock(self._vtoken_index):
-            return super().forward(x, **given(attn_mask=attn_mask))  # type: ignore[misc]
         tap = Tap.alone(self, x.shape[1]) if vtoken_tap is None else vtoken_tap
         heads = (3, self.num_heads, self.head_dim)
         q, k, v = self.qkv(x).unflatten(2, heads).permute(2, 0, 3, 1, 4).unbind(0)
@@ -119,8 +119,9 @@ class AttentionMixin:
         out = self._vtoken_method.attend(q, k, v, self.predictor, call)
         tap.done(call, k)
         out = self.norm(out.transpose(1, 2).flatten(2))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
+        gate = getattr(self, "gate", None)  # older versions of timm have none
+        if gate is not None:
+            out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
 

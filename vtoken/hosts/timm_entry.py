@@ -12,7 +12,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from vtoken.core.errors import ShapeError
+from vtoken.core.errors import InputError, ShapeError
 from vtoken.core.patch import base_of, view
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import current_trace
@@ -127,8 +127,16 @@ def _begin(model: Any, *, raster: bool = False, dense: bool = False, images: Any
     rotary = getattr(model, "rope", None) is not None
     anchor = rotary or (raster and block_method(model).order == "raster")
     state = begin(model, model.num_prefix_tokens, anchor=anchor, dest=dense)
-    if state.attention is not None and isinstance(images, Tensor):
+    attention = state.attention
+    if attention is None:
+        return state
+    if isinstance(images, Tensor):
         state.grid = grid_of(model, (images.shape[-2], images.shape[-1]))
+    elif not all(attention.is_stock(i) for i in range(len(model.blocks)) if attention.acts_on(i)):
+        raise InputError(
+            "connectivity masks belong to places on a patch grid, so the model must be given images [B, C, H, W], not "
+            "packed (NaFlex) patches; use vtoken.remove(model)"
+        )
     return state
 
 

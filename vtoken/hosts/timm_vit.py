@@ -65,6 +65,7 @@ class TimmAdapter(HostAdapter):
             pooling=pool_kind(tower),
             position="absolute" if rope is None else "rotary",
             fixed_size=fixed_size(tower),
+            class_token=getattr(getattr(tower, "embeds", tower), "cls_token", None) is not None,
         )
 
     def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:

@@ -82,12 +82,13 @@ class Tap:
     Args:
         state: of this forward.
         layer: of the block.
+        removes: whether the block removes tokens, so that its method will ask for what it chooses by.
     """
 
-    def __init__(self, state: TokenState, layer: int) -> None:
+    def __init__(self, state: TokenState, layer: int, *, removes: bool) -> None:
         self._state = state
         self._layer = layer
-        self._wanted = state.method.metric
+        self._wanted = state.method.metric if removes else "hidden"
         #: Keys [B, H, T, D], once the attention has run.
         self.keys: Tensor | None = None
         self._cls: Tensor | None = None
@@ -114,7 +115,7 @@ class Tap:
                            attention=attn._vtoken_method)  # fmt: skip
         state.first = replace(state.first, embedded=tokens)
         state.slots = {attn._vtoken_index: state.first}
-        return cls(state, attn._vtoken_index)
+        return cls(state, attn._vtoken_index, removes=False)
 
     def call(self, scale: float, mask: Tensor | None, dropout: float) -> AttentionCall:
         """What the attention method is told."""
@@ -180,7 +181,7 @@ def merged_block(
     bias = state.bias(layer, x.dtype)
     if bias is not None:
         attention["attn_mask"] = bias
-    tap = Tap(state, layer)
+    tap = Tap(state, layer, removes=removes)
     if not removes:
         state.skip(layer)
         return stock(x, tap, **attention)
@@ -228,7 +229,8 @@ def attention_targets(
             )
         like = next(attn.parameters())
         attributes = {"_vtoken_index": index, "_vtoken_method": method, "_vtoken_prefix": spec.num_prefix}
-        found.append((attn, mixin, attributes | {PREDICTOR: method.predictor(index, spec, like)}))
+        predictor = method.predictor(index, spec, like).train(attn.training)
+        found.append((attn, mixin, attributes | {PREDICTOR: predictor}))
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.ops.largest import keep_largest
+from vtoken.ops.resize import resize_rows
 from vtoken.ops.rows import full_precision
 
 Grid = tuple[int, int]
@@ -91,7 +92,8 @@ class ConnectivityPredictor(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new parameters: normal with deviation 0.02, cut at +-2, and zero biases."""
-        for weight in {self.reduce_q.weight, self.reduce_k.weight, self.w_down, self.w_up}:
+        # Not a set, whose order differs from run to run; w_up may be w_down.
+        for weight in dict.fromkeys((self.reduce_q.weight, self.reduce_k.weight, self.w_down, self.w_up)):
             nn.init.trunc_normal_(weight, std=0.02, a=-2.0, b=2.0)
         nn.init.zeros_(self.reduce_q.bias)
         nn.init.zeros_(self.reduce_k.bias)
@@ -128,13 +130,15 @@ class ConnectivityPredictor(nn.Module):
     def scores(self, q: Tensor, k: Tensor, *, live: Tensor | None = None, grid: Grid | None = None) -> Tensor:
         """Scores of all keys, [B, H, n - P, n], non-negative with `basis_abs`. For looking at: selection needs less."""
         basis = self.basis(live=live, grid=grid)
-        return self.coefficients(q, k, live=live, grid=grid) @ (basis if live is None else basis.unsqueeze(1))
+        with full_precision(q):
+            return self.coefficients(q, k, live=live, grid=grid) @ (basis if live is None else basis.unsqueeze(1))
 
     def reconstruction(self, q: Tensor, k: Tensor, *, grid: Grid | None = None) -> Tensor:
         """Estimate of the dense attention of the patch queries, [B, H, T, N], for training: nothing is cut, signed."""
         up = self._resized("up", grid)
         a = self._all_coefficients(q, k, None, grid)
-        return a.transpose(-1, -2) @ up.to(a.dtype).t()
+        with full_precision(q):
+            return a.transpose(-1, -2) @ up.to(a.dtype).t()
 
     def _all_coefficients(self, q: Tensor, k: Tensor, live: Tensor | None, grid: Grid | None) -> Tensor:
         """Softmax over the basis, [B, H, K, n - P]: columns are queries."""
@@ -144,11 +148,13 @@ class ConnectivityPredictor(nn.Module):
             dtype = _precise(q, down)
             wq, bq = self.reduce_q.weight.to(dtype), self.reduce_q.bias.to(dtype)
             wk, bk = self.reduce_k.weight.to(dtype), self.reduce_k.bias.to(dtype)
-            down = down.to(dtype) if live is None else F.embedding(live, down.to(dtype)).unsqueeze(1)
+            down = (down if live is None else F.embedding(live, down)).to(dtype).expand(q.shape[0], -1, -1)
             # Tokens are mixed before their width is reduced, and the K mixtures are widened again instead of reducing
-            # every query: the same products in another order, a third fewer of them where K = c.
-            mixed = down.transpose(-1, -2) @ k.to(dtype)  # [B, H, K, d]
-            reduced = (mixed @ wk.t() + down.sum(-2).unsqueeze(-1) * bk) * self.scale  # [B, H, K, c]
+            # every query: the same products in another order, a third fewer of them where K = c. All heads are mixed
+            # at once, in the layout in which a fused projection leaves them.
+            mixed = torch.bmm(down.transpose(1, 2), k.to(dtype).transpose(1, 2).flatten(2))  # [B, K, H*d]
+            mixed = mixed.unflatten(2, (q.shape[1], -1)).transpose(1, 2)  # [B, H, K, d]
+            reduced = (mixed @ wk.t() + down.sum(1)[:, None, :, None] * bk) * self.scale  # [B, H, K, c]
             logits = (reduced @ wq) @ q[:, :, self.num_prefix :].to(dtype).transpose(-1, -2)
             return logits.add_((reduced @ bq).unsqueeze(-1)).softmax(-2)
 
@@ -196,8 +202,8 @@ class ConnectivityPredictor(nn.Module):
     ) -> Tensor:  # fmt: skip
         """`make(grid)`, without gradient; in eval mode the result is kept while `source` stays what it is."""
         key = (name, None if grid == self.grid else grid)
-        plain = type(source) is nn.Parameter and not source.is_inference()
-        if self.training or torch.compiler.is_compiling() or not plain:
+        keep = not (self.training or torch.compiler.is_compiling()) and type(source) is nn.Parameter
+        if not keep or source.is_inference():  # such tensors do not say when they are changed
             with torch.no_grad():
                 return make(grid)
         stamp = (source._version, source.data_ptr())
@@ -241,11 +247,17 @@ class ConnectivityPredictor(nn.Module):
     def _resized_for_loading(self, name: str, rows: Tensor, *, mean: bool) -> Tensor:
         patches = rows.shape[0] - self.num_prefix
         side = math.isqrt(max(patches, 0))
+        if self.share_proj:
+            raise ShapeError(
+                f"{name} has {rows.shape[0]} rows, this predictor {self.num_tokens} tokens. With share_proj one "
+                "parameter cannot be resized both as w_down (scaled) and as w_up (not): make the predictor with the "
+                "checkpoint's grid and pass grid= in the calls"
+            )
         if side == 0 or side * side != patches or self.grid is None:
             raise ShapeError(
                 f"{name} has {rows.shape[0]} rows, this predictor {self.num_tokens} tokens "
                 f"(grid {self.grid}, {self.num_prefix} prefix tokens). Only square grids can be told from the number "
-                "of rows; resize others with vtoken.methods.predictor.resize_rows"
+                "of rows; resize others with vtoken.ops.resize.resize_rows"
             )
         return resize_rows(rows, (side, side), self.grid, num_prefix=self.num_prefix, mean=mean)
 
@@ -258,31 +270,6 @@ class ConnectivityPredictor(nn.Module):
             f"num_tokens={self.num_tokens}, grid={self.grid}, num_prefix={self.num_prefix}, "
             f"num_basis={self.num_basis}, coef_topk={self.coef_topk}, share_proj={self.share_proj}"
         )
-
-
-def resize_rows(rows: Tensor, old: Grid, new: Grid, *, num_prefix: int, mean: bool) -> Tensor:
-    """Rows [P + T, K] that belong to the tokens of one grid, for another: bicubic per column, prefix rows as they are.
-
-    Args:
-        rows: prefix rows first, then one per patch of `old`, row by row.
-        old, new: rows and columns of the patch grids.
-        num_prefix: P.
-        mean: multiply patch rows by T_old / T_new (w_down), so that a mixture of all tokens keeps its magnitude.
-
-    Raises:
-        ShapeError: if `rows` does not fit `old`.
-
-    Source: sparsifiner.md section 10.
-    """
-    patches, count = rows[num_prefix:], old[0] * old[1]
-    if patches.shape[0] != count or min(new) < 1:
-        raise ShapeError(f"{rows.shape[0]} rows are not {num_prefix} prefix tokens and a grid of {old[0]} x {old[1]}")
-    image = patches.to(_precise(patches)).t().reshape(1, -1, *old)
-    resized = F.interpolate(image, size=new, mode="bicubic", align_corners=False, antialias=False)
-    resized = resized.flatten(2)[0].t()
-    if mean:
-        resized = resized * (count / (new[0] * new[1]))
-    return torch.cat([rows[:num_prefix], resized.to(rows.dtype)])
 
 
 def _precise(*tensors: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtoken.core.config import MethodConfig, check_choice, register_method
-from vtoken.core.errors import ConfigError
+from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.core.method import AttentionMacs, AttentionMethod, Method
 from vtoken.core.state import AttentionCall
 from vtoken.methods import schedule
@@ -19,7 +19,8 @@ from vtoken.methods.predictor import ConnectivityPredictor
 from vtoken.methods.token_pruning import TokenPruning
 from vtoken.ops.connections import Connections, num_kept, select_grouped, select_threshold, select_topk
 from vtoken.ops.largest import largest_index
-from vtoken.ops.sparse_attention import attention_weights, sparse_attention
+from vtoken.ops.rows import full_precision
+from vtoken.ops.sparse_attention import attention_map, sparse_attention
 
 if TYPE_CHECKING:
     from vtoken.core.host import HostSpec
@@ -88,30 +89,46 @@ class Sparsifiner(MethodConfig):
         for value in self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,):
             if not 0 < value <= 1:
                 raise ConfigError(f"{owner}(keep_ratio={value!r}): the share of keys that a query keeps, in (0, 1]")
+        for name in ("token_keep_ratio", "basis_threshold", "score_threshold", "scale"):
+            value = getattr(self, name)
+            if value is not None or name != "scale":
+                object.__setattr__(self, name, schedule.number(owner, name, value, float))
         if not 0 < self.token_keep_ratio <= 1:
             raise ConfigError(f"{owner}(token_keep_ratio={self.token_keep_ratio!r}): must be in (0, 1]")
+        if self.basis_threshold < 0:
+            raise ConfigError(f"{owner}(basis_threshold={self.basis_threshold!r}): must not be negative")
         check_choice(owner, "mode", self.mode, MODES)
         check_choice(owner, "phase", self.phase, PHASES)
         check_choice(owner, "backend", self.backend, BACKENDS)
         for name in ("layers", "prune_after"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, schedule.whole_numbers(owner, name, getattr(self, name)))
-        for name, least in (("query_group", 1), ("reduce_c_factor", 1), ("coef_topk", 1), ("seed", 0)):
-            if int(getattr(self, name)) < least:
-                raise ConfigError(f"{owner}({name}={getattr(self, name)!r}): must be at least {least}")
-        if self.num_basis is not None and self.num_basis < 1:
-            raise ConfigError(f"{owner}(num_basis={self.num_basis!r}): must be at least 1")
+        least = {"query_group": 1, "reduce_c_factor": 1, "coef_topk": 1, "num_basis": 1, "seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is None and name == "num_basis":
+                continue
+            object.__setattr__(self, name, schedule.number(owner, name, value, int))
+            if getattr(self, name) < bound:
+                raise ConfigError(f"{owner}({name}={value!r}): must be at least {bound}")
 
     def counted(self) -> MethodConfig:
         """With dense attention: kept keys depend on the image."""
-        return self.replace(keep_ratio=1.0, mode="exact", phase="sparse")
+        return self.replace(keep_ratio=1.0, mode="exact")
 
     def build(self, depth: int) -> tuple[Method, ...]:
         """Sparse attention, and the pruning of tokens if it is asked for."""
-        attention = SparseAttention(self, depth)
+        owner, attention = type(self).__name__, SparseAttention(self, depth)
         if self.token_keep_ratio == 1:
             return (attention,)
-        return attention, TokenPruning(type(self).__name__, self.token_keep_ratio, self.prune_after, depth)
+        chosen = schedule.chosen_layers(owner, self.prune_after, depth, name="prune_after")
+        if not all(attention.acts_on(layer) for layer in chosen):
+            raise ConfigError(
+                f"{owner}(prune_after={list(self.prune_after)}, layers={list(self.layers or ())}): tokens are ranked "
+                "by the attention of the block that they leave, which must be among `layers`"
+            )
+        # While predictors learn, the student's outputs are the teacher's.
+        return (attention,) if self.phase == "recon" else (attention, TokenPruning(self.token_keep_ratio, chosen))
 
 
 class SparseAttention(AttentionMethod):
@@ -133,14 +150,15 @@ class SparseAttention(AttentionMethod):
 
     def predictor(self, layer: int, spec: HostSpec, like: Tensor) -> nn.Module:
         """A new predictor with its own seed; the global generators are left alone."""
-        if self.config.token_keep_ratio < 1 and spec.num_prefix < 1:
-            raise ConfigError(f"token_keep_ratio needs a class token, {spec.name} has none")
         with torch.random.fork_rng(devices=[]), torch.device("meta" if like.device.type == "meta" else "cpu"):
-            torch.manual_seed(self.config.seed * 1009 + layer)
-            made = ConnectivityPredictor(spec.head_dim, spec.num_heads, grid=spec.grid, num_prefix=spec.num_prefix,
+            # Not torch.manual_seed, which would seed every accelerator's generator, too.
+            torch.default_generator.manual_seed(self.config.seed * 1009 + layer)
+            made: Any = ConnectivityPredictor(spec.head_dim, spec.num_heads, grid=spec.grid, num_prefix=spec.num_prefix,
                                          **self._settings())  # fmt: skip
             made.register_buffer("threshold", torch.full((spec.num_heads,), self.config.score_threshold))
-        return made.to(like.device, like.dtype)
+            made.score_threshold = self.config.score_threshold
+        placed: nn.Module = made.to(like.device, like.dtype)
+        return placed
 
     def fits(self, layer: int, predictor: nn.Module) -> None:
         """Only what needs no other parameters can change."""
@@ -154,12 +172,14 @@ class SparseAttention(AttentionMethod):
                 "use vtoken.apply(model, ..., replace=True) for new ones"
             )
 
-    def tune(self, predictor: nn.Module) -> None:
+    def tune(self, predictor: Any) -> None:
         """Give a predictor that `fits` the settings that shape no parameter."""
-        assert isinstance(predictor, ConnectivityPredictor)
         for name in _TUNABLE:
             setattr(predictor, name, getattr(self.config, name))
         predictor.scale = predictor.num_heads**-0.5 if self.config.scale is None else self.config.scale
+        if predictor.score_threshold != self.config.score_threshold:  # a new one takes the place of calibrated ones
+            predictor.score_threshold = self.config.score_threshold
+            predictor.get_buffer("threshold").fill_(self.config.score_threshold)
         predictor.train(predictor.training)  # forgets the basis made with the old ones
 
     def _settings(self) -> dict[str, Any]:
@@ -171,13 +191,14 @@ class SparseAttention(AttentionMethod):
         assert isinstance(predictor, ConnectivityPredictor)
         if call.wants_cls:
             call.cls = _first_row(q, k, call)
-        if self.is_stock(call.layer):
+        if self.is_stock(call.layer) or q.shape[0] == 0:  # no image, nothing to select from
             if call.record is not None:
                 self._record_dense(q, k, predictor, call)
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=call.mask, dropout_p=call.dropout, scale=call.scale
             )
-        connections = self.connect(q, k, predictor, call)
+        with full_precision(q):  # masks must not depend on autocast
+            connections = self.connect(q, k, predictor, call)
         if call.record is not None:
             self._record(q, k, predictor, connections, call)
         return sparse_attention(q, k, v, connections, scale=call.scale, num_prefix=call.num_prefix, attn_mask=call.mask,
@@ -219,9 +240,9 @@ class SparseAttention(AttentionMethod):
         if "mask" in record.wants:
             record.mask = connections.mask()
         if "scores" in record.wants:
-            record.scores = predictor.scores(q, k, live=call.slot.anchor, grid=call.grid)
+            record.scores = self._scores(q, k, predictor, call)
         if "attention" in record.wants:
-            record.attention = attention_weights(q, k, connections, scale=call.scale, attn_mask=call.mask)
+            record.attention = attention_map(q, k, connections, scale=call.scale, attn_mask=call.mask)
 
     def _record_dense(self, q: Tensor, k: Tensor, predictor: ConnectivityPredictor, call: AttentionCall) -> None:
         record = call.record
@@ -231,26 +252,37 @@ class SparseAttention(AttentionMethod):
         if "mask" in record.wants:
             record.mask = torch.ones(batch, heads, tokens, tokens, dtype=torch.bool, device=q.device)
         if "scores" in record.wants:
-            if self.config.phase == "recon":  # queries and keys are the teacher's: only the predictor learns
-                record.scores = predictor.reconstruction(q.detach(), k.detach(), grid=call.grid)
-            else:
-                record.scores = predictor.scores(q, k, live=call.slot.anchor, grid=call.grid)
+            record.scores = self._scores(q, k, predictor, call)
         if "attention" in record.wants:
-            record.attention = _dense_weights(q, k, call)
+            record.attention = _weights(q, k, call.scale, call.mask)
 
-    def macs(self, layer: int, tokens: int, spec: HostSpec, predictor: nn.Module | None) -> AttentionMacs:
-        """By the formulas of sparsifiner.md section 7; the basis' entries are counted in the predictor's weights."""
+    def _scores(self, q: Tensor, k: Tensor, predictor: ConnectivityPredictor, call: AttentionCall) -> Tensor:
+        with full_precision(q):
+            if self.config.phase == "sparse":
+                return predictor.scores(q, k, live=call.slot.anchor, grid=call.grid)
+            if call.slot.anchor is not None and q.shape[2] < call.slot.embedded:
+                raise ShapeError("the reconstruction phase needs all tokens; apply what removes tokens after it")
+            # Queries and keys are the teacher's: only the predictor learns.
+            return predictor.reconstruction(q.detach(), k.detach(), grid=call.grid)
+
+    def macs(
+        self, layer: int, tokens: int, embedded: int, spec: HostSpec, predictor: nn.Module | None
+    ) -> AttentionMacs:
+        """By the formulas of sparsifiner.md section 7; the basis' entries are counted in the predictor's weights.
+
+        "threshold" counts as keeping the share `keep_ratio`, which `vtoken.calibrate_threshold` sets.
+        """
         width, patches = spec.num_heads * spec.head_dim, tokens - spec.num_prefix
         dense = 2 * tokens * tokens * width
         if not self.acts_on(layer) or self.is_stock(layer):
             return AttentionMacs(dense, dense)
-        original = spec.num_prefix + spec.grid[0] * spec.grid[1]
-        kept = num_kept(self._ratios[layer], tokens, max(original, tokens))
+        kept = num_kept(self._ratios[layer], tokens, embedded)
         core = 2 * width * (patches * kept + spec.num_prefix * tokens)
         if self.config.mode == "random":
             return AttentionMacs(dense, core)
         reduced = spec.head_dim // self.config.reduce_c_factor
-        basis = self.config.num_basis or max(1, min(original, 197) // 6)
+        native = spec.num_prefix + spec.grid[0] * spec.grid[1]
+        basis = self.config.num_basis or int(getattr(predictor, "num_basis", max(1, min(native, 197) // 6)))
         mixing = 2 * tokens * width * reduced + (tokens + patches) * basis * spec.num_heads * reduced
         rows = patches if self.config.mode != "grouped" else math.ceil(patches / self.config.query_group)
         entries = tokens if predictor is None else self._entries(predictor)
@@ -271,19 +303,20 @@ _TUNABLE = ("coef_topk", "basis_threshold", "basis_abs", "scale")
 
 def _first_row(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
     """Attention of the class token [B, H, T], which keeps all its keys."""
-    logits = (q[:, :, :1].float() @ k.float().transpose(-1, -2)) * call.scale
-    if call.mask is not None:
-        logits = _masked(logits, call.mask if call.mask.shape[-2] == 1 else call.mask[..., :1, :])
-    return logits.softmax(-1)[:, :, 0].detach()
+    mask = call.mask
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask[..., :1, :]
+    return _weights(q[:, :, :1].detach(), k.detach(), call.scale, mask)[:, :, 0]
 
 
-def _dense_weights(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
-    logits = (q.float() @ k.float().transpose(-1, -2)) * call.scale
-    return (logits if call.mask is None else _masked(logits, call.mask)).softmax(-1)
-
-
-def _masked(logits: Tensor, mask: Tensor) -> Tensor:
-    return logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.float()
+def _weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Plain attention, at least in float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with full_precision(q):
+        logits = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.to(dtype)
+        return logits.softmax(-1)
 
 
 def _random(q: Tensor, ratio: float, original: int, seed: int, num_prefix: int) -> Connections:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import Slot
-from vtoken.methods import schedule
 from vtoken.ops.largest import largest_index
 from vtoken.ops.rows import take_rows
 
@@ -20,9 +19,8 @@ class TokenPruning(BlockMethod):
 
     metric, insert, order = "cls", "after", "raster"
 
-    def __init__(self, owner: str, ratio: float, blocks: Sequence[int], depth: int) -> None:
-        chosen = sorted(schedule.chosen_layers(owner, tuple(blocks), depth))
-        self._keep = {layer: ratio ** (j + 1) for j, layer in enumerate(chosen)}
+    def __init__(self, ratio: float, blocks: Iterable[int]) -> None:
+        self._keep = {layer: ratio ** (j + 1) for j, layer in enumerate(sorted(blocks))}
 
     def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
         """Down to ceil(share * embedded)."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
+from vtoken.core.errors import ConfigError
 from vtoken.core.host import HostSpec
 from vtoken.core.state import AttentionCall, AttentionRecord, Slot
+from vtoken.methods.sparsifiner import SparseAttention as SparseAttentionMethod
 from vtoken.methods.sparsifiner import Sparsifiner
 
 
@@ -43,12 +43,14 @@ class SparseAttention(nn.Module):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
+        if dim % num_heads:
+            raise ConfigError(f"SparseAttention(dim={dim}, num_heads={num_heads}): heads must divide the channels")
         self.num_heads, self.num_prefix, self.grid = num_heads, num_prefix, grid
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         spec = HostSpec("SparseAttention", 1, dim, num_heads, dim // num_heads, num_prefix, grid, "", "absolute")
         settings = (config or Sparsifiner()).replace(layers=None, token_keep_ratio=1.0)
-        self._method: Any = settings.build(1)[0]
+        self._method = SparseAttentionMethod(settings, 1)
         self.predictor = self._method.predictor(0, spec, self.qkv.weight)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, record: AttentionRecord | None = None) -> Tensor:

@@ -85,6 +85,12 @@ class Connections:
         batch, heads = self.batch_and_heads
         return self.count / max(1, batch * heads * self.num_tokens**2)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every pair is kept."""
+        batch, heads = self.batch_and_heads
+        return self.count == batch * heads * self.num_tokens**2
+
     def mask(self) -> Tensor:
         """Every pair: bool [B, H, N, N], rows are queries."""
         batch, heads = self.batch_and_heads
@@ -225,18 +231,18 @@ def select_grouped(
     num_tokens = _check(coefficients, basis)
     if group_size < 1:
         raise ConfigError(f"group_size={group_size}: a group has at least one query")
-    batch, heads, queries, width = coefficients.shape
+    queries = coefficients.shape[2]
     order = _query_order(grid, live, num_tokens, queries, coefficients)
     size = -(-queries // -(-queries // group_size))
-    if order.shape[0] == 1:
-        sorted_rows = coefficients.index_select(2, order[0])
+    if size == 1:
+        order, pooled = torch.arange(queries, device=order.device).unsqueeze(0), coefficients
     else:
-        sorted_rows = coefficients.gather(2, order[:, None, :, None].expand(-1, heads, -1, width))
-    missing = -queries % size
-    grouped = F.pad(sorted_rows, (0, 0, 0, missing)).view(batch, heads, -1, size, width).sum(3)
-    members = torch.full((grouped.shape[2], 1), size, dtype=grouped.dtype, device=grouped.device)
-    members[-1] -= missing
-    index = select_topk(grouped / members, basis, keep_ratio, num_original=num_original).index
+        # A product with the [groups, T] membership is faster than moving the rows together; and sums order the keys
+        # as means do.
+        group_of = (order.argsort(1) // size)[:, None, None]
+        member = coefficients.new_zeros(order.shape[0], 1, -(-queries // size), queries)
+        pooled = member.scatter(2, group_of, 1.0) @ coefficients
+    index = select_topk(pooled, basis, keep_ratio, num_original=num_original).index
     return Connections(num_tokens, index=index, order=order)
 
 

@@ -17,8 +17,7 @@ def edge_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    crow: Tensor,
-    col: Tensor,
+    pairs: tuple[Tensor, Tensor],
     bias: Tensor | None,
     *,
     scale: float,
@@ -28,8 +27,8 @@ def edge_attention(
 
     Args:
         q: [T, D], float32 or float64, as `k` and `v`, which are [N, D].
-        crow: where each query's keys start in `col`, [T + 1]; the last entry is nnz.
-        col: key numbers, [nnz] for lists of different lengths, or [T, k] (then `crow` is regular).
+        pairs: (crow, col): where each query's keys start in `col`, [T + 1], the last entry is nnz; and their numbers,
+            [nnz] for lists of different lengths, or [T, k] (then `crow` is regular).
         bias: added to the logits, [nnz].
         scale: factor on the logits.
         dropout_p: of the attention weights.
@@ -37,14 +36,16 @@ def edge_attention(
     Returns:
         [T, D]. Differentiable in q, k, v and bias.
     """
+    crow, col = pairs
     logits = _edge_logits(q, k, crow, col.view(-1), scale)
     if bias is not None:
         logits = logits + bias
     if col.dim() == 2:
-        weights = _softmax(logits.view(col.shape), guard=bias is not None)
-        return F.embedding_bag(col, v, per_sample_weights=F.dropout(weights, dropout_p), mode="sum")
-    weights = F.dropout(_ragged_softmax(logits, crow), dropout_p)
-    return F.embedding_bag(col, v, crow[:-1], per_sample_weights=weights, mode="sum")
+        weights = _softmax(logits.view(col.shape), guard=bias is not None).view(-1)
+    else:
+        weights = _ragged_softmax(logits, crow)
+    weights = F.dropout(weights, dropout_p)
+    return F.embedding_bag(col.view(-1), v, crow[:-1], per_sample_weights=weights, mode="sum")
 
 
 def _softmax(logits: Tensor, guard: bool) -> Tensor:
@@ -72,10 +73,13 @@ def _edge_logits(q: Tensor, k: Tensor, crow: Tensor, col: Tensor, scale: float) 
     if not torch.backends.mkl.is_available():
         return _gathered_logits(q, k, crow, col) * scale
     _silence_beta_warning()
-    pattern = torch.sparse_csr_tensor(
+    pairs = torch.sparse_csr_tensor(
         crow, col, q.new_zeros(col.shape[0]), (q.shape[0], k.shape[0]), check_invariants=False
     )
-    return torch.sparse.sampled_addmm(pattern, q, k.t(), beta=0.0, alpha=scale).values()
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return torch.sparse.sampled_addmm(pairs, q, k.t(), beta=0.0, alpha=scale).values()
+    # In place: otherwise the list of pairs is copied, too.
+    return torch.sparse.sampled_addmm(pairs, q, k.t(), beta=0.0, alpha=scale, out=pairs).values()
 
 
 def _gathered_logits(q: Tensor, k: Tensor, crow: Tensor, col: Tensor) -> Tensor:

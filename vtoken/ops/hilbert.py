@@ -28,17 +28,19 @@ def hilbert_order(rows: int, columns: int, device: torch.device | None = None) -
     return order if device is None or device.type == "cpu" else order.to(device)
 
 
-@torch.compiler.assume_constant_result
 def _constant_order(rows: int, columns: int) -> Tensor:
     """For the compiler a constant: it must not trace the walk, and it does not see through a cache."""
     return _cached_order(rows, columns)
 
 
+# What torch.compiler.assume_constant_result sets; calling it would import the whole compiler with vtoken.
+_constant_order._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.lru_cache(maxsize=64)
 def _cached_order(rows: int, columns: int) -> Tensor:
     """Shared by all callers, so nobody may write to it."""
-    wide = columns >= rows
-    steps = _walk(0j, complex(columns), complex(0, rows)) if wide else _walk(0j, complex(0, rows), complex(columns))
+    steps = _walk(0j, complex(columns), complex(0, rows))
     # Made outside inference mode: a tensor from inside would not be usable by autograd later.
     with torch.inference_mode(False):
         return torch.tensor([int(at.imag) * columns + int(at.real) for at in steps])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+#: Beyond so many passes over the data, topk is faster.
+_MAX_PASSES = 24
 
 
 def branch_free(x: Tensor) -> bool:
@@ -17,13 +21,6 @@ def largest_mask(x: Tensor, k: int) -> Tensor:
 
     NaN counts as the smallest value.
     """
-    if k >= x.shape[-1]:
-        return torch.ones_like(x, dtype=torch.bool)
-    if not branch_free(x):
-        mask = x >= x.topk(k, sorted=False).values.amin(-1, keepdim=True)
-        # One count tells that no row has a tie at its k-th place, nor NaN: the usual case is done.
-        if int(mask.count_nonzero()) == k * (x.numel() // x.shape[-1]):
-            return mask
     x = x.nan_to_num(nan=-float("inf"))
     least = x.topk(k, sorted=False).values.amin(-1, keepdim=True)
     above, equal = x > least, x == least
@@ -33,55 +30,52 @@ def largest_mask(x: Tensor, k: int) -> Tensor:
 
 def largest_index(x: Tensor, k: int) -> Tensor:
     """Indices of `largest_mask`, ascending: [..., k] int64."""
-    mask = largest_mask(x, k)
-    num = x.shape[-1]
-    if not branch_free(x):
-        return (mask.view(-1).nonzero().view(-1) % num).view(*x.shape[:-1], k)
-    # The kept entries numbered from the end are distinct positive numbers, the others 0.
-    countdown = torch.arange(num, 0, -1, device=x.device)
-    return num - torch.where(mask, countdown, 0).topk(k).values
+    shape, num = (*x.shape[:-1], k), x.shape[-1]
+    if k == num:
+        return torch.arange(num, device=x.device).expand(shape)
+    if branch_free(x):
+        # The kept entries numbered from the end are distinct positive numbers, the others 0.
+        countdown = torch.arange(num, 0, -1, device=x.device)
+        return num - torch.where(largest_mask(x, k), countdown, 0).topk(k).values
+    x = x.reshape(-1, num)
+    mask = x >= x.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    flat = mask.view(-1).nonzero()
+    # The number of entries found tells that no row has a tie at its k-th place, nor NaN: the usual case is done.
+    if flat.shape[0] != math.prod(shape):
+        tied = (mask.sum(-1) != k).nonzero().view(-1)
+        mask[tied] = largest_mask(x[tied], k)
+        flat = mask.view(-1).nonzero()
+    starts = torch.arange(0, x.shape[0] * num, num).unsqueeze(1)
+    return (flat.view(-1, k) - starts).view(shape)
 
 
 def keep_largest(x: Tensor, k: int) -> Tensor:
-    """`x` [..., K, T] with all but the k largest entries of every column set to 0, the first of equals kept.
+    """`x` [..., K, T], not negative, with all but the k largest entries of every column set to 0, ties as above.
 
     Columns instead of rows because a small K is then compared T numbers at a time: four times faster than topk.
     """
     if k >= x.shape[-2]:
         return x
     values = x.detach()
-    if not branch_free(x):
-        # A mask of floats is made and applied several times faster than one of bools.
-        least = _kth_largest(values, k)
-        kept = torch.ge(values, least, out=torch.empty_like(values))
-        # Ties at 0 do not matter: kept or not, the result is 0.
-        if bool(((kept.sum(-2, keepdim=True) == k) | (least == 0)).all()):
-            return x * kept
+    if k <= _MAX_PASSES and not branch_free(x):
+        kept = torch.empty(values.shape, dtype=values.dtype)
+        for own, marks in zip(values.reshape(-1, *x.shape[-2:]), kept.view(-1, *x.shape[-2:]), strict=True):
+            _mark_largest(own, marks, k)
+        return x * kept if torch.is_grad_enabled() and x.requires_grad else kept.mul_(values)
     return x * largest_mask(values.transpose(-1, -2).contiguous(), k).transpose(-1, -2)
 
 
-def _kth_largest(x: Tensor, k: int) -> Tensor:
-    """The k-th largest entry of every column of `x` [..., K, T], [..., 1, T], by a bitonic network."""
-    width = 1 << (k - 1).bit_length()
-    lists = 1 << (-(-x.shape[-2] // width) - 1).bit_length()
-    missing = lists * width - x.shape[-2]
-    x = F.pad(x, (0, 0, 0, missing), value=-float("inf")) if missing else x
-    rows = list(x.unflatten(-2, (lists, width)).unbind(-2))
-    for block in (2**i for i in range(1, width.bit_length())):
-        _compare(rows, block, block // 2)
-    while lists > 1:
-        lists //= 2
-        # The larger half of two descending lists, of which one is read backwards, rises and falls once.
-        rows = [torch.maximum(rows[i][..., :lists, :], rows[-1 - i][..., lists:, :]) for i in range(width)]
-        _compare(rows, width, width // 2)
-    return rows[k - 1]
+def _mark_largest(x: Tensor, kept: Tensor, k: int) -> None:
+    """Write 1 into `kept` [K, T] at the k largest entries of each column, else 0; more where what they mark is 0.
 
-
-def _compare(rows: list[Tensor], block: int, stride: int) -> None:
-    """Sort stretches of `block` rows that rise and fall once: descending, every other one ascending."""
-    while stride:
-        for i in (i for i in range(len(rows)) if not i & stride):
-            j = i | stride
-            high, low = torch.maximum(rows[i], rows[j]), torch.minimum(rows[i], rows[j])
-            rows[i], rows[j] = (low, high) if i & block and block < len(rows) else (high, low)
-        stride //= 2
+    One pass takes the largest entries away. Masks are floats: torch makes and applies them faster than bools.
+    """
+    least = x.amax(0)
+    for _ in range(k - 1):
+        least = torch.lt(x, least, out=kept).mul_(x).amax(0)
+    torch.ge(x, least, out=kept)
+    wrong = kept.sum(0) != k
+    if bool(wrong.any()):
+        # Equal entries, or NaN; where at most k entries are above 0, all are marked, and that is right.
+        columns = (wrong & ~((least == 0) & (x.count_nonzero(0) <= k))).nonzero().view(-1)
+        kept[:, columns] = largest_mask(x[:, columns].t(), k).t().to(kept.dtype)

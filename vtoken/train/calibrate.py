@@ -38,16 +38,17 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
     if [c.method for c in config_tuple(model)] != ["sparsifiner"]:
         raise VTokenError("calibrate_threshold needs a model with Sparsifiner, and nothing else, applied")
     before = config_tuple(model)[0]
+    predictors: dict[int, Any] = {
+        m.__dict__["_vtoken_index"]: m.get_submodule(PREDICTOR)
+        for m in model.modules()
+        if "_vtoken_method" in m.__dict__
+    }
+    thresholds = {layer: predictor.threshold.clone() for layer, predictor in predictors.items()}
     try:
         with torch.no_grad():
             configure(model, mode="exact", keep_ratio=density, phase="sparse")
             with tracing(model, maps=("scores",)) as found:
                 model(images)
-            predictors: dict[int, Any] = {
-                m.__dict__["_vtoken_index"]: m.get_submodule(PREDICTOR)
-                for m in model.modules()
-                if "_vtoken_method" in m.__dict__
-            }
             for record in found.attention:
                 assert record.scores is not None
                 by_head = record.scores.transpose(0, 1).flatten(1)
@@ -60,5 +61,7 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
                 model(images)
     except BaseException:
         configure(model, **{name: getattr(before, name) for name in ("mode", "keep_ratio", "phase")})
+        for layer, threshold in thresholds.items():
+            predictors[layer].threshold.copy_(threshold)
         raise
     return {record.layer: record.density for record in reached.attention}
