@@ -15,6 +15,7 @@ ALLOWED = {
     "methods": {"core", "ops"},
     "hosts": {"core", "ops"},
     "nn": {"core", "ops", "methods"},
+    "train": {"core", "ops", "methods"},
     "accounting": {"core", "ops", "methods"},
     "visualize": {"core", "ops", "accounting"},
     "demo": {"core"},

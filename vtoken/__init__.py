@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from vtoken import nn, ops
+from vtoken import nn, ops, train
 from vtoken.accounting.prefill import kv_cache_bytes, prefill_flops
 from vtoken.accounting.prompt_report import PromptReport, prompt_report
 from vtoken.accounting.report import Report, report
@@ -25,8 +25,10 @@ from vtoken.hosts.names import supported
 from vtoken.hosts.prompt import shrink_inputs
 from vtoken.methods.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.pitome import PiToMe
+from vtoken.methods.sparsifiner import Sparsifiner
 from vtoken.methods.vtc_cls import VTCCLS
 from vtoken.ops import select_tokens
+from vtoken.train.calibrate import calibrate_threshold
 
 if TYPE_CHECKING:
     from vtoken import visualize
@@ -49,6 +51,7 @@ __all__ = [
     "RandomPrune",
     "Report",
     "ShapeError",
+    "Sparsifiner",
     "StrideMerge",
     "ToMe",
     "Trace",
@@ -56,6 +59,7 @@ __all__ = [
     "VTokenError",
     "applied",
     "apply",
+    "calibrate_threshold",
     "cls_attention_scores",
     "config_from_dict",
     "config_of",
@@ -78,6 +82,7 @@ __all__ = [
     "supported",
     "trace",
     "tracing",
+    "train",
     "unmerge",
     "visualize",
     "viz",

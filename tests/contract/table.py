@@ -32,6 +32,7 @@ class MethodRow:
         noops: settings under which none does.
         bad: a change of settings that `vtoken.configure` must refuse.
         keeps_mass: whether sizes still sum to the embedded tokens.
+        removes: whether it takes tokens away; if not, it thins out attention by a learned part.
     """
 
     name: str
@@ -39,6 +40,15 @@ class MethodRow:
     noops: tuple[vtoken.MethodConfig, ...]
     bad: dict[str, Any]
     keeps_mass: bool = True
+    removes: bool = True
+
+    def serves(self, host: Host) -> bool:
+        """Whether the host has what the method acts on."""
+        return self.removes or not host.name.startswith(_OTHER_ATTENTION)
+
+
+# Hosts whose attention is neither timm's Attention nor nn.MultiheadAttention.
+_OTHER_ATTENTION = ("eva", "naflex_rope", "oc_qk_norm", "hf_")
 
 
 def _optional_rows(package: str, module: str) -> list[Host]:
@@ -76,6 +86,13 @@ METHODS: list[MethodRow] = [
         keeps_mass=False,
     ),
     MethodRow("stride", vtoken.StrideMerge(stride=2, layers=(0, 2)), (vtoken.StrideMerge(layers=()),), {"stride": 1}),
+    MethodRow(
+        "sparsifiner",
+        vtoken.Sparsifiner(keep_ratio=0.3),
+        (vtoken.Sparsifiner(keep_ratio=1.0), vtoken.Sparsifiner(layers=())),
+        {"num_basis": 3},
+        removes=False,
+    ),
 ]
 PITOME = METHODS[0]
 _BY_HOST = {host.name: host for host in HOSTS}
@@ -134,7 +151,7 @@ def installed(*names: str) -> list[str]:
 
 
 def _cases(pairs: list[tuple[Host, MethodRow]], library: str | None) -> pytest.MarkDecorator:
-    pairs = [(h, m) for h, m in pairs if library in (None, h.library)]
+    pairs = [(h, m) for h, m in pairs if library in (None, h.library) and m.serves(h)]
     ids = [f"{h.name}-{m.name}" for h, m in pairs]
     return pytest.mark.parametrize(("host", "method"), pairs, ids=ids)
 

@@ -28,6 +28,7 @@ from tests.contract.table import (
     traced,
 )
 from tests.helpers import Host, assert_close, assert_same
+from vtoken.core.patch import PREDICTOR
 
 
 @full_table()
@@ -47,7 +48,7 @@ def test_fewer_tokens_and_another_output(host: Host, method: MethodRow) -> None:
     out, trace = traced(model, x)
     plan = vtoken.plan(model, img_size=host.shape[1:])
     assert tuple(trace.tokens) == plan.tokens
-    assert trace.tokens[-1] < trace.tokens[0]
+    assert (trace.tokens[-1] < trace.tokens[0]) is method.removes
     assert trace.num_prefix == plan.num_prefix == host.num_prefix(model)
     assert trace.grid is not None
     assert trace.grid[0] * trace.grid[1] + trace.num_prefix == trace.tokens[0]
@@ -100,15 +101,19 @@ def test_report_agrees_with_torchs_counter(host: Host, method: MethodRow) -> Non
             forward(model, x)
         counts.append(counter.get_total_flops())
     before, after = counts
+    if not method.removes:  # so few tokens run under a dense mask here; tests/accounting has the formulas
+        after = cost.flops_after
     assert abs(cost.flops_before - before) <= 0.01 * before, (cost.flops_before, before)
     # The report counts averaging as the product with a one-hot matrix that accelerators run; the CPU adds rows instead.
     pairs = zip(cost.tokens, cost.tokens[1:], strict=False)
     width, prefix = dimensions(model)
     averaging = sum(2 * (a - b) * (b - prefix) * width for a, b in pairs)
     assert 0.99 * after <= cost.flops_after <= 1.01 * after + averaging, (cost.flops_after, after, averaging)
-    assert cost.flops_after < cost.flops_before
+    assert cost.flops_after < cost.flops_before or not method.removes  # a predictor costs more than so few tokens
     assert cost.tokens == vtoken.plan(model, img_size=host.shape[1:]).tokens
-    assert vtoken.report(model, input_size=host.shape).flops_after == cost.flops_after  # also of the patched model
+    again = vtoken.report(model, input_size=host.shape).flops_after  # also of the patched model
+    # Before there are predictors, none of their entries is known to be 0.
+    assert again == cost.flops_after if method.removes else again < cost.flops_after
 
 
 @every_case()
@@ -119,17 +124,21 @@ def test_state_dict_class_and_structure_are_kept(host: Host, method: MethodRow) 
     settings = [(p.dtype, p.device, p.requires_grad, id(p)) for p in model.parameters()]
     assert vtoken.apply(model, method.reduces) is model
     after = model.state_dict()
-    assert list(after) == list(before)
+    assert [k for k in after if method.removes or PREDICTOR not in k] == list(before)
+    assert (len(after) == len(before)) is method.removes
     assert all(torch.equal(after[k], v) for k, v in before.items())
-    assert [(p.dtype, p.device, p.requires_grad, id(p)) for p in model.parameters()] == settings
-    for module, cls in zip(model.modules(), classes, strict=True):
+    kept = [p for n, p in model.named_parameters() if PREDICTOR not in n]
+    assert [(p.dtype, p.device, p.requires_grad, id(p)) for p in kept] == settings
+    modules = [m for n, m in model.named_modules() if PREDICTOR not in n]
+    for module, cls in zip(modules, classes, strict=True):
         assert isinstance(module, cls)
         assert (type(module).__name__, type(module).__qualname__, type(module).__module__) == (
             cls.__name__, cls.__qualname__, cls.__module__,
         )  # fmt: skip
     other = host.model(seed=5)
-    model.load_state_dict(other.state_dict(), strict=True)
+    model.load_state_dict(other.state_dict(), strict=method.removes)
     vtoken.apply(other, method.reduces)
+    model.load_state_dict(other.state_dict(), strict=True)
     x = host.images()
     assert_same("after loading another checkpoint", run(other, x), run(model, x))
     assert vtoken.config_of(model) == method.reduces
@@ -162,7 +171,7 @@ def test_deepcopy_works_and_is_independent(host: Host, method: MethodRow) -> Non
     with torch.no_grad():
         for p in twin.parameters():
             p.mul_(1.5)
-    vtoken.configure(twin, layers=())
+    vtoken.configure(twin, **({"layers": ()} if method.removes else {"keep_ratio": 1.0}))
     assert_same("the original after its copy changed", out, run(model, x))
     assert vtoken.config_of(model) == method.reduces
     vtoken.remove(twin)
@@ -211,7 +220,8 @@ def test_an_image_does_not_depend_on_its_batch(host: Host, method: MethodRow) ->
         assert torch.equal(single.dest[0], trace.dest[index]), f"image {index} merges differently alone"
         assert_close(f"features of image {index}", whole[index], alone[0], 1e-10)
         assert_close(f"logits of image {index}", logits[index], run(model, x[index : index + 1])[0], 1e-10)
-    assert not torch.equal(trace.dest[0], trace.dest[1]), "the images were to be merged differently"
+    if method.removes:
+        assert not torch.equal(trace.dest[0], trace.dest[1]), "the images were to be merged differently"
 
 
 @every_host()

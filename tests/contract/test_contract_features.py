@@ -213,6 +213,8 @@ def test_pool_type_override_counts_patches(pool: str) -> None:
 
 @every_host()
 def test_order_internal_is_a_permutation_of_raster(host: Host, method: MethodRow) -> None:
+    if not method.removes:
+        pytest.skip("leaves rows where they are")
     model, x = host.model(), host.images()
     vtoken.apply(model, method.reduces)
     raster, trace = features(model, x)

@@ -169,6 +169,8 @@ def test_functional_call(host: Host, method: MethodRow) -> None:
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @distinct_hosts()
 def test_vmap_over_stacked_parameters(host: Host, method: MethodRow) -> None:
+    if not method.removes:
+        pytest.skip("selection on the CPU looks at values, which vmap does not show")
     models = [host.model(seed=s, dtype=torch.float64) for s in (0, 1)]
     x = host.images(dtype=torch.float64)
 

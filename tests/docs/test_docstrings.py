@@ -15,7 +15,8 @@ MODULES = [m.name for m in pkgutil.walk_packages(vtoken.__path__, "vtoken.") if 
 
 
 @pytest.mark.parametrize(
-    "name", ["vtoken.core.apply", "vtoken.accounting.report", "vtoken.nn.merging", "vtoken.visualize.kept"]
+    "name",
+    ["vtoken.core.apply", "vtoken.accounting.report", "vtoken.nn.merging", "vtoken.nn.sparse", "vtoken.visualize.kept"],
 )
 def test_examples(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name), verbose=False)

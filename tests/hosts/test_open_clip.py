@@ -111,6 +111,8 @@ def test_tokens_are_matched_by_their_keys(name: str) -> None:
 
 
 def test_packed_attention_is_multihead_attention() -> None:
+    from vtoken.core.method import KeepAll
+    from vtoken.core.state import TokenState
     from vtoken.hosts.open_clip import packed_attention
     from vtoken.hosts.tower import Tap
 
@@ -119,7 +121,7 @@ def test_packed_attention_is_multihead_attention() -> None:
     nn.init.normal_(attn.in_proj_bias)
     x, size = torch.randn(2, 7, 24), torch.randint(1, 5, (2, 7)).float()
     bias = vtoken.ops.size_bias(size, x.dtype)
-    tap = Tap()
+    tap = Tap(TokenState(KeepAll(), 1, track_anchor=False, track_dest=False), 0, removes=True)
     expected = attn(x, x, x, need_weights=False)[0]
     torch.testing.assert_close(packed_attention(attn, x, tap, None), expected, rtol=1e-5, atol=1e-6)
     masked = attn(x, x, x, need_weights=False, attn_mask=bias.expand(2, 3, 7, 7).reshape(6, 7, 7))[0]

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, chosen, is_applied, plan_of, remove
+from vtoken.core.apply import Config, apply, build_methods, chosen, is_applied, plan_of, remove
+from vtoken.core.config import MethodConfig
 from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.core.host import HostAdapter
+from vtoken.core.method import AttentionMacs, AttentionMethod
+from vtoken.core.patch import PREDICTOR
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One block, one image: tokens in and out, multiply-adds before and after, the matching's share of the latter."""
+    """One block, one image: tokens in and out, multiply-adds before and after, what the method itself spends of those.
+
+    `attention` splits the attention core of a method with sparse attention: plain, sparse, predictor, up-projection.
+    """
 
     layer: int
     tokens_in: int
@@ -25,6 +31,7 @@ class LayerCost:
     macs_before: int
     macs_after: int
     matching_macs: int
+    attention: AttentionMacs | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,14 @@ class Report:
     def matching_macs(self) -> int:
         """Multiply-adds that the method itself spends."""
         return sum(layer.matching_macs for layer in self.layers)
+
+    @property
+    def attention(self) -> AttentionMacs | None:
+        """The attention cores of all blocks (papers' "MHSA" without projections); None if they stay as they were."""
+        parts = [layer.attention for layer in self.layers if layer.attention is not None]
+        if not parts:
+            return None
+        return AttentionMacs(*(sum(getattr(p, f.name) for p in parts) for f in fields(AttentionMacs)))
 
     @property
     def flops_before(self) -> int:
@@ -97,6 +112,12 @@ class Report:
         rows.append(
             f"FLOPs {self.flops_before / 1e9:.2f} G -> {self.flops_after / 1e9:.2f} G, factor {self.flops_factor:.2f}"
         )
+        if self.attention is not None:
+            a = self.attention
+            rows.append(
+                f"attention core {a.dense / 1e6:.1f} MMACs -> {a.core / 1e6:.1f}, predictor {a.predictor / 1e6:.1f} + "
+                f"{a.up / 1e6:.1f} (up-projection); projections not included"
+            )
         return "\n".join(rows)
 
 
@@ -135,8 +156,10 @@ def report(
     if is_applied(shadow):
         remove(shadow)
     before = _count(shadow, adapter, size)
-    after = _count(apply(shadow, list(configs)), adapter, size)
+    # Kept keys are data, which a counter of shapes cannot see: attention cores are counted dense, then exchanged.
+    after = _count(apply(shadow, [c.counted() for c in configs]), adapter, size)
     spec = adapter.spec(model)
+    cores = _attention_macs(model, adapter, configs, plan_of(model, adapter, method, size[1:]).tokens)
     tokens = plan_of(model, adapter, method, size[1:]).tokens
     layers = tuple(
         LayerCost(
@@ -144,8 +167,9 @@ def report(
             tokens_in=tokens[i],
             tokens_out=tokens[i + 1],
             macs_before=before[1][i] // 2,
-            macs_after=after[1][i] // 2,
+            macs_after=after[1][i] // 2 + _exchanged(cores[i]),
             matching_macs=method.matching_macs(i, tokens[i] - spec.num_prefix, spec.head_dim, spec.width),
+            attention=cores[i],
         )
         for i in range(spec.depth)
     )
@@ -157,6 +181,25 @@ def count_macs(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) ->
     """Multiply-adds of one image of `size` (channels, height, width) through a model on the meta device."""
     other, blocks = _count(shadow, adapter, size)
     return (other + sum(blocks)) // 2
+
+
+def _attention_macs(
+    model: Any, adapter: HostAdapter, configs: tuple[MethodConfig, ...], tokens: Sequence[int]
+) -> list[AttentionMacs | None]:
+    """Per block, what sparse attention makes of its core, with the model's own learned parts where it carries them."""
+    spec, attention = adapter.spec(model), build_methods(model, adapter, configs).get("on_attention")
+    if not isinstance(attention, AttentionMethod):
+        return [None] * spec.depth
+    predictors = {
+        m.__dict__["_vtoken_index"]: m.get_submodule(PREDICTOR)
+        for m in model.modules()
+        if "_vtoken_method" in m.__dict__
+    }
+    return [attention.macs(i, tokens[i], tokens[0], spec, predictors.get(i)) for i in range(spec.depth)]
+
+
+def _exchanged(core: AttentionMacs | None) -> int:
+    return 0 if core is None else core.core + core.predictor + core.up - core.dense
 
 
 def _count(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> tuple[int, list[int]]:

@@ -12,8 +12,8 @@ from torch import nn
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter, find_adapter
-from vtoken.core.method import BlockMethod, KeepAll, Method
-from vtoken.core.patch import is_patched, mixin_of, patch, unpatch, wraps_patched_forward
+from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll, Method
+from vtoken.core.patch import PREDICTOR, additions, is_patched, mixin_of, patch, unpatch, wraps_patched_forward
 from vtoken.core.plan import Plan, count_tokens
 
 Config = MethodConfig | str | Sequence[MethodConfig]
@@ -65,7 +65,7 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
             f"{type(model).__name__} already carries {names or 'a method on a submodule'}; "
             "call vtoken.remove(model) first, use vtoken.configure to change settings, or pass replace=True"
         )
-    previous = [(m, mixin_of(type(m)), _additions(m)) for m in carriers]
+    previous = [(m, mixin_of(type(m)), additions(m)) for m in carriers]
     for module in carriers:
         unpatch(module)
     try:
@@ -139,7 +139,19 @@ def configure(model: M, **changes: Any) -> M:
     owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and meant[0] in m.__dict__["_vtoken"].configs)
     new = tuple(c.replace(**changes) if c is meant[0] else c for c in owner.__dict__["_vtoken"].configs)
     adapter = find_adapter(owner, meant[0].part)
-    owner.__dict__["_vtoken"] = Applied(new, build_methods(owner, adapter, new))
+    applied = Applied(new, build_methods(owner, adapter, new))
+    carriers = [m for m in owner.modules() if "_vtoken_method" in m.__dict__]
+    attention = applied.methods.get("on_attention")
+    if isinstance(attention, AttentionMethod):
+        layers = {int(m.__dict__["_vtoken_index"]) for m in carriers}
+        if any(attention.acts_on(layer) != (layer in layers) for layer in range(adapter.spec(owner).depth)):
+            raise ConfigError("configure cannot add or take away layers with a learned part; use replace=True in apply")
+        for carrier in carriers:
+            attention.fits(int(carrier.__dict__["_vtoken_index"]), carrier.get_submodule(PREDICTOR))
+        for carrier in carriers:
+            attention.tune(carrier.get_submodule(PREDICTOR))
+            carrier.__dict__["_vtoken_method"] = attention
+    owner.__dict__["_vtoken"] = applied
     return model
 
 
@@ -240,19 +252,25 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
     """The methods by the hook they serve, checked against the model; nothing is changed."""
     spec = adapter.spec(model)
     built: dict[str, Method] = {}
-    for config in configs:
-        method = config.build(spec.depth)
+    made = [(config, method) for config in configs for method in _made(config.build(spec.depth))]
+    for config, method in made:
         if method.hook in built:
             raise ConfigError(
                 f"two methods act at {method.hook}: {', '.join(c.method for c in configs)}; apply one of them"
             )
         if method.hook not in adapter.hooks:
             raise ConfigError(f"{config.method} acts at {method.hook}, which {adapter.name} does not offer")
+        if isinstance(method, BlockMethod) and method.metric == "cls" and not spec.class_token:
+            raise ConfigError(f"{config.method} ranks tokens by the class token's attention, {spec.name} has none")
         if isinstance(method, BlockMethod) and spec.fixed_size:
             method.check_patches(spec.grid[0] * spec.grid[1])
         built[method.hook] = method
     adapter.check(model, built)
     return built
+
+
+def _made(methods: Method | tuple[Method, ...]) -> tuple[Method, ...]:
+    return methods if isinstance(methods, tuple) else (methods,)
 
 
 def config_tuple(model: nn.Module) -> tuple[MethodConfig, ...]:
@@ -295,7 +313,3 @@ def _carriers_of(model: nn.Module, method: str) -> list[nn.Module]:
 def patched_modules(model: nn.Module) -> list[nn.Module]:
     """Every patched module in the model, itself included."""
     return [m for m in model.modules() if is_patched(m)]
-
-
-def _additions(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.__dict__.items() if name.startswith("_vtoken")}

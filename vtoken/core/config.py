@@ -26,9 +26,13 @@ class MethodConfig:
         """Typical settings: the defaults, and something for what must be given."""
         return cls()
 
-    def build(self, depth: int) -> Method:
-        """The method for a model with `depth` blocks; raises ConfigError if the settings do not fit that depth."""
+    def build(self, depth: int) -> Method | tuple[Method, ...]:
+        """The method, or one per hook, for a model with `depth` blocks; raises ConfigError if they do not fit it."""
         raise NotImplementedError(f"{type(self).__name__} must implement build(depth)")
+
+    def counted(self) -> MethodConfig:
+        """The settings under which a counter of matrix products sees all that shapes tell; see `vtoken.report`."""
+        return self
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed; unknown names raise ConfigError."""

@@ -30,6 +30,7 @@ class HostSpec:
         pooling: the model's own word for its pooling ("token", "avg", "map", ...).
         position: "absolute" or "rotary".
         fixed_size: whether the model takes images of one size only.
+        class_token: whether the first prefix token is a class token.
     """
 
     name: str
@@ -42,6 +43,7 @@ class HostSpec:
     pooling: str
     position: str
     fixed_size: bool = True
+    class_token: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from vtoken.core.state import Slot
+from vtoken.core.state import AttentionCall, Slot
+
+if TYPE_CHECKING:
+    from vtoken.core.host import HostSpec
 
 
 class Method:
@@ -17,10 +21,10 @@ class Method:
 
 
 class BlockMethod(Method):
-    """A method that removes tokens inside the blocks .
+    """A method that removes tokens inside the blocks.
 
     Args:
-        metric: what tokens are compared by: "key", "key_concat" or "hidden".
+        metric: what it chooses by: "key", "key_concat" or "hidden" compare tokens; "cls" ranks by the class token.
         insert: "between" attention and MLP, or "after" both.
         order: "raster" (features leave the model ordered by position) or "internal".
     """
@@ -33,8 +37,11 @@ class BlockMethod(Method):
     def check_patches(self, num_patches: int) -> None:
         """Raise ConfigError if the settings name patches that a grid of `num_patches` does not have."""
 
-    def num_removed(self, layer: int, mergeable: int) -> int:
-        """How many of `mergeable` non-prefix tokens block `layer` removes; needs no data."""
+    def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
+        """How many of `mergeable` non-prefix tokens block `layer` removes; needs no data.
+
+        `embedded` is how many there were before the first block, for counts that depend on it.
+        """
         raise NotImplementedError
 
     def has_bias(self) -> bool:
@@ -94,12 +101,68 @@ class FeatureMethod(Method):
         raise NotImplementedError
 
 
+class AttentionMethod(Method):
+    """A method that stands where attention multiplies queries, keys and values."""
+
+    hook: ClassVar[str] = "on_attention"
+
+    def acts_on(self, layer: int) -> bool:
+        """Whether block `layer` is among the chosen ones."""
+        raise NotImplementedError
+
+    def predictor(self, layer: int, spec: HostSpec, like: Tensor) -> nn.Module:
+        """The learned part of block `layer`, on the device and in the dtype of `like`; a child of its attention."""
+        raise NotImplementedError
+
+    def fits(self, layer: int, predictor: nn.Module) -> None:
+        """Raise ConfigError unless the settings can go on with the `predictor` that is there."""
+        raise NotImplementedError
+
+    def tune(self, predictor: nn.Module) -> None:
+        """Give a `predictor` that fits the settings that shape no parameter."""
+        raise NotImplementedError
+
+    def is_stock(self, layer: int) -> bool:
+        """Whether block `layer` computes plain attention, so that the host's own code can."""
+        raise NotImplementedError
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, predictor: nn.Module, call: AttentionCall) -> Tensor:
+        """Attention of [B, H, T, D] queries over keys and values, [B, H, T, D]."""
+        raise NotImplementedError
+
+    def macs(
+        self, layer: int, tokens: int, embedded: int, spec: HostSpec, predictor: nn.Module | None
+    ) -> AttentionMacs:
+        """Multiply-adds of block `layer`'s attention core for one image.
+
+        `tokens` of the `embedded` ones enter it, prefix included; `predictor` is its learned part, if there is one yet.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AttentionMacs:
+    """One attention core (no projections) in multiply-adds.
+
+    Args:
+        dense: plain attention.
+        core: as the method runs it.
+        predictor: its learned part, up to the coefficients.
+        up: spreading those over the keys.
+    """
+
+    dense: int
+    core: int
+    predictor: int = 0
+    up: int = 0
+
+
 class KeepAll(BlockMethod):
     """Removes nothing: what the blocks run where no method acts between them."""
 
     metric, insert, order = "hidden", "between", "raster"
 
-    def num_removed(self, layer: int, mergeable: int) -> int:
+    def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
         """None."""
         return 0
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import nn
 
+#: Name of the child module that holds a learned part; the only child that patching ever adds.
+PREDICTOR = "predictor"
+
 _derived: dict[tuple[type, type], type] = {}
 _stripped: dict[type, type] = {}
 _lock = threading.Lock()
@@ -155,13 +158,15 @@ def wraps_patched_forward(module: nn.Module) -> bool:
 
 
 def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
-    """Give every module its mixin and its `_vtoken*` attributes; all of them or, if one fails, none."""
+    """Give every module its mixin, `_vtoken*` attributes and learned part; all of them or, if one fails, none."""
     done: list[nn.Module] = []
     try:
         for module, mixin, attributes in targets:
             done.append(module)
             _become(module, derive(type(module), mixin))
-            module.__dict__.update(attributes)
+            children = {name: value for name, value in attributes.items() if isinstance(value, nn.Module)}
+            module.__dict__.update({name: value for name, value in attributes.items() if name not in children})
+            module._modules.update(children)
     except BaseException:
         for module in done:
             unpatch(module)
@@ -171,8 +176,16 @@ def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
 def unpatch(module: nn.Module) -> None:
     """Give one module its own class back and drop what `patch` added to it."""
     _become(module, base_of(type(module)))
-    for name in [n for n in module.__dict__ if n.startswith("_vtoken")]:
-        del module.__dict__[name]
+    for name in additions(module):
+        (module._modules if name == PREDICTOR else module.__dict__).pop(name)
+
+
+def additions(module: nn.Module) -> dict[str, Any]:
+    """What `patch` added to a patched module, by name."""
+    found: dict[str, Any] = {name: value for name, value in module.__dict__.items() if name.startswith("_vtoken")}
+    if "_vtoken_method" in found:  # only an attention method brings a learned part
+        found[PREDICTOR] = module._modules[PREDICTOR]
+    return found
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:

@@ -35,7 +35,7 @@ class Plan:
 
 def count_tokens(method: BlockMethod, depth: int, num_tokens: int, num_prefix: int) -> Plan:
     """The plan of `method` for `num_tokens` embedded tokens (prefix included)."""
-    tokens = [num_tokens]
+    tokens, embedded = [num_tokens], num_tokens - num_prefix
     for layer in range(depth):
-        tokens.append(tokens[-1] - method.num_removed(layer, tokens[-1] - num_prefix))
+        tokens.append(tokens[-1] - method.num_removed(layer, tokens[-1] - num_prefix, embedded))
     return Plan(tuple(tokens), num_prefix)

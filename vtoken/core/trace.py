@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtoken.core.config import check_choice
 from vtoken.core.errors import ShapeError, VTokenError
 from vtoken.core.prompt import PromptRecord
-from vtoken.core.state import Slot, TokenState
+from vtoken.core.state import AttentionRecord, Slot, TokenState
 from vtoken.ops.rows import take_rows
 
+DROPPED = (
+    "some patches have no token any more: they were pruned, not merged, so there is no value to spread to them; "
+    "trace.kept() tells which are left"
+)
+MAPS = ("mask", "scores", "attention")
 _EMPTY = "the trace holds no forward; get one from vtoken.trace(model, images) or vtoken.tracing(model)"
 
 
@@ -34,6 +40,9 @@ class Trace:
         layer_anchor: the same after every block.
         grid: patch rows and columns of the images, if the host told.
         prompt: which image tokens reached the language model, if a method acts there.
+        dropped: whether tokens were pruned away; their rows in `dest` are -1.
+        attention: what every attention with a connectivity mask did, in the order of the blocks.
+        maps: the attention maps that were asked for: "mask", "scores", "attention".
     """
 
     num_forwards: int = 0
@@ -46,6 +55,9 @@ class Trace:
     layer_anchor: list[Tensor] = field(default_factory=list)
     grid: tuple[int, int] | None = None
     prompt: PromptRecord | None = None
+    dropped: bool = False
+    attention: list[AttentionRecord] = field(default_factory=list)
+    maps: frozenset[str] = frozenset()
 
     def record(self, state: TokenState, grid: tuple[int, int] | None) -> None:
         """Take over what `state` knows after a forward."""
@@ -57,6 +69,8 @@ class Trace:
         self.num_forwards += 1
         self.num_prefix = state.num_prefix
         self.grid = grid
+        self.attention = list(state.records)  # checkpointing adds to the state's own when it runs blocks again
+        self.dropped = slots[-1].dropped
         self.layer_dest = [rows if s.dest is None else s.dest for s in slots[1:]]
         self.layer_anchor = [rows if s.anchor is None else s.anchor for s in slots[1:]]
         self.tokens = [num_tokens if s.anchor is None else s.anchor.shape[1] for s in slots]
@@ -109,6 +123,8 @@ def unmerge(features: Tensor, trace: Trace, *, layer: int | None = None) -> Tens
     count = trace.tokens[-1] if layer is None else trace.tokens[layer + 1]
     if features.dim() != 3 or features.shape[0] != dest.shape[0] or features.shape[1] != count:
         raise ShapeError(f"expected features [{dest.shape[0]}, {count}, C], got {tuple(features.shape)}")
+    if trace.dropped:
+        raise ShapeError(DROPPED)
     return take_rows(features, dest)
 
 
@@ -124,17 +140,24 @@ def current_trace(model: nn.Module) -> Trace | None:
 
 
 @contextlib.contextmanager
-def tracing(model: nn.Module) -> Iterator[Trace]:
+def tracing(model: nn.Module, maps: Collection[str] = ()) -> Iterator[Trace]:
     """Record what forwards of `model` do inside the `with` block, `generate` included; only in this thread.
 
+    Args:
+        maps: full attention maps to keep from a model with connectivity masks: "mask", "scores", "attention". They are
+            quadratic in the tokens.
+
     Raises:
+        ConfigError: for an unknown map.
         VTokenError: if the model has no method applied, or if no forward of it ran (a compiled model records nothing).
     """
     if not any("_vtoken" in m.__dict__ for m in model.modules()):
         raise VTokenError(
             f"nothing to trace: no method is applied to this {type(model).__name__}; vtoken.apply it first"
         )
-    record = Trace()
+    for name in maps:
+        check_choice("tracing", "maps", name, MAPS)
+    record = Trace(maps=frozenset(maps))
     token = _active.set((*_active.get(), *((m, record) for m in model.modules() if "_vtoken" in m.__dict__)))
     try:
         yield record

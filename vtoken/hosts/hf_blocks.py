@@ -33,7 +33,9 @@ class LayerMixin:
         run = functools.partial(self._vtoken_stock, stock)
         return merged_block(self, vtoken_state, hidden_states, run, attn_mask=attention_mask, **options)
 
-    def _vtoken_stock(self: Any, stock: Any, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
+    def _vtoken_stock(
+        self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
+    ) -> Any:  # fmt: skip
         return stock(x, self._vtoken_mask(x, attn_mask), **options)
 
     def _vtoken_mask(self: Any, x: Tensor, attn_mask: Tensor | None) -> Tensor | None:
@@ -44,13 +46,12 @@ class LayerMixin:
         return attn_mask.expand(-1, -1, x.shape[1], -1)
 
     def _vtoken_attend(
-        self: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None = None, **options: Any
+        self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:  # fmt: skip
         """Normed tokens [B, T, C] through the host's attention, its keys into the tap."""
         attn = attention_of(self)
-        tapped = attn if tap is None else tap.on(attn, "k_proj")
-        out: Tensor = tapped(x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
-        if tap is not None and tap.keys is not None:
+        out: Tensor = tap.on(attn, "k_proj")(x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
+        if tap.keys is not None:
             tap.keys = tap.keys.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # [B, H, T, D]
         return out
 
@@ -58,7 +59,7 @@ class LayerMixin:
 class ClipLayerMixin(LayerMixin):
     """CLIP, SigLIP, SigLIP 2."""
 
-    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, **attention: Any) -> Tensor:
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
         return self._vtoken_attend(self.layer_norm1(x), tap, **attention)
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ class ClipLayerMixin(LayerMixin):
 class ViTLayerMixin(LayerMixin):
     """ViT, DeiT."""
 
-    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, **attention: Any) -> Tensor:
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
         return self.dropout(self._vtoken_attend(self.layernorm_before(x), tap, **attention))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class ViTLayerMixin(LayerMixin):
 class DinoLayerMixin(LayerMixin):
     """DINOv2 with and without registers."""
 
-    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, **attention: Any) -> Tensor:
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
         return self.drop_path(self.layer_scale1(self._vtoken_attend(self.norm1(x), tap, **attention)))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
@@ -90,20 +91,21 @@ class MasklessDinoLayerMixin(DinoLayerMixin):
 
     _vtoken_takes_mask = False
 
-    def _vtoken_stock(self: Any, stock: Any, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Any:
+    def _vtoken_stock(
+        self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
+    ) -> Any:  # fmt: skip
         if attn_mask is None:
             return stock(x, **options)
-        x = x + self._vtoken_attn(x, None, attn_mask=attn_mask)
+        x = x + self._vtoken_attn(x, tap, attn_mask=attn_mask)
         return x + self._vtoken_mlp(x)
 
     def _vtoken_attend(
-        self: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None = None, **options: Any
+        self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:  # fmt: skip
         attn = self.attention.attention
         heads = (attn.num_attention_heads, attn.attention_head_size)
         q, k, v = (part(x).unflatten(2, heads).transpose(1, 2) for part in (attn.query, attn.key, attn.value))
-        if tap is not None:
-            tap.keys = k
+        tap.keys = k
         dropout = attn.dropout_prob if attn.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
         return self.attention.output(out.transpose(1, 2).flatten(2), x)

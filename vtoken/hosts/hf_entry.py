@@ -14,7 +14,7 @@ from vtoken.core.errors import InputError
 from vtoken.core.patch import base_of, view
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import current_trace
-from vtoken.hosts.tower import BoundBlocks
+from vtoken.hosts.tower import BoundBlocks, begin, block_method
 from vtoken.ops import size_bias
 from vtoken.ops.rows import take_rows
 
@@ -108,7 +108,8 @@ class DinoBackboneMixin(DinoTowerMixin):
     """A backbone: it reshapes hidden states to maps, so it gets them spread over all patches."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state, given = begin(self, dense=True), self._vtoken_arguments(args, kwargs)
+        state = begin(self, num_prefix(self), anchor=False, dest=True)
+        given = self._vtoken_arguments(args, kwargs)
         maybe_install_capturing_hooks(self.encoder)
         encoder = _bind(self.encoder, ("layer",), state, _masked(given))
         stand_in = view(self, encoder=functools.partial(_dense_encoder, encoder, state))
@@ -176,7 +177,11 @@ def run_tower(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     Returns:
         Its output, rows in raster order, and what is known of the rows of `last_hidden_state`.
     """
-    state, given = begin(tower), tower._vtoken_arguments(args, kwargs)
+    raster = block_method(tower).order == "raster"
+    # Whoever put a stand-in here wants to know what became of every token.
+    watched = "_vtoken_stands_for" in tower.__dict__
+    state = begin(tower, num_prefix(tower), anchor=raster or watched, dest=watched)
+    given = tower._vtoken_arguments(args, kwargs)
     attentions = _asked(tower, given, "output_attentions")
     if attentions or _asked(tower, given, "output_hidden_states"):
         _install_hooks(tower)
@@ -185,7 +190,7 @@ def run_tower(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     _refuse_attentions(attentions, state)
     record(tower, state, given)
     slot = state.last
-    if _method(tower).order == "raster":
+    if raster:
         out.last_hidden_state, slot = slot.in_raster_order(out.last_hidden_state)
         if out.hidden_states is not None:
             out.hidden_states = tuple(
@@ -200,15 +205,6 @@ def _install_hooks(tower: Any) -> None:
     # An unpatched DINOv2 installs them on its encoder; a second set on the tower would record every state twice.
     if not getattr(getattr(tower, "encoder", None), "_output_capturing_hooks_installed", False):
         maybe_install_capturing_hooks(tower)
-
-
-def begin(tower: Any, *, dense: bool = False) -> TokenState:
-    """The state of one forward."""
-    method = _method(tower)
-    # Whoever put the stand-in here wants to know what became of every token.
-    traced = current_trace(tower) is not None or "_vtoken_stands_for" in tower.__dict__
-    anchor = traced or (not dense and method.order == "raster")
-    return TokenState(method, num_prefix(tower), track_anchor=anchor, track_dest=traced or dense)
 
 
 def record(tower: Any, state: TokenState, arguments: dict[str, Any]) -> None:
@@ -240,14 +236,10 @@ def pair(value: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _method(tower: Any) -> Any:
-    return tower._vtoken.methods["on_block"]
-
-
 def will_remove(tower: Any, patches: int) -> bool:
     """Whether any layer takes tokens away from an image of so many patches."""
-    method, layers = _method(tower), functools.reduce(getattr, tower._vtoken_path, tower)
-    return any(method.num_removed(layer, patches) for layer in range(len(layers)))
+    method, layers = block_method(tower), functools.reduce(getattr, tower._vtoken_path, tower)
+    return any(method.num_removed(layer, patches, patches) for layer in range(len(layers)))
 
 
 def _asked(model: Any, arguments: dict[str, Any], name: str) -> bool:

@@ -17,15 +17,23 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from vtoken.core.errors import UnsupportedModelError
+from vtoken.core.errors import InputError, ShapeError, UnsupportedModelError
 from vtoken.core.host import HostAdapter, HostSpec, find_adapter
-from vtoken.core.method import BlockMethod, Method
+from vtoken.core.method import AttentionMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, view, view_as
 from vtoken.core.state import Slot, TokenState
-from vtoken.core.trace import current_trace
+from vtoken.core.trace import DROPPED, current_trace
 from vtoken.hosts.class_rows import ClassRows, RowTap
 from vtoken.hosts.pooling import weighted_mean
-from vtoken.hosts.tower import BoundBlocks, Tap, merged_block
+from vtoken.hosts.tower import (
+    BoundBlocks,
+    Tap,
+    attention_targets,
+    begin,
+    block_method,
+    merged_block,
+    stock_with,
+)
 from vtoken.ops import size_bias
 from vtoken.ops.rows import take_rows
 
@@ -40,7 +48,7 @@ class OpenClipTowerMixin:
     def forward(self: Any, x: Tensor) -> Any:
         # Token rows leave the tower with output_tokens or without pooling; then in raster order.
         raster = self.output_tokens or self.pool_type == "none"
-        state = _begin(self, raster=raster)
+        state = _begin(self, x, raster=raster)
         whole = isinstance(self.patch_dropout, nn.Identity) or not self.training
         num_tokens = self.positional_embedding.shape[0] if whole else None
         bound = BoundTransformer(self.transformer, state, raster=raster, num_tokens=num_tokens)
@@ -59,7 +67,7 @@ class OpenClipTowerMixin:
         output_extra_tokens: bool = False,
     ) -> Any:
         dense = output_fmt == "NCHW"
-        state = _begin(self, raster=True, dense=dense)
+        state = _begin(self, x, raster=True, dense=dense)
         bound = BoundTransformer(self.transformer, state, raster=True, dense=dense)
         out = base_of(type(self)).forward_intermediates(  # type: ignore[attr-defined]
             _stand_in(self, bound), x, indices, stop_early, normalize_intermediates, intermediates_only, output_fmt,
@@ -120,6 +128,8 @@ class BoundTransformer:
         return slot.in_raster_order(rows)[0] if self._raster else rows
 
     def _spread(self, rows: Tensor, slot: Slot) -> Tensor:
+        if slot.dropped:
+            raise ShapeError(DROPPED)
         return rows if slot.dest is None else take_rows(rows, slot.dest)
 
 
@@ -144,15 +154,15 @@ class BlockMixin:
         rows = merged_block(self, vtoken_state, q_x.transpose(0, 1), functools.partial(self._vtoken_stock, stock))
         return rows.transpose(0, 1).contiguous()
 
-    def _vtoken_stock(self: Any, stock: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """A block that removes nothing: the host's own forward while there are no sizes, which is exact to the bit."""
-        if attn_mask is not None:
-            x = x + self._vtoken_attn(x, None, attn_mask=attn_mask)
+    def _vtoken_stock(self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None) -> Tensor:
+        """A block that removes nothing: the host's own forward while that is exact to the bit."""
+        if attn_mask is not None or tap.acts_in(self.attn):
+            x = x + self._vtoken_attn(x, tap, attn_mask=attn_mask)
             return x + self._vtoken_mlp(x)
         rows: Tensor = stock(x if self.attn.batch_first else x.transpose(0, 1))
         return rows if self.attn.batch_first else rows.transpose(0, 1)
 
-    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None = None) -> Tensor:
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None) -> Tensor:
         return self.ls_1(packed_attention(self.attn, self.ln_1(x), tap, attn_mask))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
@@ -170,11 +180,10 @@ class CustomBlockMixin:
         stock: Any = super().forward  # type: ignore[misc]
         if vtoken_state is None:
             return stock(x, attn_mask=attn_mask)
-        return merged_block(self, vtoken_state, x, stock)
+        return merged_block(self, vtoken_state, x, functools.partial(stock_with, self, stock, "attn", "ln_k"))
 
-    def _vtoken_attn(self: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None = None) -> Tensor:
-        attn = self.attn if tap is None else tap.on(self.attn, "ln_k")
-        return self.ls_1(self.ln_attn(attn(self.ln_1(x), attn_mask=attn_mask)))
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None) -> Tensor:
+        return self.ls_1(self.ln_attn(tap.on(self.attn, "ln_k")(self.ln_1(x), attn_mask=attn_mask)))
 
     _vtoken_mlp = BlockMixin._vtoken_mlp
 
@@ -192,10 +201,15 @@ class PackedAttention(nn.MultiheadAttention):
         """Rows [B, T, C] attend to themselves, whatever `batch_first` says."""
         packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
         q, k, v = packed.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        if self.vtoken_tap is not None:
-            self.vtoken_tap.keys = k
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.vtoken_mask, dropout_p=dropout)
+        tap, dropout = self.vtoken_tap, self.dropout if self.training else 0.0
+        if tap is not None and tap.acts_in(self):
+            call = tap.call(self.head_dim**-0.5, self.vtoken_mask, dropout)
+            out = self._vtoken_method.attend(q, k, v, self.predictor, call)  # type: ignore[union-attr, operator, arg-type]
+            tap.done(call, k)
+        else:
+            if tap is not None:
+                tap.keys = k
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.vtoken_mask, dropout_p=dropout)
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
 
@@ -219,24 +233,40 @@ def _plain_attention(attn: Any) -> nn.MultiheadAttention | None:
     if type(attn).__module__.startswith("peft.tuners.lora"):
         attn = attn.base_layer
     # Not the class: parametrizations and FSDP2 subclass it.
-    return attn if type(attn).forward is nn.MultiheadAttention.forward else None
+    return attn if base_of(type(attn)).forward is nn.MultiheadAttention.forward else None  # type: ignore[attr-defined]
 
 
+class PackedMethodMixin:
+    """nn.MultiheadAttention whose core is an attention method's; inside a patched tower PackedAttention runs it."""
+
+    _vtoken_method: AttentionMethod
+    _vtoken_index: int
+
+    def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        if self._vtoken_method.is_stock(self._vtoken_index):
+            return super().forward(query, key, value, *args, **options)  # type: ignore[misc]
+        given = [name for name, value in options.items() if value is not None and name not in _IGNORED]
+        if query is not key or key is not value or args or given or options.get("need_weights", True):
+            raise InputError("attention with a connectivity mask is self-attention with need_weights=False and no mask")
+        x = query if self.batch_first else query.transpose(0, 1)
+        # Not through its call: hooks on this attention are running already.
+        out = view_as(PackedAttention, self, vtoken_tap=Tap.alone(self, x.shape[1]), vtoken_mask=None).forward(x)[0]
+        return (out if self.batch_first else out.transpose(0, 1)), None
+
+
+_IGNORED = ("need_weights", "average_attn_weights")
+ATTENTION_MIXINS: dict[type, type] = {nn.MultiheadAttention: PackedMethodMixin}
 BLOCKS: dict[type, type] = {
     ResidualAttentionBlock: BlockMixin,
     CustomResidualAttentionBlock: CustomBlockMixin,
 }
 
 
-def _method(tower: Any) -> BlockMethod:
-    method: BlockMethod = tower._vtoken.methods["on_block"]
-    return method
-
-
-def _begin(tower: Any, *, raster: bool, dense: bool = False) -> TokenState:
-    traced, method = current_trace(tower) is not None, _method(tower)
-    anchor = raster and method.order == "raster"
-    return TokenState(method, NUM_PREFIX, track_anchor=anchor or traced, track_dest=traced or dense)
+def _begin(tower: Any, x: Tensor, *, raster: bool, dense: bool = False) -> TokenState:
+    anchor = raster and block_method(tower).order == "raster"
+    state = begin(tower, NUM_PREFIX, anchor=anchor, dest=dense)
+    state.grid = grid_of(tower, (x.shape[2], x.shape[3]))
+    return state
 
 
 def _stand_in(tower: Any, bound: BoundTransformer) -> Any:
@@ -280,7 +310,7 @@ class OpenClipAdapter(HostAdapter):
     """open_clip's image towers; the text tower is never touched."""
 
     name = "open_clip image towers"
-    hooks = frozenset({"on_block"})
+    hooks = frozenset({"on_block", "on_attention"})
 
     def matches(self, model: nn.Module) -> bool:
         """Every class from open_clip; `spec` refuses what is not an image tower or holds none."""
@@ -350,7 +380,12 @@ class OpenClipAdapter(HostAdapter):
         for index, (_, block) in enumerate(self.blocks(model)):
             mixin = BLOCKS[next(cls for cls in type(block).__mro__ if cls in BLOCKS)]
             found.append((block, mixin, {"_vtoken_index": index}))
-        return found
+        attention = methods.get("on_attention")
+        if attention is None:
+            return found
+        return found + attention_targets(
+            attention, self.spec(model), list(tower.transformer.resblocks), ATTENTION_MIXINS
+        )
 
     def run_image(self, model: Any, image: Tensor) -> Any:
         """The tower alone: a whole CLIP also wants text."""

@@ -12,13 +12,12 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from vtoken.core.errors import ShapeError
-from vtoken.core.method import BlockMethod
+from vtoken.core.errors import InputError, ShapeError
 from vtoken.core.patch import base_of, view
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import current_trace
 from vtoken.hosts.pooling import pool_kind, remember_sizes, sized_pool, sizes_for_head
-from vtoken.hosts.tower import BoundBlocks, spread
+from vtoken.hosts.tower import BoundBlocks, begin, block_method, spread
 from vtoken.ops.rows import take_rows
 
 MODELS: tuple[type, ...] = (VisionTransformer, Eva, NaFlexVit)
@@ -33,7 +32,7 @@ class TimmMixin:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runs: Runs = []
-        state = _begin(self, raster=True)  # for code that runs `self.blocks` itself
+        state = _begin(self, raster=True, images=_images(args, kwargs))  # for code that runs `self.blocks` itself
         stand_in = view(
             self,
             blocks=BoundBlocks(self.blocks, list(self.blocks), state),
@@ -64,7 +63,7 @@ class TimmMixin:
         **kwargs: Any,
     ) -> Any:
         dense = output_fmt == "NCHW" and isinstance(x, Tensor)
-        state = _begin(self, raster=True, dense=dense)
+        state = _begin(self, raster=True, dense=dense, images=x)
         # Rows are asked for and spread here: the host's own reshape would scramble reduced rows without an error.
         out = base_of(type(self)).forward_intermediates(  # type: ignore[attr-defined]
             _bind(self, state), x, indices, return_prefix_tokens, norm, stop_early,
@@ -92,7 +91,7 @@ class TimmMixin:
 
 def _features(model: Any, runs: Runs, raster: bool, *args: Any, **kwargs: Any) -> Any:
     """The host's forward_features with a state of its own; notes in `runs` what it made."""
-    state = _begin(model, raster=raster)
+    state = _begin(model, raster=raster, images=_images(args, kwargs))
     out = base_of(type(model)).forward_features(_bind(model, state), *args, **kwargs)  # type: ignore[attr-defined]
     _record(model, state, args, kwargs)
     rows, slot = out["patches"] if isinstance(out, dict) else out, state.last
@@ -124,16 +123,21 @@ def _leaves_as_tokens(model: Any) -> bool:
     return not stock or not pool_kind(model)
 
 
-def _method(model: Any) -> BlockMethod:
-    method: BlockMethod = model._vtoken.methods["on_block"]
-    return method
-
-
-def _begin(model: Any, *, raster: bool = False, dense: bool = False) -> TokenState:
-    method, traced = _method(model), current_trace(model) is not None
+def _begin(model: Any, *, raster: bool = False, dense: bool = False, images: Any = None) -> TokenState:
     rotary = getattr(model, "rope", None) is not None
-    anchor = traced or rotary or (raster and method.order == "raster")
-    return TokenState(method, model.num_prefix_tokens, track_anchor=anchor, track_dest=traced or dense)
+    anchor = rotary or (raster and block_method(model).order == "raster")
+    state = begin(model, model.num_prefix_tokens, anchor=anchor, dest=dense)
+    attention = state.attention
+    if attention is None:
+        return state
+    if isinstance(images, Tensor):
+        state.grid = grid_of(model, (images.shape[-2], images.shape[-1]))
+    elif not all(attention.is_stock(i) for i in range(len(model.blocks)) if attention.acts_on(i)):
+        raise InputError(
+            "connectivity masks belong to places on a patch grid, so the model must be given images [B, C, H, W], not "
+            "packed (NaFlex) patches; use vtoken.remove(model)"
+        )
+    return state
 
 
 def _bind(model: Any, state: TokenState) -> Any:
@@ -151,16 +155,20 @@ def pool_name(model: Any) -> str:
     return "_pool" if isinstance(model, NaFlexVit) else "pool"
 
 
+def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((a for a in [*args, *kwargs.values()] if isinstance(a, Tensor) and a.dim() == 4), None)
+
+
 def _record(model: Any, state: TokenState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     trace = current_trace(model)
     if trace is not None:
-        images = next((a for a in [*args, *kwargs.values()] if isinstance(a, Tensor) and a.dim() == 4), None)
+        images = _images(args, kwargs)
         trace.record(state, None if images is None else grid_of(model, (images.shape[2], images.shape[3])))
 
 
 def _in_order(model: Any, slot: Slot, features: Tensor) -> tuple[Tensor, Slot]:
     """Rows and what is known of them in raster order, unless "internal" was chosen or nothing kept track."""
-    return slot.in_raster_order(features) if _method(model).order == "raster" else (features, slot)
+    return slot.in_raster_order(features) if block_method(model).order == "raster" else (features, slot)
 
 
 def _last_features(model: Any, state: TokenState, features: Tensor) -> Tensor:
@@ -175,7 +183,7 @@ def _intermediate(model: Any, state: TokenState, grid: tuple[int, int] | None, l
     slot, num_prefix = state.slots[layer + 1], state.num_prefix
     if grid is not None:
         return spread(y, slot, num_prefix, grid)
-    if slot.anchor is None or _method(model).order == "internal":
+    if slot.anchor is None or block_method(model).order == "internal":
         return y
     return take_rows(y, slot.anchor[:, num_prefix:].argsort(dim=1))
 
@@ -207,7 +215,7 @@ def fixed_size(model: Any) -> bool:
 
 def _may_be_merged(model: Any, num_tokens: int) -> bool:
     """Whether features of `num_tokens` rows can be what a forward with removals left."""
-    method, num_prefix = _method(model), model.num_prefix_tokens
+    method, num_prefix = block_method(model), model.num_prefix_tokens
     height, width = grid_of(model, image_size(model))
     if fixed_size(model) and num_tokens == num_prefix + height * width:
         return False

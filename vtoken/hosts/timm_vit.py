@@ -13,9 +13,10 @@ from vtoken.core.method import Method
 from vtoken.core.patch import base_of, forward_is_replaced, view
 from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
-from vtoken.hosts.timm_blocks import ATTENTIONS, BLOCKS
+from vtoken.hosts.timm_blocks import ATTENTION_MIXINS, ATTENTIONS, BLOCKS
 from vtoken.hosts.timm_entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
 from vtoken.hosts.timm_unsupported import reason
+from vtoken.hosts.tower import attention_targets
 
 _ENTRIES = ("forward_features", "forward_intermediates", "forward_head")
 
@@ -24,7 +25,7 @@ class TimmAdapter(HostAdapter):
     """timm's plain-attention towers, recognised by class identity and structure, never by name."""
 
     name = "timm VisionTransformer, Eva, NaFlexVit"
-    hooks = frozenset({"on_block"})
+    hooks = frozenset({"on_block", "on_attention"})
 
     def matches(self, model: nn.Module) -> bool:
         """Every model whose class comes from timm; `spec` refuses the unsupported ones by name."""
@@ -65,6 +66,7 @@ class TimmAdapter(HostAdapter):
             pooling=pool_kind(tower),
             position="absolute" if rope is None else "rotary",
             fixed_size=fixed_size(tower),
+            class_token=getattr(getattr(tower, "embeds", tower), "cls_token", None) is not None,
         )
 
     def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -88,7 +90,12 @@ class TimmAdapter(HostAdapter):
         for index, (_, block) in enumerate(self.blocks(model)):
             mixin = BLOCKS[next(cls for cls in type(block).__mro__ if cls in BLOCKS)]
             found.append((block, mixin, {"_vtoken_index": index}))
-        return found
+        attention = methods.get("on_attention")
+        if attention is None:
+            return found
+        return found + attention_targets(
+            attention, self.spec(model), [b for _, b in self.blocks(model)], ATTENTION_MIXINS
+        )
 
     def run_watched(self, model: nn.Module, rows: ClassRows, image: Any) -> None:
         """Class attention behind the norms of queries and keys."""
@@ -112,7 +119,7 @@ def _block_problem(block: Any) -> str | None:
         return f"a {kind.__module__}.{kind.__qualname__}, {reason(block)}"
     if kind.forward is not known.forward or forward_is_replaced(block):  # type: ignore[attr-defined]
         return f"a {kind.__qualname__} with a forward of its own, which merging would bypass"
-    attn = type(block.attn)
+    attn = base_of(type(block.attn))
     known = next((cls for cls in attn.__mro__ if cls in ATTENTIONS), None)
     if known is None or attn.forward is not known.forward or forward_is_replaced(block.attn):  # type: ignore[attr-defined]
         return f"a {kind.__qualname__} with {attn.__module__}.{attn.__qualname__}, {reason(block.attn)}"

@@ -146,7 +146,7 @@ class Merging(BlockMethod):
         self._layers = schedule.chosen_layers(owner, config.layers, depth)
         self._amounts = config.amounts(depth)
 
-    def num_removed(self, layer: int, mergeable: int) -> int:
+    def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
         """Tokens that block `layer` removes from `mergeable` ones; 0 if it is not among the chosen layers."""
         if layer not in self._layers:
             return 0

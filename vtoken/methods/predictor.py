@@ -92,7 +92,8 @@ class ConnectivityPredictor(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new parameters: normal with deviation 0.02, cut at +-2, and zero biases."""
-        for weight in {self.reduce_q.weight, self.reduce_k.weight, self.w_down, self.w_up}:
+        # Not a set, whose order differs from run to run; w_up may be w_down.
+        for weight in dict.fromkeys((self.reduce_q.weight, self.reduce_k.weight, self.w_down, self.w_up)):
             nn.init.trunc_normal_(weight, std=0.02, a=-2.0, b=2.0)
         nn.init.zeros_(self.reduce_q.bias)
         nn.init.zeros_(self.reduce_k.bias)

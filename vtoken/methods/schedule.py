@@ -85,13 +85,13 @@ def per_layer(owner: str, name: str, value: Any, depth: int) -> tuple[Any, ...]:
     return value
 
 
-def chosen_layers(owner: str, layers: tuple[int, ...] | None, depth: int) -> frozenset[int]:
-    """The blocks that remove tokens; negative indices count from the end."""
+def chosen_layers(owner: str, layers: tuple[int, ...] | None, depth: int, *, name: str = "layers") -> frozenset[int]:
+    """The blocks that a setting called `name` chooses; negative indices count from the end."""
     if layers is None:
         return frozenset(range(depth))
     for layer in layers:
         if not -depth <= layer < depth:
-            raise ConfigError(f"{owner}(layers={list(layers)}): the model has blocks 0..{depth - 1}")
+            raise ConfigError(f"{owner}({name}={list(layers)}): the model has blocks 0..{depth - 1}")
     return frozenset(layer % depth for layer in layers)
 
 
@@ -99,6 +99,14 @@ def whole_numbers(owner: str, name: str, value: Any) -> tuple[int, ...]:
     """A sequence of ints from a user, hashable."""
     found = numbers(owner, name, value, int)
     return found if isinstance(found, tuple) else (found,)
+
+
+def number(owner: str, name: str, value: Any, kind: type) -> Any:
+    """A single number from a user."""
+    found = numbers(owner, name, value, kind)
+    if isinstance(found, tuple):
+        raise ConfigError(f"{owner}({name}={value!r}): expected one number")
+    return found
 
 
 def numbers(owner: str, name: str, value: Any, kind: type) -> Any:

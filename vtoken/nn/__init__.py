@@ -1,5 +1,7 @@
-"""The same merging as plain modules, for people who build their own network or training loop."""
+"""The same methods as plain modules, for people who build their own network or training loop."""
 
+from vtoken.methods.predictor import ConnectivityPredictor
 from vtoken.nn.merging import MergeBlock, MergeTokens
+from vtoken.nn.sparse import SparseAttention
 
-__all__ = ["MergeBlock", "MergeTokens"]
+__all__ = ["ConnectivityPredictor", "MergeBlock", "MergeTokens", "SparseAttention"]

@@ -1,0 +1,138 @@
+"""Thresholds from sample images, and weights published under other names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vtoken
+from tests.contract.table import run
+from tests.helpers import assert_same
+from tests.methods.sparse_hosts import HOSTS, blocks, sparse
+from vtoken.train import load_published_state_dict
+
+PARTS = ("reduce_q.weight", "reduce_q.bias", "reduce_k.weight", "reduce_k.bias", "w_down", "w_up")
+
+
+@pytest.mark.parametrize("name", ["cls", "registers", "no prefix", "open_clip"])
+@pytest.mark.parametrize("density", [0.05, 0.25, 0.6])
+def test_calibration_reaches_the_density(name: str, density: float) -> None:
+    model = sparse(HOSTS[name].model(), keep_ratio=0.9, basis_threshold=0.0, coef_topk=20)
+    x = HOSTS[name].images(batch=16)
+    reached = vtoken.calibrate_threshold(model, x, density)
+    assert list(reached) == [0, 1, 2]
+    assert reached[0] == pytest.approx(density, rel=0.02)  # later blocks see what sparse ones left
+    assert all(found == pytest.approx(density, rel=0.1) for found in reached.values())
+    config = vtoken.config_of(model)
+    assert (config.mode, config.keep_ratio, config.phase) == ("threshold", density, "sparse")
+    with torch.no_grad(), vtoken.tracing(model, maps=("mask",)) as trace:
+        model(x)
+    prefix = trace.num_prefix
+    by_head = trace.attention[0].mask[:, :, prefix:].double().mean((0, 2, 3))
+    assert by_head.tolist() == pytest.approx([density] * 2, rel=0.02)  # every head has its own threshold
+    assert len(set(blocks(model)[0].attn.predictor.threshold.tolist())) == 2
+    assert [r.density for r in trace.attention] == list(reached.values())
+    other = sparse(HOSTS[name].model(), config)
+    other.load_state_dict(model.state_dict())
+    assert_same("thresholds travel with the state dict", run(model, x), run(other, x))
+
+
+def test_chosen_layers_only() -> None:
+    model = sparse(HOSTS["cls"].model(), layers=(0, 2))
+    assert list(vtoken.calibrate_threshold(model, HOSTS["cls"].images(), 0.2)) == [0, 2]
+
+
+class Failing(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize("forward", [1, 2])
+def test_a_failure_restores_settings_and_thresholds(forward: int) -> None:
+    model, x = sparse(HOSTS["cls"].model(), keep_ratio=(0.3, 0.4, 0.5), mode="threshold"), HOSTS["cls"].images()
+    out, config, calls = run(model, x), vtoken.config_of(model), [0]
+    thresholds = {k: v.clone() for k, v in model.state_dict().items() if k.endswith("threshold")}
+
+    def fail(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == forward:
+            raise Failing
+
+    handle = model.norm.register_forward_hook(fail)
+    with pytest.raises(Failing):
+        vtoken.calibrate_threshold(model, x, 0.2)
+    handle.remove()
+    assert vtoken.config_of(model) == config
+    assert_same("thresholds", thresholds, {k: v for k, v in model.state_dict().items() if k.endswith("threshold")})
+    assert_same("output", out, run(model, x))
+
+
+def test_calibration_errors() -> None:
+    model, x = HOSTS["cls"].model(), HOSTS["cls"].images()
+    with pytest.raises(vtoken.VTokenError, match="Sparsifiner"):
+        vtoken.calibrate_threshold(model, x, 0.2)
+    vtoken.apply(model, [vtoken.PiToMe(), vtoken.Sparsifiner()])
+    with pytest.raises(vtoken.VTokenError, match="nothing else"):
+        vtoken.calibrate_threshold(model, x, 0.2)
+    for density in (0, 1, 1.5, -0.1):
+        with pytest.raises(vtoken.ConfigError, match="density"):
+            vtoken.calibrate_threshold(model, x, density)
+
+
+NAMES = {"reduce_q.weight": "small_q.w", "reduce_q.bias": "small_q.b", "reduce_k.weight": "small_k.w",
+         "reduce_k.bias": "small_k.b", "w_down": "mix", "w_up": "basis"}  # fmt: skip
+
+
+def published(model: Any, turned: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """The model's weights under other names, some of them transposed; without what others do not have."""
+    out = {}
+    for key, value in model.state_dict().items():
+        part = key.partition(".predictor.")[2]
+        if part == "threshold":
+            continue
+        name = key.replace(f"predictor.{part}", NAMES[part]) if part else key
+        out[name] = value.T.contiguous() if part in turned else value.clone()
+    return out
+
+
+@pytest.mark.parametrize("turned", [(), ("w_down", "w_up"), ("reduce_q.weight",)])
+@pytest.mark.parametrize("layers", [None, (1,)])
+def test_renamed_and_transposed_parameters(turned: tuple[str, ...], layers: Any) -> None:
+    config, x = vtoken.Sparsifiner(keep_ratio=0.4, layers=layers), HOSTS["registers"].images()
+    model, other = sparse(HOSTS["registers"].model(), config), HOSTS["registers"].model(seed=4)
+    vtoken.apply(other, config)
+    load_published_state_dict(other, published(model, turned), NAMES)
+    assert_same("output", run(model, x), run(other, x))
+    keys = [k for k in model.state_dict() if not k.endswith("threshold")]
+    assert_same("state", {k: model.state_dict()[k] for k in keys}, {k: other.state_dict()[k] for k in keys})
+
+
+def test_a_shared_projection_under_either_name() -> None:
+    config, x = vtoken.Sparsifiner(keep_ratio=0.4, share_proj=True), HOSTS["cls"].images()
+    model = sparse(HOSTS["cls"].model(), config)
+    for left_out in ("mix", "basis"):
+        other = vtoken.apply(HOSTS["cls"].model(seed=4), config)
+        state = {k: v for k, v in published(model).items() if not k.endswith("." + left_out)}
+        load_published_state_dict(other, state, NAMES)
+        assert_same("output", run(model, x), run(other, x))
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_loaded() -> None:
+    model = sparse(HOSTS["cls"].model(), keep_ratio=0.4)
+    state, before = published(model), {k: v.clone() for k, v in model.state_dict().items()}
+    good = {k: v + 1 for k, v in state.items()}
+    first = "blocks.0.attn."
+    cases: list[tuple[dict[str, Any], dict[str, str], str]] = [
+        (good, NAMES | {"w_middle": "middle"}, "w_middle"),
+        (good, {k: v for k, v in NAMES.items() if k != "w_up"}, "basis"),
+        (good | {"blocks.0.attn.extra": torch.zeros(1)}, NAMES, "extra"),
+        ({k: v for k, v in good.items() if k != first + "mix"}, NAMES, r"lacks 1 .*w_down"),
+        ({k: v for k, v in good.items() if k != "norm.weight"}, NAMES, r"lacks 1 .*norm\.weight"),
+        (good | {first + "mix": torch.zeros(26, 4)}, NAMES, "num_basis"),
+        (good | {first + "small_q.b": torch.zeros(9)}, NAMES, "small_q.b"),
+    ]
+    for bad, names, match in cases:
+        with pytest.raises(vtoken.ConfigError, match=match):
+            load_published_state_dict(model, bad, names)
+        assert_same("untouched", before, dict(model.state_dict()))

@@ -1,0 +1,328 @@
+"""Sparsifiner: every query attends to the keys that a small learned predictor connects it to (arXiv 2303.13755)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtoken.core.config import MethodConfig, check_choice, register_method
+from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.core.method import AttentionMacs, AttentionMethod, Method
+from vtoken.core.state import AttentionCall
+from vtoken.methods import schedule
+from vtoken.methods.predictor import ConnectivityPredictor
+from vtoken.methods.token_pruning import TokenPruning
+from vtoken.ops.connections import Connections, num_kept, select_grouped, select_threshold, select_topk
+from vtoken.ops.largest import largest_index
+from vtoken.ops.rows import full_precision
+from vtoken.ops.sparse_attention import attention_map, sparse_attention
+
+if TYPE_CHECKING:
+    from vtoken.core.host import HostSpec
+
+MODES = ("exact", "threshold", "grouped", "random")
+PHASES = ("sparse", "recon")
+BACKENDS = ("auto", "dense_masked", "masked", "sparse", "grouped")
+
+
+@register_method
+@dataclass(frozen=True, kw_only=True)
+class Sparsifiner(MethodConfig):
+    """Settings of learned sparse attention. The predictors must be trained: see `vtoken.train` and examples/.
+
+    Args:
+        keep_ratio: share of the keys that a patch query keeps, in (0, 1]; one number or one per block.
+        mode: "exact" (the best keys of every query), "grouped" (the best keys of every group of neighbouring queries;
+            the form that is fast), "threshold" (all keys whose score exceeds a calibrated number, see
+            `vtoken.calibrate_threshold`), or "random" (a control: random keys, the predictor is not asked).
+        query_group: queries per group in "grouped".
+        layers: blocks with sparse attention; None means all. Negative indices count from the end.
+        num_basis: basis vectors K; None: a sixth of the tokens, at most 32.
+        reduce_c_factor: head width over the predictor's width.
+        share_proj: whether the predictor mixes tokens and spreads them with the same matrix.
+        coef_topk: coefficients that a query keeps.
+        basis_threshold: entries of the basis up to this are 0.
+        basis_abs: whether the basis is taken by its absolute value.
+        scale: factor on the predictor's logits; None: heads ** -0.5, as published.
+        score_threshold: initial threshold of every head in "threshold".
+        token_keep_ratio: with less than 1, patch tokens are pruned, too: after the j-th block of `prune_after`,
+            ceil(token_keep_ratio ** j * T) of the T patches are left, the best by the class token's attention.
+        prune_after: those blocks.
+        phase: "sparse", or "recon" while the predictors learn: attention runs dense.
+        backend: how sparse attention runs, see `vtoken.ops.sparse_attention`.
+        seed: of the predictors' initial weights and of "random".
+
+    Raises:
+        ConfigError: for values out of range; for lists that do not fit the model when it is applied.
+
+    Source: arXiv 2303.13755; sparsifiner.md.
+    """
+
+    method: ClassVar[str] = "sparsifiner"
+
+    keep_ratio: Any = 0.25
+    mode: str = "exact"
+    query_group: int = 64
+    layers: tuple[int, ...] | None = None
+    num_basis: int | None = None
+    reduce_c_factor: int = 2
+    share_proj: bool = False
+    coef_topk: int = 8
+    basis_threshold: float = 0.02
+    basis_abs: bool = True
+    scale: float | None = None
+    score_threshold: float = 1e-4
+    token_keep_ratio: float = 1.0
+    prune_after: tuple[int, ...] = (3, 6, 9)
+    phase: str = "sparse"
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        object.__setattr__(self, "keep_ratio", schedule.numbers(owner, "keep_ratio", self.keep_ratio, float))
+        for value in self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,):
+            if not 0 < value <= 1:
+                raise ConfigError(f"{owner}(keep_ratio={value!r}): the share of keys that a query keeps, in (0, 1]")
+        for name in ("token_keep_ratio", "basis_threshold", "score_threshold", "scale"):
+            value = getattr(self, name)
+            if value is not None or name != "scale":
+                object.__setattr__(self, name, schedule.number(owner, name, value, float))
+        if not 0 < self.token_keep_ratio <= 1:
+            raise ConfigError(f"{owner}(token_keep_ratio={self.token_keep_ratio!r}): must be in (0, 1]")
+        if self.basis_threshold < 0:
+            raise ConfigError(f"{owner}(basis_threshold={self.basis_threshold!r}): must not be negative")
+        check_choice(owner, "mode", self.mode, MODES)
+        check_choice(owner, "phase", self.phase, PHASES)
+        check_choice(owner, "backend", self.backend, BACKENDS)
+        for name in ("layers", "prune_after"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, schedule.whole_numbers(owner, name, getattr(self, name)))
+        least = {"query_group": 1, "reduce_c_factor": 1, "coef_topk": 1, "num_basis": 1, "seed": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is None and name == "num_basis":
+                continue
+            object.__setattr__(self, name, schedule.number(owner, name, value, int))
+            if getattr(self, name) < bound:
+                raise ConfigError(f"{owner}({name}={value!r}): must be at least {bound}")
+
+    def counted(self) -> MethodConfig:
+        """With dense attention: kept keys depend on the image."""
+        return self.replace(keep_ratio=1.0, mode="exact")
+
+    def build(self, depth: int) -> tuple[Method, ...]:
+        """Sparse attention, and the pruning of tokens if it is asked for."""
+        owner, attention = type(self).__name__, SparseAttention(self, depth)
+        if self.token_keep_ratio == 1:
+            return (attention,)
+        chosen = schedule.chosen_layers(owner, self.prune_after, depth, name="prune_after")
+        if not all(attention.acts_on(layer) for layer in chosen):
+            raise ConfigError(
+                f"{owner}(prune_after={list(self.prune_after)}, layers={list(self.layers or ())}): tokens are ranked "
+                "by the attention of the block that they leave, which must be among `layers`"
+            )
+        # While predictors learn, the student's outputs are the teacher's.
+        return (attention,) if self.phase == "recon" else (attention, TokenPruning(self.token_keep_ratio, chosen))
+
+
+class SparseAttention(AttentionMethod):
+    """A Sparsifiner config resolved for `depth` blocks."""
+
+    def __init__(self, config: Sparsifiner, depth: int) -> None:
+        owner = type(config).__name__
+        self.config = config
+        self._layers = schedule.chosen_layers(owner, config.layers, depth)
+        self._ratios = schedule.per_layer(owner, "keep_ratio", config.keep_ratio, depth)
+
+    def acts_on(self, layer: int) -> bool:
+        """Whether the block is among the chosen layers."""
+        return layer in self._layers
+
+    def is_stock(self, layer: int) -> bool:
+        """Dense while predictors learn, and where every key is kept."""
+        return self.config.phase == "recon" or (self._ratios[layer] == 1 and self.config.mode != "threshold")
+
+    def predictor(self, layer: int, spec: HostSpec, like: Tensor) -> nn.Module:
+        """A new predictor with its own seed; the global generators are left alone."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if like.device.type == "meta" else "cpu"):
+            # Not torch.manual_seed, which would seed every accelerator's generator, too.
+            torch.default_generator.manual_seed(self.config.seed * 1009 + layer)
+            made: Any = ConnectivityPredictor(spec.head_dim, spec.num_heads, grid=spec.grid, num_prefix=spec.num_prefix,
+                                         **self._settings())  # fmt: skip
+            made.register_buffer("threshold", torch.full((spec.num_heads,), self.config.score_threshold))
+            made.score_threshold = self.config.score_threshold
+        placed: nn.Module = made.to(like.device, like.dtype)
+        return placed
+
+    def fits(self, layer: int, predictor: nn.Module) -> None:
+        """Only what needs no other parameters can change."""
+        assert isinstance(predictor, ConnectivityPredictor)
+        wanted = self._settings()
+        width = predictor.reduce_q.in_features // wanted["reduce_c_factor"]
+        same = predictor.share_proj == wanted["share_proj"] and predictor.reduce_q.out_features == width
+        if not same or wanted["num_basis"] not in (None, predictor.num_basis):
+            raise ConfigError(
+                "num_basis, reduce_c_factor and share_proj shape the predictor's parameters, which configure keeps; "
+                "use vtoken.apply(model, ..., replace=True) for new ones"
+            )
+
+    def tune(self, predictor: Any) -> None:
+        """Give a predictor that `fits` the settings that shape no parameter."""
+        for name in _TUNABLE:
+            setattr(predictor, name, getattr(self.config, name))
+        predictor.scale = predictor.num_heads**-0.5 if self.config.scale is None else self.config.scale
+        if predictor.score_threshold != self.config.score_threshold:  # a new one takes the place of calibrated ones
+            predictor.score_threshold = self.config.score_threshold
+            predictor.get_buffer("threshold").fill_(self.config.score_threshold)
+        predictor.train(predictor.training)  # forgets the basis made with the old ones
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("num_basis", "reduce_c_factor", "share_proj", *_TUNABLE)
+        return {name: getattr(self.config, name) for name in names}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, predictor: nn.Module, call: AttentionCall) -> Tensor:
+        """Attention [B, H, T, D] over the kept keys; leaves in `call` what is asked for."""
+        assert isinstance(predictor, ConnectivityPredictor)
+        if call.wants_cls:
+            call.cls = _first_row(q, k, call)
+        if self.is_stock(call.layer) or q.shape[0] == 0:  # no image, nothing to select from
+            if call.record is not None:
+                self._record_dense(q, k, predictor, call)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=call.mask, dropout_p=call.dropout, scale=call.scale
+            )
+        with full_precision(q):  # masks must not depend on autocast
+            connections = self.connect(q, k, predictor, call)
+        if call.record is not None:
+            self._record(q, k, predictor, connections, call)
+        return sparse_attention(q, k, v, connections, scale=call.scale, num_prefix=call.num_prefix, attn_mask=call.mask,
+                                dropout_p=call.dropout, backend=self._backend(connections))  # fmt: skip
+
+    def connect(self, q: Tensor, k: Tensor, predictor: ConnectivityPredictor, call: AttentionCall) -> Connections:
+        """The keys that every query keeps."""
+        config, ratio, original = self.config, self._ratios[call.layer], call.slot.embedded
+        if config.mode == "random":
+            return _random(q, ratio, original, config.seed * 1009 + call.layer, call.num_prefix)
+        live, grid = call.slot.anchor, call.grid
+        coefficients = predictor.coefficients(q.detach(), k.detach(), live=live, grid=grid).detach()
+        basis = predictor.basis(live=live, grid=grid)
+        if config.mode == "threshold":
+            return select_threshold(coefficients, basis, predictor.get_buffer("threshold"))
+        if config.mode == "exact":
+            return select_topk(coefficients, basis, ratio, num_original=original)
+        shape = grid or predictor.grid
+        if shape is None:
+            raise ConfigError("mode='grouped' orders queries on the patch grid, which is not known here")
+        return select_grouped(coefficients, basis, ratio, grid=shape, group_size=config.query_group, live=live,
+                              num_original=original)  # fmt: skip
+
+    def _backend(self, connections: Connections) -> str:
+        wanted = self.config.backend
+        misfit = (wanted == "grouped") != (connections.form == "grouped") and wanted in ("grouped", "sparse")
+        return "auto" if misfit else wanted
+
+    def _record(
+        self, q: Tensor, k: Tensor, predictor: ConnectivityPredictor, connections: Connections, call: AttentionCall
+    ) -> None:
+        record = call.record
+        assert record is not None
+        record.kept = connections.count
+        batch, heads = connections.batch_and_heads
+        prefix = batch * heads * connections.num_prefix * connections.num_tokens
+        pairs = batch * heads * connections.num_queries * connections.num_tokens
+        record.density = (connections.count - prefix) / max(1, pairs)
+        if "mask" in record.wants:
+            record.mask = connections.mask()
+        if "scores" in record.wants:
+            record.scores = self._scores(q, k, predictor, call)
+        if "attention" in record.wants:
+            record.attention = attention_map(q, k, connections, scale=call.scale, attn_mask=call.mask)
+
+    def _record_dense(self, q: Tensor, k: Tensor, predictor: ConnectivityPredictor, call: AttentionCall) -> None:
+        record = call.record
+        assert record is not None
+        batch, heads, tokens = q.shape[:3]
+        record.kept = batch * heads * tokens * tokens
+        if "mask" in record.wants:
+            record.mask = torch.ones(batch, heads, tokens, tokens, dtype=torch.bool, device=q.device)
+        if "scores" in record.wants:
+            record.scores = self._scores(q, k, predictor, call)
+        if "attention" in record.wants:
+            record.attention = _weights(q, k, call.scale, call.mask)
+
+    def _scores(self, q: Tensor, k: Tensor, predictor: ConnectivityPredictor, call: AttentionCall) -> Tensor:
+        with full_precision(q):
+            if self.config.phase == "sparse":
+                return predictor.scores(q, k, live=call.slot.anchor, grid=call.grid)
+            if call.slot.anchor is not None and q.shape[2] < call.slot.embedded:
+                raise ShapeError("the reconstruction phase needs all tokens; apply what removes tokens after it")
+            # Queries and keys are the teacher's: only the predictor learns.
+            return predictor.reconstruction(q.detach(), k.detach(), grid=call.grid)
+
+    def macs(
+        self, layer: int, tokens: int, embedded: int, spec: HostSpec, predictor: nn.Module | None
+    ) -> AttentionMacs:
+        """By the formulas of sparsifiner.md section 7; the basis' entries are counted in the predictor's weights.
+
+        "threshold" counts as keeping the share `keep_ratio`, which `vtoken.calibrate_threshold` sets.
+        """
+        width, patches = spec.num_heads * spec.head_dim, tokens - spec.num_prefix
+        dense = 2 * tokens * tokens * width
+        if not self.acts_on(layer) or self.is_stock(layer):
+            return AttentionMacs(dense, dense)
+        kept = num_kept(self._ratios[layer], tokens, embedded)
+        core = 2 * width * (patches * kept + spec.num_prefix * tokens)
+        if self.config.mode == "random":
+            return AttentionMacs(dense, core)
+        reduced = spec.head_dim // self.config.reduce_c_factor
+        native = spec.num_prefix + spec.grid[0] * spec.grid[1]
+        basis = self.config.num_basis or int(getattr(predictor, "num_basis", max(1, min(native, 197) // 6)))
+        mixing = 2 * tokens * width * reduced + (tokens + patches) * basis * spec.num_heads * reduced
+        rows = patches if self.config.mode != "grouped" else math.ceil(patches / self.config.query_group)
+        entries = tokens if predictor is None else self._entries(predictor)
+        up = rows * spec.num_heads * min(self.config.coef_topk, basis) * entries
+        return AttentionMacs(dense, core, mixing, round(up))
+
+    def _entries(self, predictor: Any) -> float:
+        """Mean number of entries of a basis vector that are not 0."""
+        if predictor.w_up.device.type == "meta":
+            return float(predictor.w_up.shape[0])
+        basis = predictor.basis()
+        return float((basis != 0).sum()) / basis.shape[0]
+
+
+#: Settings of a predictor that shape no parameter.
+_TUNABLE = ("coef_topk", "basis_threshold", "basis_abs", "scale")
+
+
+def _first_row(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
+    """Attention of the class token [B, H, T], which keeps all its keys."""
+    mask = call.mask
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask[..., :1, :]
+    return _weights(q[:, :, :1].detach(), k.detach(), call.scale, mask)[:, :, 0]
+
+
+def _weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Plain attention, at least in float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with full_precision(q):
+        logits = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.to(dtype)
+        return logits.softmax(-1)
+
+
+def _random(q: Tensor, ratio: float, original: int, seed: int, num_prefix: int) -> Connections:
+    """Keys drawn uniformly for every head and query, the same for all images."""
+    batch, heads, tokens, _ = q.shape
+    kept, rng = num_kept(ratio, tokens, original), torch.Generator().manual_seed(seed)
+    draws = [largest_index(torch.rand(heads, tokens, generator=rng), kept) for _ in range(tokens - num_prefix)]
+    index = torch.stack(draws, 1).to(q.device)
+    return Connections(tokens, index=index.expand(batch, -1, -1, -1))

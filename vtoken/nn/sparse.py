@@ -1,0 +1,68 @@
+"""Sparsifiner's attention as a module of its own, for people who build their own network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vtoken.core.errors import ConfigError
+from vtoken.core.host import HostSpec
+from vtoken.core.state import AttentionCall, AttentionRecord, Slot
+from vtoken.methods.sparsifiner import SparseAttention as SparseAttentionMethod
+from vtoken.methods.sparsifiner import Sparsifiner
+
+
+class SparseAttention(nn.Module):
+    """Multi-head self-attention over the keys that a connectivity predictor keeps.
+
+    Its parameters are called as those of timm's Attention (`qkv`, `proj`) with the `predictor` beside them, which is
+    what `vtoken.apply` makes of an attention that is already there.
+
+    Args:
+        dim: channels C.
+        num_heads: heads H.
+        grid: patch rows and columns.
+        num_prefix: class and register tokens before the patches.
+        config: settings; `layers`, `token_keep_ratio` and `prune_after` are for whole models.
+        qkv_bias: whether the q, k, v projection has a bias.
+
+    Example:
+        >>> import torch, vtoken
+        >>> attention = vtoken.nn.SparseAttention(48, 3, grid=(4, 4), config=vtoken.Sparsifiner(keep_ratio=0.5))
+        >>> attention(torch.randn(2, 17, 48)).shape
+        torch.Size([2, 17, 48])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        grid: tuple[int, int],
+        num_prefix: int = 1,
+        config: Sparsifiner | None = None,
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ConfigError(f"SparseAttention(dim={dim}, num_heads={num_heads}): heads must divide the channels")
+        self.num_heads, self.num_prefix, self.grid = num_heads, num_prefix, grid
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        spec = HostSpec("SparseAttention", 1, dim, num_heads, dim // num_heads, num_prefix, grid, "", "absolute")
+        settings = (config or Sparsifiner()).replace(layers=None, token_keep_ratio=1.0)
+        self._method = SparseAttentionMethod(settings, 1)
+        self.predictor = self._method.predictor(0, spec, self.qkv.weight)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, record: AttentionRecord | None = None) -> Tensor:
+        """Tokens [B, P + rows * columns, C], prefix first, to the same.
+
+        Args:
+            attn_mask: bool (True: may attend) or bias, broadcastable to [B, H, T, T].
+            record: filled with what happened; see `vtoken.Trace.attention`.
+        """
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        scale, slot = q.shape[-1] ** -0.5, Slot(embedded=x.shape[1])
+        call = AttentionCall(0, self.num_prefix, slot, self.grid, scale, attn_mask, record=record)
+        out: Tensor = self._method.attend(q, k, v, self.predictor, call)
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected

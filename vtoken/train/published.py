@@ -1,0 +1,58 @@
+"""Weights published under other parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from vtoken.core.errors import ConfigError
+from vtoken.core.patch import PREDICTOR
+
+#: A predictor's own parameters (sparsifiner.md 2).
+PARTS = ("reduce_q.weight", "reduce_q.bias", "reduce_k.weight", "reduce_k.bias", "w_down", "w_up")
+
+
+def load_published_state_dict(model: nn.Module, state: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    """Load a checkpoint whose predictors have other parameter names into a model with Sparsifiner.
+
+    Backbone keys must be the model's own (the authors build on timm's). vtoken was written without the published code,
+    so the predictor's names come from you.
+
+    Args:
+        model: patched with Sparsifiner.
+        state: the checkpoint, e.g. {"blocks.0.attn.<their name>": ...}.
+        names: for each of `reduce_q.weight`, `reduce_q.bias`, `reduce_k.weight`, `reduce_k.bias`, `w_down`, `w_up`: the
+            end of its name in the checkpoint, after "blocks.N.attn.". Matrices stored transposed are turned.
+
+    Raises:
+        ConfigError: for missing or unknown names, left-over keys, shapes that do not fit; nothing is loaded.
+
+    Example:
+        >>> names = {"w_down": "mix.weight", "w_up": "basis.weight"}  # and the four reductions
+    """
+    unknown = sorted(set(names) - set(PARTS))
+    if unknown:
+        raise ConfigError(f"names has {unknown}; a predictor has {', '.join(PARTS)}")
+    ours = dict(model.state_dict())
+    theirs = {f".{their}": f".{PREDICTOR}.{part}" for part, their in names.items()}
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        target = next((key.removesuffix(end) + new for end, new in theirs.items() if key.endswith(end)), key)
+        if target not in ours:
+            raise ConfigError(f"the checkpoint's {key!r} {tuple(value.shape)} has no place in the model; see `names`")
+        turned = value.shape != ours[target].shape and value.ndim == 2 and value.T.shape == ours[target].shape
+        found[target] = value.T if turned else value
+        if found[target].shape != ours[target].shape:
+            raise ConfigError(
+                f"{key!r} has shape {tuple(value.shape)}, the model's {target!r} {tuple(ours[target].shape)}; check "
+                "num_basis, reduce_c_factor and the image size"
+            )
+    # One parameter may have two names (share_proj); thresholds are calibrated, not published.
+    same = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    given = {same.get(name) for name in found}
+    rest = [name for name in ours if name not in found and not name.endswith(f".{PREDICTOR}.threshold")]
+    missing = sorted(name for name in rest if name not in same or same[name] not in given)
+    if missing:
+        raise ConfigError(f"the checkpoint lacks {len(missing)} of the model's parameters, the first: {missing[0]!r}")
+    model.load_state_dict(found, strict=False)
