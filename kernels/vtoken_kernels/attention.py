@@ -111,7 +111,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
         scale: of the scores.
 
     Returns:
-        The output [B, H, T, D] (in memory [B, T, H, D]) and the base-2 logarithm of the softmax sums, float32 [B, H, T].
+        The output [B, H, T, D] (in memory [B, T, H, D]); base-2 logarithms of the softmax sums, float32 [B, H, T].
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, heads, num_queries, head_dim = q.shape
@@ -119,7 +119,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=q.device)
     settings = configs.attention(head_dim, q.dtype)
     launch(
-        attention_fwd_kernel, batch * heads * tiles(num_queries, settings["BLOCK_M"]), q, q, k, v,
+        attention_fwd_kernel, batch * heads * tiles(num_queries, settings["BLOCK_M"]), q, k, v,
         lse if bias is None else bias, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], bias_stride(bias),
         heads, num_queries, k.shape[2], scale,
         HEAD_DIM=head_dim, HAS_BIAS=bias is not None, UPCAST=must_upcast(q.dtype),

@@ -117,12 +117,12 @@ def attention_backward(
     key_bias, pairs = lse if bias is None else bias, batch * heads
     qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     launch(
-        attention_bwd_dq_kernel, pairs * tiles(num_queries, settings["BLOCK_M"]), q, q, k, v, key_bias, out, grad,
+        attention_bwd_dq_kernel, pairs * tiles(num_queries, settings["BLOCK_M"]), q, k, v, key_bias, out, grad,
         lse, delta, dq, *qkv_strides, *out.stride()[:3], *grad.stride()[:3], bias_stride(bias),
         heads, num_queries, num_keys, scale, **settings,
     )  # fmt: skip
     launch(
-        attention_bwd_dkv_kernel, pairs * tiles(num_keys, settings["BLOCK_N"]), q, q, k, v, key_bias, grad,
+        attention_bwd_dkv_kernel, pairs * tiles(num_keys, settings["BLOCK_N"]), q, k, v, key_bias, grad,
         lse, delta, dk, dv, *qkv_strides, *grad.stride()[:3], bias_stride(bias),
         heads, num_queries, num_keys, scale, **settings,
     )  # fmt: skip

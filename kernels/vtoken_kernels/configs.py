@@ -24,15 +24,15 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def metric(width: int) -> dict[str, Any]:
-    """K0: tokens per program so that a tile has about 4096 values."""
+    """K0: tokens per program so that a tile has about 2048 values."""
     block = power_of_two(width, 16)
-    return {"BLOCK_T": max(1, min(64, 4096 // block)), "BLOCK_D": block, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_T": max(1, min(64, 2048 // block)), "BLOCK_D": block, "num_warps": 4, "num_stages": 2}
 
 
 def energy(width: int, mode: str) -> dict[str, Any]:
-    """K1: three-pass tf32 holds its operands twice, so sm_80 takes narrower tiles."""
-    narrow = mode == "tf32x3" and target()[1] < 90
+    """K1: three-pass tf32 holds its operands twice and takes narrower tiles."""
     block_d = min(64, power_of_two(width, 16))
+    narrow = mode == "tf32x3"
     return {"BLOCK_I": 64, "BLOCK_J": 32 if narrow else 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
 
 
@@ -62,17 +62,44 @@ def norm(width: int) -> dict[str, Any]:
     return {"BLOCK_C": block, "num_warps": 1 if block <= 256 else 4 if block <= 2048 else 8, "num_stages": 1}
 
 
+#: K5 by (backend, half precision, heads wider than 64): BLOCK_M queries, BLOCK_N keys, warps, stages.
+_ATTENTION = {
+    ("cuda", True, False): (128, 64, 8, 2),
+    ("cuda", True, True): (128, 64, 8, 2),
+    ("cuda", False, False): (64, 32, 4, 1),
+    ("cuda", False, True): (32, 32, 8, 1),
+    ("hip", True, False): (128, 64, 8, 2),
+    ("hip", True, True): (128, 64, 8, 2),
+    ("hip", False, False): (64, 32, 4, 1),
+    ("hip", False, True): (64, 32, 8, 1),
+}
+#: Both kernels of the backward pass.
+_ATTENTION_BWD = {
+    ("cuda", True, False): (64, 64, 4, 1),
+    ("cuda", True, True): (64, 64, 8, 1),
+    ("cuda", False, False): (32, 32, 4, 1),
+    ("cuda", False, True): (32, 16, 8, 1),
+    ("hip", True, False): (64, 32, 4, 1),
+    ("hip", True, True): (32, 32, 4, 1),
+    ("hip", False, False): (32, 32, 4, 1),
+    ("hip", False, True): (16, 16, 4, 1),
+}
+
+
 def attention(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """K5 forward."""
-    block_d = power_of_two(head_dim, 16)
-    if dtype not in _HALF:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 2}
+    return _attention_tiles(_ATTENTION, head_dim, dtype)
 
 
 def attention_bwd(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """K5 backward, both kernels: BLOCK_M queries, BLOCK_N keys."""
+    """K5 backward, both kernels."""
+    return _attention_tiles(_ATTENTION_BWD, head_dim, dtype)
+
+
+def _attention_tiles(
+    table: dict[tuple[str, bool, bool], tuple[int, int, int, int]], head_dim: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    backend = "hip" if target()[0] == "hip" else "cuda"
+    block_m, block_n, warps, stages = table[backend, dtype in _HALF, head_dim > 64]
     block_d = power_of_two(head_dim, 16)
-    if dtype not in _HALF:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, "num_stages": stages}

@@ -23,7 +23,7 @@ def load_rows(ptr, row, ok, first, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
 def similarity(a_ptr, a, a_ok, b_ptr, b, b_ok, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """Products of rows a [R] with rows b [S] of two float32 tables: [R, S]."""
     products = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
-    for first in tl.static_range(0, WIDTH, BLOCK_D):
+    for first in range(0, WIDTH, BLOCK_D):
         left = load_rows(a_ptr, a, a_ok, first, WIDTH, BLOCK_D)
         right = load_rows(b_ptr, b, b_ok, first, WIDTH, BLOCK_D)
         products = tl.dot(left, tl.trans(right), products, input_precision=PRECISION)
@@ -57,10 +57,7 @@ def energy_kernel(
         s = tl.where(i[:, None] == j[None, :], tl.where(s > 0.5, 1.0, 0.0), s)
         z = s - margin
         below = alpha * (tl.exp(tl.minimum(z, 0.0)) - 1.0)
-        if EQ4:
-            f = tl.where(s >= margin, s, below)
-        else:
-            f = tl.where(z > 0.0, z, below)
+        f = tl.where(s >= margin, s, below) if EQ4 else tl.where(z > 0.0, z, below)
         total += tl.sum(tl.where(j_ok[None, :], f, 0.0), 1)
     tl.store(energy_ptr + image * num_rows + i, total, mask=i_ok)
 
@@ -71,7 +68,7 @@ def energies(unit: Tensor, margin: float, alpha: float, eq4: bool, mode: str) ->
     out = torch.empty(batch, num_rows, dtype=torch.float32, device=unit.device)
     settings = configs.energy(width, mode)
     launch(
-        energy_kernel, batch * tiles(num_rows, settings["BLOCK_I"]), unit, unit, out, num_rows, margin, alpha,
+        energy_kernel, batch * tiles(num_rows, settings["BLOCK_I"]), unit, out, num_rows, margin, alpha,
         WIDTH=width, EQ4=eq4, PRECISION=mode, **settings,
     )  # fmt: skip
     return out

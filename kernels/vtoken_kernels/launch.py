@@ -1,8 +1,10 @@
-"""How kernels are started: on the device of their tensors, not at all for an empty grid."""
+"""How kernels are started, and for which device."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,20 +28,18 @@ def target() -> tuple[str, int]:
     return _target_of(triton.runtime.driver.active.get_current_device())
 
 
-def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **settings: Any) -> None:
-    """Run `programs` instances of a kernel on the device of `like`; all grids have one axis, which has no limit."""
-    if programs == 0:
-        return
-    if like.is_cuda and like.device.index != torch.cuda.current_device():
-        with torch.cuda.device(like.device):
-            kernel[(programs,)](*args, **settings)
-    else:
+def launch(kernel: Any, programs: int, *args: Any, **settings: Any) -> None:
+    """Run `programs` instances of a kernel; an empty grid is an error on a GPU, so nothing is started for none.
+
+    All grids have one axis: the other two end at 65535.
+    """
+    if programs:
         kernel[(programs,)](*args, **settings)
 
 
-def on_device(like: Tensor) -> Any:
-    """Context in which `target()` is that of `like`: the device of the tensors need not be the current one."""
-    return torch.cuda.device(like.device if like.is_cuda else -1)
+def on_device(like: Tensor) -> AbstractContextManager[object]:
+    """Triton compiles for and launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
 
 
 def power_of_two(n: int, least: int = 1) -> int:

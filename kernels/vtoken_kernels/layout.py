@@ -108,7 +108,7 @@ def lay_out(
         for n in (num_prefix + num_rows - r, r, r, num_prefix + num_rows)
     )
     launch(
-        layout_kernel, batch, partner, partner if rank is None else rank, partner,
+        layout_kernel, batch, partner if rank is None else rank, partner,
         partner if pair_rank is None else pair_rank, keep, src, slot, dest,
         num_rows, num_prefix, r, num_dealt, num_dest, num_a, first_a,
         HAS_RANK=rank is not None, HAS_PAIR_RANK=pair_rank is not None, **configs.LAYOUT,
@@ -129,7 +129,7 @@ def group_sources(src: Tensor, slot: Tensor, num_out: int, num_dest: int) -> tup
     start = torch.empty(batch, num_dest + 1, dtype=torch.int32, device=src.device)
     member = torch.empty(batch, r, dtype=torch.int32, device=src.device)
     launch(
-        groups_kernel, batch * tiles(max(r, num_dest + 1), configs.RANK["BLOCK_I"]), src, src.contiguous(),
+        groups_kernel, batch * tiles(max(r, num_dest + 1), configs.RANK["BLOCK_I"]), src.contiguous(),
         slot.contiguous(), start, member, r, num_dest, num_out - num_dest, **configs.RANK,
     )  # fmt: skip
     return start, member

@@ -65,7 +65,7 @@ def best_partners(
     value = torch.empty(batch, num_a, dtype=torch.float32, device=unit.device)
     settings = configs.match(width)
     launch(
-        match_kernel, batch * tiles(num_a, settings["BLOCK_I"]), unit, unit, unit if order is None else order,
+        match_kernel, batch * tiles(num_a, settings["BLOCK_I"]), unit, unit if order is None else order,
         partner, value, num_rows, num_a, num_b, first_a,
         WIDTH=width, HAS_ORDER=order is not None, PRECISION=mode, **settings,
     )  # fmt: skip

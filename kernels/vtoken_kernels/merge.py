@@ -163,7 +163,7 @@ def merge(
     new_size = torch.empty(batch, num_out, dtype=torch.float32, device=x.device)
     settings = configs.rows(width)
     launch(
-        merge_fwd_kernel, batch * num_out * tiles(width, settings["BLOCK_C"]), x, x,
+        merge_fwd_kernel, batch * num_out * tiles(width, settings["BLOCK_C"]), x,
         new_size if size is None else size.contiguous(), keep.contiguous(), start, member, out, new_size, *x.stride(),
         num_in, num_out, num_dest, member.shape[1],
         WIDTH=width, HAS_SIZE=size is not None, REDUCTION=REDUCTIONS[reduction], **settings,
@@ -180,7 +180,7 @@ def merge_backward(
     out = torch.empty(batch, num_in, width, dtype=grad.dtype, device=grad.device)
     settings = configs.rows(width)
     launch(
-        merge_bwd_kernel, batch * num_in * tiles(width, settings["BLOCK_C"]), grad, grad,
+        merge_bwd_kernel, batch * num_in * tiles(width, settings["BLOCK_C"]), grad,
         new_size if size is None else size.contiguous(), new_size.contiguous(), keep.contiguous(), dest.contiguous(),
         start, out, *grad.stride(), num_in, num_out, start.shape[1] - 1,
         WIDTH=width, HAS_SIZE=size is not None, REDUCTION=REDUCTIONS[reduction], **settings,
@@ -195,7 +195,7 @@ def merge_amax_backward(grad: Tensor, x: Tensor, keep: Tensor, start: Tensor, me
     out = torch.empty(batch, num_in, width, dtype=x.dtype, device=x.device)
     settings = configs.rows(width)
     launch(
-        merge_amax_bwd_kernel, batch * num_out * tiles(width, settings["BLOCK_C"]), grad, grad, x, keep.contiguous(),
+        merge_amax_bwd_kernel, batch * num_out * tiles(width, settings["BLOCK_C"]), grad, x, keep.contiguous(),
         start, member, out, *grad.stride(), *x.stride(), num_in, num_out, start.shape[1] - 1, member.shape[1],
         WIDTH=width, **settings,
     )  # fmt: skip

@@ -41,7 +41,7 @@ def _run(x: Tensor, num_prefix: int, normalise: bool) -> Tensor:
     out = torch.empty(batch, num_rows, width, dtype=torch.float32, device=x.device)
     settings = configs.metric(width)
     launch(
-        metric_kernel, batch * tiles(num_rows, settings["BLOCK_T"]), x, x, out, *x.stride(), heads, num_rows,
+        metric_kernel, batch * tiles(num_rows, settings["BLOCK_T"]), x, out, *x.stride(), heads, num_rows,
         num_prefix, WIDTH=width, NORMALISE=normalise, **settings,
     )  # fmt: skip
     return out

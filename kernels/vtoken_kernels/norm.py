@@ -82,7 +82,7 @@ def add_merge_norm(
     normed = torch.empty_like(out)
     new_size, mean, rstd = (torch.empty(batch, num_out, dtype=torch.float32, device=x.device) for _ in range(3))
     launch(
-        add_merge_norm_fwd_kernel, batch * num_out, x, x, y, new_size if size is None else size.contiguous(),
+        add_merge_norm_fwd_kernel, batch * num_out, x, y, new_size if size is None else size.contiguous(),
         keep.contiguous(), start, member, x if weight is None else weight.contiguous(),
         x if bias is None else bias.contiguous(), out, normed, new_size, mean, rstd, *x.stride(), *y.stride(),
         num_in, num_out, start.shape[1] - 1, member.shape[1], eps,

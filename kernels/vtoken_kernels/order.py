@@ -54,7 +54,7 @@ def rank_descending(value: Tensor, guard: Tensor | None = None) -> tuple[Tensor,
     order = torch.empty_like(rank)
     flags = value if guard is None else guard.contiguous().view(torch.uint8)
     launch(
-        rank_kernel, batch * tiles(num_rows, configs.RANK["BLOCK_I"]), value, value, flags, rank, order, num_rows,
+        rank_kernel, batch * tiles(num_rows, configs.RANK["BLOCK_I"]), value, flags, rank, order, num_rows,
         HAS_GUARD=guard is not None, **configs.RANK,
     )  # fmt: skip
     return rank, order
