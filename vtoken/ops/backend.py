@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -87,12 +86,11 @@ def _no_device(on: Tensor) -> str:
     return f"the tensors are on {on.device.type!r}; kernels need a GPU (or, on the CPU, TRITON_INTERPRET=1 for tests)"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _no_architecture(device: int) -> str:
     if torch.version.hip is not None:
         return ""
-    major, minor = torch.cuda.get_device_capability(device)
+    found = torch.cuda.get_device_properties(device)  # which the compiler knows, unlike get_device_capability
+    major, minor = found.major, found.minor
     return "" if major >= 8 else f"compute capability {major}.{minor}; the kernels are checked from 8.0 on"
 
 
