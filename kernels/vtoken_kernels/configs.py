@@ -31,15 +31,18 @@ def metric(width: int) -> dict[str, Any]:
 
 def energy(width: int, mode: str) -> dict[str, Any]:
     """K1: three-pass tf32 holds its operands twice and takes narrower tiles."""
-    block_d = min(64, power_of_two(width, 16))
     narrow = mode == "tf32x3"
-    return {"BLOCK_I": 64, "BLOCK_J": 32 if narrow else 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_I": 64, "BLOCK_J": 32 if narrow else 64, "num_warps": 4, "num_stages": 2, "BLOCK_D": _step(width)}
 
 
 def match(width: int) -> dict[str, Any]:
     """K3."""
-    block_d = min(64, power_of_two(width, 16))
-    return {"BLOCK_I": 32, "BLOCK_J": 32, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_I": 32, "BLOCK_J": 32, "num_warps": 4, "num_stages": 2, "BLOCK_D": _step(width)}
+
+
+def _step(width: int) -> int:
+    """Channels that are multiplied at a time: up to 64 in one go, above in a loop."""
+    return power_of_two(width, 16) if width <= 64 else 32
 
 
 #: K2 and the groups of K3b: a tile of comparisons.

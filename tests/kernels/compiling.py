@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -90,9 +89,3 @@ def inspect(kernel: str, target: str, compiled: Any, folder: Path) -> Compiled:
         spills = int(re.search(r"STACK:(\d+)", text)[1])
         matrix = "mma.sync" in code or "wgmma.mma" in code
     return Compiled(kernel, target, compiled.metadata.shared, registers, spills, has_dot, matrix)
-
-
-def make_plan(num_prefix: int = 1) -> dict[str, torch.Tensor]:
-    """Index tensors of the shapes and dtypes of a plan; their values are not read."""
-    index = {name: torch.zeros(2, n, dtype=torch.int64) for name, n in (("keep", 41), ("src", 9), ("dest", 50))}
-    return index | {"start": torch.zeros(2, 10, dtype=torch.int32), "member": torch.zeros(2, 9, dtype=torch.int32)}
