@@ -76,9 +76,11 @@ def explain(op: str, *tensors: Tensor, **options: Any) -> Choice:
 
 
 def _no_device(on: Tensor) -> str:
-    """Why no kernel runs on the device of a tensor."""
+    """Why no kernel runs on the device of a tensor, or none here and now."""
     if not HAS_TRITON:
         return "Triton is not installed"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func transforms do not see through custom operators"
     if on.is_cuda:
         return _no_architecture(on.device.index or 0)
     if on.device.type == "cpu" and INTERPRETED:
