@@ -164,20 +164,14 @@ def test_functional_transforms_take_torch() -> None:
 
 def test_what_the_kernels_do_not_serve() -> None:
     metric, q = draw(29, 2, 12, 6), draw(30, 1, 1, 4, 16)
+    narrow, wide, bias = q[..., :8], draw(30, 1, 1, 4, 256), draw(31, 1, 1, 1, 4, grad=True)
+    pairs = {"margin": 0.5, "variant": "pitome_pairs", "backend": "triton"}
     refused = [
         (lambda: plan_pitome(metric.double(), 3, margin=0.5, backend="triton"), "torch.float64"),
-        (
-            lambda: plan_pitome(metric, 3, margin=0.5, variant="pitome_pairs", protect=[1], backend="triton"),
-            "protect with the variant",
-        ),
-        (lambda: attention_with_bias(*[draw(30, 1, 1, 4, 8)] * 3, None, backend="triton"), "16 to 128"),
-        (lambda: attention_with_bias(*[draw(30, 1, 1, 4, 256)] * 3, None, backend="triton"), "16 to 128"),
-        (
-            lambda: attention_with_bias(
-                *[draw(30, 1, 1, 4, 16)] * 3, draw(31, 1, 1, 1, 4, grad=True), backend="triton"
-            ),
-            "bias needs a gradient",
-        ),
+        (lambda: plan_pitome(metric, 3, protect=[1], **pairs), "protect with the variant"),
+        (lambda: attention_with_bias(narrow, narrow, narrow, None, backend="triton"), "8 wide; kernels take 16 to 128"),
+        (lambda: attention_with_bias(wide, wide, wide, None, backend="triton"), "256 wide; kernels take 16 to 128"),
+        (lambda: attention_with_bias(q, q, q, bias, backend="triton"), "bias needs a gradient"),
     ]
     for call, reason in refused:
         with pytest.raises(ConfigError, match=rf"cannot serve this call: .*{reason}.*backend='auto'"):
