@@ -6,6 +6,7 @@ Shows that kernels parse, type-check, assemble and fit. Not that they are right 
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,17 @@ def assert_fits(one: Compiled) -> None:
     assert one.shared <= SHARED_LIMIT[one.target], one
     assert one.spills == 0, one
     assert one.has_dot == one.has_matrix_instruction, f"{one}: products must run on matrix units"
+
+
+def test_kernels_depend_on_torch_and_triton_alone() -> None:
+    allowed = {"torch", "triton", "vtoken_kernels", *sys.stdlib_module_names}
+    for path in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            assert {name.split(".")[0] for name in names} <= allowed, f"{path.name} imports {names}"
+    assert len(list(FOLDER.glob("*.py"))) > 10
 
 
 def test_the_check_sees_what_it_looks_for() -> None:
