@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtoken_kernels import configs
+from vtoken_kernels.cast import round_to
 from vtoken_kernels.launch import INTERPRETED, launch, tiles
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -32,7 +33,7 @@ def store_heads(ptr, value, row, row_ok, stride_t, HEAD_DIM: tl.constexpr, BLOCK
     """The reverse of `load_heads`, in the dtype of the pointer."""
     d = tl.arange(0, BLOCK_D)
     at = ptr + row.to(tl.int64)[:, None] * stride_t + d[None, :]
-    tl.store(at, value.to(ptr.dtype.element_ty), mask=row_ok[:, None] & (d < HEAD_DIM)[None, :])
+    tl.store(at, round_to(value, ptr.dtype.element_ty), mask=row_ok[:, None] & (d < HEAD_DIM)[None, :])
 
 
 @triton.jit

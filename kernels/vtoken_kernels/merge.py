@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtoken_kernels import configs
+from vtoken_kernels.cast import round_to
 from vtoken_kernels.launch import launch, tiles
 
 #: Numbers of the reductions in the kernels.
@@ -77,7 +78,7 @@ def merge_fwd_kernel(
             else:
                 # share * (source - destination) leaves groups of equal rows exactly as they were.
                 merged += (x - own) * tl.div_rn(size_of(size_ptr, source, HAS_SIZE), total)
-    tl.store(out_ptr + pid * WIDTH + c, merged.to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + pid * WIDTH + c, round_to(merged, out_ptr.dtype.element_ty), mask=ok)
     if column == 0:
         tl.store(new_size_ptr + pid, total)
 
@@ -106,7 +107,7 @@ def merge_bwd_kernel(
     grad = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     # Not grad * 0 for dropped rows: that is NaN where the gradient is not finite.
     grad = tl.where(share == 0.0, 0.0, grad * share)
-    tl.store(out_ptr + pid * WIDTH + c, grad.to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + pid * WIDTH + c, round_to(grad, out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["num_in", "num_out", "num_dest", "r"])
@@ -141,11 +142,11 @@ def merge_amax_bwd_kernel(
         count += tl.where(x == top, 1.0, 0.0)
     at_grad = grad_ptr + image * grad_stride_b + (pid % num_out) * grad_stride_t + c.to(tl.int64) * grad_stride_c
     grad = tl.div_rn(tl.load(at_grad, mask=ok, other=0.0).to(tl.float32), tl.maximum(count, 1.0))
-    tl.store(out_ptr + row * WIDTH, tl.where(own == top, grad, 0.0).to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + row * WIDTH, round_to(tl.where(own == top, grad, 0.0), out_ptr.dtype.element_ty), mask=ok)
     for at in range(begin, end):
         source = tl.load(member_ptr + at).to(tl.int64)
         x = tl.load(x_ptr + source * x_stride_t, mask=ok, other=0.0).to(tl.float32)
-        tl.store(out_ptr + source * WIDTH, tl.where(x == top, grad, 0.0).to(out_ptr.dtype.element_ty), mask=ok)
+        tl.store(out_ptr + source * WIDTH, round_to(tl.where(x == top, grad, 0.0), out_ptr.dtype.element_ty), mask=ok)
 
 
 def merge(

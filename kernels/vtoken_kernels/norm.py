@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtoken_kernels import configs
+from vtoken_kernels.cast import round_to
 from vtoken_kernels.launch import launch
 from vtoken_kernels.merge import size_of, sources_of, total_size
 
@@ -17,7 +18,7 @@ def _sum_row(x_ptr, y_ptr, x_at, y_at, ok):
     """x + y of one row in float32, rounded as the addition alone would have rounded it."""
     x = tl.load(x_ptr + x_at, mask=ok, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + y_at, mask=ok, other=0.0).to(tl.float32)
-    return (x + y).to(x_ptr.dtype.element_ty).to(tl.float32)
+    return round_to(x + y, x_ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_in", "num_out", "num_dest", "r"])
@@ -46,7 +47,7 @@ def add_merge_norm_fwd_kernel(
         source = tl.load(member_ptr + at).to(tl.int64)
         x = _sum_row(x_ptr, y_ptr, x_at + source * x_stride_t, y_at + source * y_stride_t, ok)
         merged += (x - own) * tl.div_rn(size_of(size_ptr, source, HAS_SIZE), total)
-    rounded = merged.to(out_ptr.dtype.element_ty)
+    rounded = round_to(merged, out_ptr.dtype.element_ty)
     tl.store(out_ptr + pid * WIDTH + c, rounded, mask=ok)
     tl.store(new_size_ptr + pid, total)
     # The norm sees the rounded row, as it would in a pass of its own; so does the backward pass.
@@ -59,7 +60,7 @@ def add_merge_norm_fwd_kernel(
         normed *= tl.load(weight_ptr + c, mask=ok, other=0.0).to(tl.float32)
     if HAS_BIAS:
         normed += tl.load(bias_ptr + c, mask=ok, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + pid * WIDTH + c, normed.to(normed_ptr.dtype.element_ty), mask=ok)
+    tl.store(normed_ptr + pid * WIDTH + c, round_to(normed, normed_ptr.dtype.element_ty), mask=ok)
     tl.store(mean_ptr + pid, mean)
     tl.store(rstd_ptr + pid, rstd)
 

@@ -11,8 +11,8 @@ from tests.helpers import assert_close
 from vtoken.ops import attention_with_bias, attention_with_sizes
 from vtoken_kernels.attention import attention
 
-#: Relative RMS error: what a few roundings in the dtype add up to; the interpreter truncates to bfloat16.
-ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
+#: Relative RMS error: what a few roundings in the dtype add up to.
+ERROR = {torch.float32: 2e-6, torch.float16: 7e-4, torch.bfloat16: 3e-3}
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
