@@ -202,7 +202,8 @@ def test_add_merge_norm(width: int, dtype: torch.dtype) -> None:
             assert torch.equal(new_size.reshape(expected_size.shape).double(), expected_size)
             double = [None if t is None else t.double() for t in (weight, bias)]
             assert_close("norm", F.layer_norm(rows.double(), (width,), *double, 1e-5), normed, ROUNDING[dtype] + 1e-6)
-            # Rows that receive nothing are the sum as torch rounds it.
+            # The same bits as one after the other; rows that receive nothing are the sum as torch rounds it.
+            assert torch.equal(rows, plan.apply(x + branch, size, backend="triton")[0])
             assert torch.equal(rows[0, untouched(plan, 0)], (x + branch)[0, plan.keep[0, untouched(plan, 0)]])
 
 
