@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.ops.backend import keys_reason, metric_reason, use_triton
 from vtoken.ops.merge import MergePlan
 from vtoken.ops.rows import full_precision, take_rows
 
@@ -16,11 +17,16 @@ VARIANTS = ("pitome", "pitome_pairs", "tome")
 ENERGIES = ("elu", "eq4")
 
 
-def key_metric(keys: Tensor) -> Tensor:
+def key_metric(keys: Tensor, *, backend: str = "auto") -> Tensor:
     """Attention keys [B, H, T, D] as one vector per token: their sum over heads, [B, T, D], at least float32.
 
     Cosine similarity does not see the missing factor 1/H, and the sum is twice as fast as the mean here.
     """
+    if use_triton(backend, keys, lambda: keys_reason(keys)):
+        from vtoken_kernels.library import sum_heads
+
+        summed: Tensor = sum_heads(keys.detach())
+        return summed
     return keys.detach().sum(1, dtype=torch.float32 if keys.dtype != torch.float64 else None)
 
 
@@ -34,6 +40,7 @@ def plan_pitome(
     variant: str = "pitome",
     energy: str = "elu",
     protect: Tensor | Sequence[int] | None = None,
+    backend: str = "auto",
 ) -> MergePlan:
     """Energy-based matching: the 2r tokens with the most near neighbours pair up, isolated tokens are left alone.
 
@@ -49,10 +56,11 @@ def plan_pitome(
         energy: "elu" (continuous at the margin) or "eq4" (the paper's equation 4, which jumps there).
         protect: more tokens that must not merge: a mask [B, N], or row numbers [B, p] or [p] among the N = T - P
             (in a tensor they must be distinct and in range: checking would synchronise a GPU).
+        backend: "auto" (kernels on a GPU where they can, else torch), "torch" or "triton".
 
     Raises:
         ShapeError: if `metric` is not 3-D or `protect` does not fit it.
-        ConfigError: if r is negative or a name is unknown.
+        ConfigError: if r is negative, a name is unknown, or kernels are asked for that cannot serve the metric.
 
     Source: arXiv 2405.16148 section 3; order and ties as pitome.md section 2.
     """
@@ -63,13 +71,21 @@ def plan_pitome(
     if variant == "tome":
         if protect is not None:
             raise ConfigError('protect works with the variants "pitome" and "pitome_pairs", not with "tome"')
-        return plan_tome(metric, r, num_prefix=num_prefix)
+        return plan_tome(metric, r, num_prefix=num_prefix, backend=backend)
     _check(metric, r, num_prefix)
     mergeable = metric.shape[1] - num_prefix
     guard, most, fewest = (None, 0, 0) if protect is None else _protected(metric, num_prefix, protect)
     r = min(r, (mergeable - most) // 2)
     if r <= 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
+    if use_triton(backend, metric, lambda: metric_reason(metric, variant=variant, protect=protect)):
+        from vtoken_kernels import library
+
+        pairs = variant == "pitome_pairs"
+        parts = library.plan_pitome(
+            metric.detach(), guard, r, num_prefix, float(margin), float(alpha), energy == "eq4", pairs
+        )
+        return _from_kernels(parts, metric.shape[1], mergeable // 2 if pairs else r)
     with full_precision(metric):
         unit = _unit_rows(metric)
         energies = _energies(unit[:, num_prefix:], margin, alpha, energy)
@@ -82,13 +98,14 @@ def plan_pitome(
         return plan if guard is None else _guarded_among_kept(plan, guard, num_prefix, (mergeable - fewest) // 2)
 
 
-def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0) -> MergePlan:
+def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "auto") -> MergePlan:
     """Bipartite soft matching: rows with an even absolute index each propose their best odd row; the r best merge.
 
     Args:
         metric: one vector per token, [B, T, d], prefix rows first.
         r: tokens to remove, at least 0; capped at floor((T - P) / 2) and at the number of even rows.
         num_prefix: prefix tokens P, in neither set.
+        backend: as `plan_pitome`.
 
     Returns:
         A plan whose output rows are [prefix | unmerged even rows | odd rows], both in index order.
@@ -102,11 +119,17 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0) -> MergePlan:
     batch, num_tokens, _ = metric.shape
     if num_tokens - num_prefix < 2:
         return MergePlan.identity(batch, num_tokens, metric.device)
-    even = torch.arange(num_prefix + num_prefix % 2, num_tokens, 2, device=metric.device)
-    odd = torch.arange(num_prefix + 1 - num_prefix % 2, num_tokens, 2, device=metric.device)
-    r = min(r, (num_tokens - num_prefix) // 2, even.shape[0])
+    num_even = (num_tokens - num_prefix + 1 - num_prefix % 2) // 2
+    r = min(r, (num_tokens - num_prefix) // 2, num_even)
     if r <= 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
+    if use_triton(backend, metric, lambda: metric_reason(metric)):
+        from vtoken_kernels import library
+
+        parts = library.plan_tome(metric.detach(), r, num_prefix)
+        return _from_kernels(parts, num_tokens, num_tokens - num_prefix - num_even)
+    even = torch.arange(num_prefix + num_prefix % 2, num_tokens, 2, device=metric.device)
+    odd = torch.arange(num_prefix + 1 - num_prefix % 2, num_tokens, 2, device=metric.device)
     with full_precision(metric):
         unit = _unit_rows(metric)
         return _plan_best_pairs(unit, even.expand(batch, -1), odd.expand(batch, -1), r, num_prefix)
@@ -148,6 +171,11 @@ def plan_stride(metric: Tensor, stride: int, *, num_prefix: int = 0) -> MergePla
     with full_precision(metric):
         unit = _unit_rows(metric)
         return _plan_best_pairs(unit, others.expand(batch, -1), kept.expand(batch, -1), count, num_prefix)
+
+
+def _from_kernels(parts: tuple[Tensor, ...], num_tokens: int, num_dest: int) -> MergePlan:
+    keep, src, slot, dest, start, member = parts
+    return MergePlan(keep, src, slot, num_tokens, num_dest, (dest, start, member))
 
 
 def _check(metric: Tensor, r: int, num_prefix: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.ops import kernels
+from vtoken.ops.backend import rows_reason, use_triton
 from vtoken.ops.rows import flat_index, full_precision, take_rows
 
 REDUCTIONS = ("wavg", "mean", "amax", "prune")
@@ -45,6 +47,8 @@ class MergePlan:
         slot: output row that each of them goes to, [B, r] int64.
         num_tokens_in: T.
         num_dest: how many trailing output rows may receive others; the rows before them are copied untouched.
+        groups: what kernels made along the way: `dest`, and the sources of every destination (start, member; see
+            `vtoken_kernels.layout.group_sources`). None from torch.
     """
 
     keep: Tensor
@@ -52,6 +56,7 @@ class MergePlan:
     slot: Tensor
     num_tokens_in: int
     num_dest: int
+    groups: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def identity(cls, batch: int, num_tokens: int, device: torch.device) -> MergePlan:
@@ -75,11 +80,15 @@ class MergePlan:
         """Output row of every input row, [B, T] int64: the group map of this merge."""
         if self.removed == 0:
             return self.keep
+        if self.groups is not None:
+            return self.groups[0]
         out = torch.arange(self.num_tokens, device=self.keep.device).expand_as(self.keep)
         dest = self.keep.new_empty(self.keep.shape[0], self.num_tokens_in)
         return dest.scatter(1, self.keep, out).scatter(1, self.src, self.slot)
 
-    def apply(self, x: Tensor, size: Tensor | None = None, reduction: str = "wavg") -> tuple[Tensor, Tensor]:
+    def apply(
+        self, x: Tensor, size: Tensor | None = None, reduction: str = "wavg", *, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
         """Merge the rows of `x`.
 
         Args:
@@ -87,6 +96,7 @@ class MergePlan:
             size: patches per row, [B, T] or [B, T, 1]; None means ones.
             reduction: "wavg" (mean weighted by size), "mean" (plain mean of a destination and its sources),
                 "amax", or "prune" (sources are dropped, destinations and sizes stay as they are).
+            backend: "auto" (kernels on a GPU where they can, else torch), "torch" or "triton".
 
         Returns:
             Rows [B, T', C] in the dtype of `x` (half precision accumulates in float32) and float32 sizes in the shape
@@ -94,11 +104,13 @@ class MergePlan:
 
         Raises:
             ShapeError: if `x` or `size` does not fit the plan.
-            ConfigError: if the reduction is unknown.
+            ConfigError: if the reduction or the backend is unknown, or kernels are asked for that cannot serve x.
         """
         _check_apply(self, x, size, reduction)
         if self.removed == 0:
             return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
+        if use_triton(backend, x, lambda: rows_reason(x)):
+            return kernels.merge(self, x, size, reduction)
         flat = None if size is None else size.reshape(x.shape[:2]).to(torch.float32)
         src_share = None
         if reduction == "prune":
@@ -153,11 +165,16 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _check_apply(plan: MergePlan, x: Tensor, size: Tensor | None, reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ConfigError(f"unknown reduction {reduction!r}; supported: {', '.join(REDUCTIONS)}")
+    check_rows(plan, x, size)
+    if reduction in ("wavg", "mean") and not x.is_floating_point():
+        raise ConfigError(f"{reduction!r} averages, which {x.dtype} cannot hold; use 'amax' or 'prune', or convert x")
+
+
+def check_rows(plan: MergePlan, x: Tensor, size: Tensor | None) -> None:
+    """Raise ShapeError if rows [B, T, C] or sizes do not fit the plan."""
     expected = (plan.keep.shape[0], plan.num_tokens_in)
     if x.dim() != 3 or tuple(x.shape[:2]) != expected:
         raise ShapeError(f"the plan takes x of shape [{expected[0]}, {expected[1]}, C], got {tuple(x.shape)}")
-    if reduction in ("wavg", "mean") and not x.is_floating_point():
-        raise ConfigError(f"{reduction!r} averages, which {x.dtype} cannot hold; use 'amax' or 'prune', or convert x")
     if size is not None and tuple(size.shape) not in (expected, (*expected, 1)):
         raise ShapeError(f"size must be {list(expected)} or {[*expected, 1]}, got {tuple(size.shape)}")
 

@@ -1,0 +1,18 @@
+"""Importing this registers all operators `torch.ops.vtoken.*`."""
+
+from vtoken_kernels.attention_ops import attention, attention_bwd
+from vtoken_kernels.merge_ops import add_merge_norm, merge, merge_amax_bwd, merge_bwd
+from vtoken_kernels.plan_ops import group_sources, plan_pitome, plan_tome, sum_heads
+
+__all__ = [
+    "add_merge_norm",
+    "attention",
+    "attention_bwd",
+    "group_sources",
+    "merge",
+    "merge_amax_bwd",
+    "merge_bwd",
+    "plan_pitome",
+    "plan_tome",
+    "sum_heads",
+]

@@ -1,0 +1,76 @@
+"""Attention with one bias per key, for tokens that stand for several patches."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtoken.core.errors import ShapeError
+from vtoken.ops.backend import attention_reason, use_triton
+from vtoken.ops.merge import size_bias
+
+
+def attention_with_sizes(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Proportional attention: a key of `size` patches counts as that many equal keys.
+
+    Args:
+        q: queries [B, H, T, D].
+        k, v: keys and values [B, H, S, D].
+        size: patches per key, [B, S] or [B, S, 1]; None means ones (plain attention).
+        scale: factor on the logits, D ** -0.5 by default.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        [B, H, T, D] in the dtype of q.
+
+    Raises:
+        ShapeError: if `size` does not fit the keys.
+
+    Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1; pitome.md section 5.
+    """
+    if size is None:
+        return attention_with_bias(q, k, v, None, scale=scale, backend=backend)
+    expected = (k.shape[0], k.shape[2])
+    if tuple(size.shape) not in (expected, (*expected, 1)):
+        raise ShapeError(f"size must be {list(expected)} or {[*expected, 1]}, got {tuple(size.shape)}")
+    kernels = use_triton(backend, q, lambda: attention_reason(q, k, v))
+    # The kernels add the logarithm in float32 whatever the dtype of q.
+    bias = size_bias(size.detach().reshape(expected), torch.float32 if kernels else q.dtype)
+    return attention_with_bias(q, k, v, bias, scale=scale, backend="triton" if kernels else "torch")
+
+
+def attention_with_bias(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """softmax(scale * q k^T + bias) v with one bias per key.
+
+    Args:
+        q: queries [B, H, T, D].
+        k, v: keys and values [B, H, S, D].
+        bias: [B, 1, 1, S] or [1, 1, 1, S] as `vtoken.ops.size_bias` makes it; None for plain attention. It gets no
+            gradient from the kernels, so "auto" takes torch if it needs one.
+        scale: factor on the logits, D ** -0.5 by default.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        [B, H, T, D] in the dtype of q (under autocast: of autocast).
+
+    Raises:
+        ShapeError: if the bias is not one per key.
+    """
+    if bias is not None and (bias.dim() != 4 or bias.shape[0] not in (1, k.shape[0])
+                             or tuple(bias.shape[1:]) != (1, 1, k.shape[2])):  # fmt: skip
+        raise ShapeError(f"bias must be [{k.shape[0]}, 1, 1, {k.shape[2]}], one per key, got {tuple(bias.shape)}")
+    if not use_triton(backend, q, lambda: attention_reason(q, k, v, bias)):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    from vtoken_kernels.library import attention
+
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
+    per_key = None if bias is None else bias.detach()[:, 0, 0].float()
+    out: Tensor = attention(q, k, v, per_key, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
+    return out
