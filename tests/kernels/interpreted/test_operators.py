@@ -65,7 +65,6 @@ def test_every_operator_is_sampled() -> None:
 
 @pytest.mark.parametrize("name", library.__all__)
 def test_operator(name: str) -> None:
-    # Uninitialised integers would be taken as row numbers by the shape checks' own runs.
     for args in samples()[name]:
         opcheck(getattr(library, name), args)
 

