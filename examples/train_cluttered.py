@@ -1,7 +1,7 @@
 """Train the small ViT for cluttered Fashion-MNIST that the repository ships; half an hour of one core with AMX.
 
     python examples/train_cluttered.py                  # what made examples/weights/cluttered_vit.safetensors
-    python examples/train_cluttered.py --small --out /tmp/tiny.safetensors      # seconds, learns nothing
+    python examples/train_cluttered.py --small --out tiny.safetensors           # seconds, learns nothing
 
 Whole canvases are dear, and on them a garment is hard to find at first. So most of the images come on small canvases,
 laid on a random part of the position table, and only the rest at full size.

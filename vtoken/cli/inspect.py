@@ -16,6 +16,12 @@ from vtoken.cli.settings import key_values
 from vtoken.core.apply import plan
 from vtoken.core.config import MethodConfig, example, make_config, methods
 from vtoken.hosts.names import build_weightless, supported, why_not
+from vtoken.ops import explain
+
+
+def _kernels_on(device: str) -> str:
+    choice = explain("apply", torch.empty(1, 1, 1, device=device))
+    return f"{choice.backend}: {choice.reason}" if choice.reason else choice.backend
 
 
 def show_info(args: argparse.Namespace) -> int:
@@ -28,11 +34,9 @@ def show_info(args: argparse.Namespace) -> int:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     cuda = torch.cuda.is_available()
-    found["devices"] = [
-        "cpu",
-        *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if cuda else 0)),
-    ]
-    found["kernels"] = "none yet: plain torch serves every device"
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if cuda else 0))]
+    found["devices"] = ["cpu", *(torch.cuda.get_device_name(d) for d in devices[1:])]
+    found["kernels"] = {d: _kernels_on(d) for d in devices}
     print(json.dumps(found) if args.json else "\n".join(f"{k:<16} {v or 'not installed'}" for k, v in found.items()))
     return 0
 

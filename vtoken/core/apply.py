@@ -259,7 +259,10 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
                 f"two methods act at {method.hook}: {', '.join(c.method for c in configs)}; apply one of them"
             )
         if method.hook not in adapter.hooks:
-            raise ConfigError(f"{config.method} acts at {method.hook}, which {adapter.name} does not offer")
+            raise ConfigError(
+                f"{config.method} does not work on {spec.name}: it acts at {method.hook}, and vtoken serves only "
+                f"{', '.join(sorted(adapter.hooks))} in {adapter.name}"
+            )
         if isinstance(method, BlockMethod) and method.metric == "cls" and not spec.class_token:
             raise ConfigError(f"{config.method} ranks tokens by the class token's attention, {spec.name} has none")
         if isinstance(method, BlockMethod) and spec.fixed_size:

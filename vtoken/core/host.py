@@ -70,14 +70,16 @@ class HostAdapter:
 
     #: Shown in messages and in `python -m vtoken models`.
     name: str = ""
+    #: Top-level package of the classes that it knows.
+    package: str = ""
     #: Hooks (see Method.hook) that this family can serve.
     hooks: frozenset[str] = frozenset()
     #: The part of a model that it knows; see MethodConfig.part.
     part: str = "tower"
 
     def matches(self, model: nn.Module) -> bool:
-        """Whether the model belongs to this family; cheap, by class."""
-        raise NotImplementedError
+        """Whether the model belongs to this family; cheap, by package; `spec` refuses what is unknown."""
+        return any(cls.__module__.partition(".")[0] == self.package for cls in type(model).__mro__)
 
     def spec(self, model: nn.Module) -> HostSpec:
         """The model's measures; raises UnsupportedModelError, with the reason, if any part of it is unknown."""

@@ -82,11 +82,8 @@ class HFAdapter(HostAdapter):
     """transformers' plain-attention image models, recognised by module and class, never by their configuration."""
 
     name = "transformers ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2 and LLaVA towers"
+    package = "transformers"
     hooks = frozenset({"on_block"})
-
-    def matches(self, model: nn.Module) -> bool:
-        """Every class from transformers; `spec` refuses what it does not know."""
-        return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
 
     def tower(self, model: nn.Module) -> Any:
         """The module that runs the image layers."""

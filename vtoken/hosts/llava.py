@@ -48,12 +48,9 @@ class LlavaAdapter(HostAdapter):
     """Recognised by module and class; the tower must be CLIP's or SigLIP's."""
 
     name = "transformers LLaVA, ViP-LLaVA, LLaVA-NeXT, LLaVA-OneVision and Video-LLaVA"
+    package = "transformers"
     hooks = frozenset({"on_features"})
     part = "prompt"
-
-    def matches(self, model: nn.Module) -> bool:
-        """Every class from transformers; `spec` refuses what it does not know."""
-        return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
 
     def spec(self, model: nn.Module) -> HostSpec:
         """The measures of the image tower; raises UnsupportedModelError unless all that is needed is understood."""

@@ -28,9 +28,9 @@ from vtoken.hosts.pooling import weighted_mean
 from vtoken.hosts.tower import (
     BoundBlocks,
     Tap,
-    attention_targets,
     begin,
     block_method,
+    block_targets,
     merged_block,
     stock_with,
 )
@@ -310,11 +310,8 @@ class OpenClipAdapter(HostAdapter):
     """open_clip's image towers; the text tower is never touched."""
 
     name = "open_clip image towers"
+    package = "open_clip"
     hooks = frozenset({"on_block", "on_attention"})
-
-    def matches(self, model: nn.Module) -> bool:
-        """Every class from open_clip; `spec` refuses what is not an image tower or holds none."""
-        return any(cls.__module__.startswith("open_clip.") for cls in type(model).__mro__)
 
     def tower(self, model: nn.Module) -> tuple[HostAdapter, Any]:
         """The module that runs the image blocks, and the adapter that knows it."""
@@ -376,16 +373,11 @@ class OpenClipAdapter(HostAdapter):
         adapter, tower = self.tower(model)
         if adapter is not self:
             return adapter.targets(tower, methods)
-        found: list[tuple[nn.Module, type, dict[str, Any]]] = [(tower, OpenClipTowerMixin, {})]
-        for index, (_, block) in enumerate(self.blocks(model)):
-            mixin = BLOCKS[next(cls for cls in type(block).__mro__ if cls in BLOCKS)]
-            found.append((block, mixin, {"_vtoken_index": index}))
-        attention = methods.get("on_attention")
-        if attention is None:
-            return found
-        return found + attention_targets(
-            attention, self.spec(model), list(tower.transformer.resblocks), ATTENTION_MIXINS
-        )
+        blocks = [block for _, block in self.blocks(model)]
+        return [
+            (tower, OpenClipTowerMixin, {}),
+            *block_targets(methods, self.spec(model), blocks, BLOCKS, ATTENTION_MIXINS),
+        ]
 
     def run_image(self, model: Any, image: Tensor) -> Any:
         """The tower alone: a whole CLIP also wants text."""

@@ -16,7 +16,7 @@ from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
 from vtoken.hosts.timm_blocks import ATTENTION_MIXINS, ATTENTIONS, BLOCKS
 from vtoken.hosts.timm_entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
 from vtoken.hosts.timm_unsupported import reason
-from vtoken.hosts.tower import attention_targets
+from vtoken.hosts.tower import block_targets
 
 _ENTRIES = ("forward_features", "forward_intermediates", "forward_head")
 
@@ -25,11 +25,8 @@ class TimmAdapter(HostAdapter):
     """timm's plain-attention towers, recognised by class identity and structure, never by name."""
 
     name = "timm VisionTransformer, Eva, NaFlexVit"
+    package = "timm"
     hooks = frozenset({"on_block", "on_attention"})
-
-    def matches(self, model: nn.Module) -> bool:
-        """Every model whose class comes from timm; `spec` refuses the unsupported ones by name."""
-        return any(cls.__module__.startswith("timm.") for cls in type(model).__mro__)
 
     def spec(self, model: nn.Module) -> HostSpec:
         """Check the structure block by block; raises UnsupportedModelError with the reason."""
@@ -86,16 +83,8 @@ class TimmAdapter(HostAdapter):
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, then every block with its index."""
-        found: list[tuple[nn.Module, type, dict[str, Any]]] = [(model, TimmMixin, {})]
-        for index, (_, block) in enumerate(self.blocks(model)):
-            mixin = BLOCKS[next(cls for cls in type(block).__mro__ if cls in BLOCKS)]
-            found.append((block, mixin, {"_vtoken_index": index}))
-        attention = methods.get("on_attention")
-        if attention is None:
-            return found
-        return found + attention_targets(
-            attention, self.spec(model), [b for _, b in self.blocks(model)], ATTENTION_MIXINS
-        )
+        blocks = [block for _, block in self.blocks(model)]
+        return [(model, TimmMixin, {}), *block_targets(methods, self.spec(model), blocks, BLOCKS, ATTENTION_MIXINS)]
 
     def run_watched(self, model: nn.Module, rows: ClassRows, image: Any) -> None:
         """Class attention behind the norms of queries and keys."""

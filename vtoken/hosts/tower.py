@@ -206,7 +206,23 @@ def stock_with(block: Any, stock: Callable[..., Any], name: str, norm: str, x: T
     return view(block, **{name: tap.on(attn, norm)}).forward(x, **options)
 
 
-def attention_targets(
+def block_targets(
+    methods: Mapping[str, Any],
+    spec: HostSpec,
+    blocks: Sequence[Any],
+    mixins: Mapping[type, type],
+    attention_mixins: Mapping[type, type],
+) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    """What `patch` needs for the blocks of a tower, with their index, and for the attentions of an attention method."""
+    found: list[tuple[nn.Module, type, dict[str, Any]]] = []
+    for index, block in enumerate(blocks):
+        mixin = mixins[next(cls for cls in type(block).__mro__ if cls in mixins)]
+        found.append((block, mixin, {"_vtoken_index": index}))
+    attention = methods.get("on_attention")
+    return found if attention is None else found + _attention_targets(attention, spec, blocks, attention_mixins)
+
+
+def _attention_targets(
     method: Any, spec: HostSpec, blocks: Sequence[Any], mixins: Mapping[type, type]
 ) -> list[tuple[nn.Module, type, dict[str, Any]]]:
     """What `patch` needs to put an attention method, with its learned part, into the attention of the chosen blocks.
