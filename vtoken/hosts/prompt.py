@@ -135,7 +135,8 @@ def _counts(input_ids: Tensor, kept: Sequence[Tensor], lengths: Sequence[int], t
     found = []
     for image, (chosen, length) in enumerate(zip(kept, lengths, strict=True)):
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < length:
-            raise ShapeError(f"image {image} has tokens 0 to {length - 1}, its selection reaches {int(chosen.max())}")
+            wrong = int(chosen.min()) if int(chosen.min()) < 0 else int(chosen.max())
+            raise ShapeError(f"image {image} has tokens 0 to {length - 1}, its selection reaches {wrong}")
         found.append(torch.bincount(chosen.to(input_ids.device), minlength=length))
     counts = torch.ones_like(input_ids, dtype=torch.int64)
     counts[placeholder] = torch.cat(found) if found else counts.new_zeros(0)
