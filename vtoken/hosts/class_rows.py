@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError, UnsupportedModelError, VTokenError
+from vtoken.core.errors import ConfigError, ShapeError, UnsupportedModelError, VTokenError
 from vtoken.core.host import find_adapter
 from vtoken.core.patch import is_patched, view_as
 from vtoken.core.state import Slot, TokenState
@@ -43,6 +43,7 @@ def cls_attention_scores(
     Raises:
         UnsupportedModelError: if the model is not understood, with the reason.
         ConfigError: if it has no class token, or for blocks that it does not have.
+        ShapeError: if the images are not a batch.
         VTokenError: if it is patched.
 
     Example:
@@ -61,6 +62,8 @@ def cls_attention_scores(
         raise ConfigError(f"{spec.name} has no class token whose attention could be read")
     if spec.position == "rotary":
         raise UnsupportedModelError(f"cannot read class attention of {spec.name}: it rotates queries and keys")
+    if isinstance(pixel_values, Tensor) and pixel_values.dim() != 4:
+        raise ShapeError(f"expected images [B, C, H, W], got {tuple(pixel_values.shape)}")
     rows = ClassRows(scored_layers(spec.depth, start_layer, spec.depth - 1 if last is None else last), "cls")
     with torch.no_grad():
         adapter.run_watched(tower, rows, pixel_values)
