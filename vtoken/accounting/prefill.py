@@ -66,6 +66,7 @@ def prefill_macs(decoder: Any, num_tokens: int) -> int:
         4.225
     """
     d = Decoder.of(decoder)
+    _check(num_tokens)
     linear = 2 * d.width * d.width + 2 * d.width * d.kv_width + 3 * d.width * d.mlp_width
     return d.layers * (num_tokens * linear + 2 * num_tokens * num_tokens * d.width)
 
@@ -78,4 +79,10 @@ def prefill_flops(decoder: Any, num_tokens: int) -> int:
 def kv_cache_bytes(decoder: Any, num_tokens: int, bytes_per_element: int = 2) -> int:
     """Bytes of the keys and values of `num_tokens` tokens; two bytes per element in half precision."""
     d = Decoder.of(decoder)
+    _check(num_tokens)
     return 2 * d.layers * d.kv_width * num_tokens * bytes_per_element
+
+
+def _check(num_tokens: int) -> None:
+    if num_tokens < 0:
+        raise ConfigError(f"num_tokens={num_tokens}: a prompt has no fewer than 0 tokens")
