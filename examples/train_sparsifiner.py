@@ -6,7 +6,8 @@
 Accuracy on test canvases at several keep ratios, beside the dense model and beside a control with random masks of the
 same density; both before and after the backbone is fine-tuned, just as long, on the same canvases. One model serves all
 ratios: every step of the second phase draws one of them. A third model, fine-tuned with dense attention, tells what the
-fine-tuning alone does. The result file grows seed by seed; a run that was cut off goes on where it stopped.
+fine-tuning alone does. The result file grows seed by seed: a run that was cut off goes on where it stopped, and two
+processes may do different --seeds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import operator
 import statistics
 import sys
 import time
@@ -200,13 +202,13 @@ def finished(path: Path, settings: dict[str, str]) -> list[dict[str, Any]]:
 def options() -> argparse.ArgumentParser:
     """What --help lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--recon-steps", type=int, default=400)
-    parser.add_argument("--tune-steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recon-steps", type=int, default=250)
+    parser.add_argument("--tune-steps", type=int, default=120)
     parser.add_argument("--recon-rate", type=float, default=1e-2)
     parser.add_argument("--tune-rate", type=float, default=1e-4)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--test", type=int, default=2000, help="test canvases, other ones for every seed")
+    parser.add_argument("--test", type=int, default=1500, help="test canvases, other ones for every seed")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the Fashion-MNIST files")
     parser.add_argument("--weights", type=Path, help="the dense model; default: the one in the repository")
     parser.add_argument("--out", type=Path, default=Path("out/train_sparsifiner.json"), help="result file")
@@ -220,16 +222,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure, print the table."""
     parser = options()
     if "--small" in (sys.argv[1:] if argv is None else argv):
-        parser.set_defaults(seeds=1, recon_steps=2, tune_steps=2, batch=4, test=50)
+        parser.set_defaults(seeds=[0], recon_steps=2, tune_steps=2, batch=4, test=50)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "save", "seeds")}
     start = time.time()
     try:
-        runs = finished(args.out, settings)
         images, labels = read_fashion_mnist("train", args.data)
-        for seed in range(len(runs), args.seeds):
-            runs.append(one_seed(args, seed, images, labels))
+        done = {run["seed"] for run in finished(args.out, settings)}
+        for seed in [seed for seed in args.seeds if seed not in done]:
+            run = one_seed(args, seed, images, labels)
+            runs = sorted([*finished(args.out, settings), run], key=operator.itemgetter("seed"))
             about = {"schema": 1, "ratios": RATIOS, "settings": settings, "torch": torch.__version__, "runs": runs}
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(about, indent=1) + "\n")
@@ -237,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except vtoken.VTokenError as error:
         print(error, file=sys.stderr)
         return 2
-    print("\n".join(table(runs, args.test)))
+    print("\n".join(table(finished(args.out, settings), args.test)))
     print(f"wrote {args.out}")
     return 0
 

@@ -297,6 +297,8 @@ class SparseAttention(AttentionMethod):
         return float((basis != 0).sum()) / basis.shape[0]
 
 
+#: Random numbers of "random" alive at one time.
+_DRAWN = 2**16
 #: Settings of a predictor that shape no parameter.
 _TUNABLE = ("coef_topk", "basis_threshold", "basis_abs", "scale")
 
@@ -323,6 +325,8 @@ def _random(q: Tensor, ratio: float, original: int, seed: int, num_prefix: int) 
     """Keys drawn uniformly for every head and query, the same for all images."""
     batch, heads, tokens, _ = q.shape
     kept, rng = num_kept(ratio, tokens, original), torch.Generator().manual_seed(seed)
-    draws = [largest_index(torch.rand(heads, tokens, generator=rng), kept) for _ in range(tokens - num_prefix)]
-    index = torch.stack(draws, 1).to(q.device)
+    rows, step = range(tokens - num_prefix), max(1, _DRAWN // (heads * tokens))
+    draws = [largest_index(torch.rand(len(rows[i : i + step]), heads, tokens, generator=rng), kept)
+             for i in rows[::step]]  # fmt: skip
+    index = torch.cat(draws).transpose(0, 1).to(q.device)
     return Connections(tokens, index=index.expand(batch, -1, -1, -1))
