@@ -15,6 +15,7 @@ from tests.contract.table import run
 from tests.helpers import assert_close, assert_same, images, randomise_, vit
 from tests.methods.slow_sparsifiner import Case, run_slowly
 from tests.methods.sparse_hosts import GRID, HOSTS, block_rows, blocks, sparse
+from tests.ops.test_connections import Sizes
 from vtoken.core.state import AttentionRecord
 
 F64 = torch.float64
@@ -398,6 +399,23 @@ def test_an_image_does_not_depend_on_its_batch(mode: str) -> None:
 def test_an_empty_batch_gives_an_empty_result(mode: str) -> None:
     model = sparse(HOSTS["cls"].model(), keep_ratio=0.4, mode=mode, token_keep_ratio=0.7, prune_after=(1,))
     assert run(model, HOSTS["cls"].images()[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize("mode", ["exact", "grouped", "threshold", "random"])
+def test_no_matrix_of_all_pairs_in_a_whole_forward(mode: str) -> None:
+    """257 tokens of 4 heads; the widest activation of the model, the MLP's, has 32 numbers per token."""
+    model = randomise_(vit(img_size=64, patch_size=4, embed_dim=16, num_heads=4), 0).eval()
+    sparse(model, keep_ratio=0.05, mode=mode, num_basis=8)
+    if mode == "threshold":
+        vtoken.calibrate_threshold(model, images((3, 64, 64), 2), 0.05)
+    x = images((3, 64, 64), 1)
+    with torch.inference_mode(), Sizes() as sizes:
+        model(x)
+    assert 0 < sizes.largest < 4 * 257 * 257 // 2
+    vtoken.configure(model, backend="dense_masked")
+    with torch.inference_mode(), Sizes() as sizes:
+        model(x)
+    assert sizes.largest >= 4 * 257 * 257
 
 
 def test_maps_only_on_request() -> None:
