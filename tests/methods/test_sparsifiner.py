@@ -118,7 +118,7 @@ def test_a_ratio_per_layer() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"basis_abs": False}, {"scale": 1.3}, {"coef_topk": 3}, {"share_proj": True}, {"num_basis": 2}, {"coef_topk": 99},
-     {"basis_threshold": 0.0}, {"basis_threshold": 9.0}],
+     {"basis_threshold": 0.0}, {"basis_threshold": 9.0}, {"coef_topk": 0}, {"coef_topk": 0, "coef_threshold": 0.3}],
 )  # fmt: skip
 def test_settings_of_the_predictor(options: dict[str, Any]) -> None:
     check("registers", keep_ratio=0.4, mode="grouped", query_group=2, **options)
@@ -486,7 +486,8 @@ def test_initial_values() -> None:
         ({"keep_ratio": (0.5, 0)}, "keep_ratio"),
         ({"keep_ratio": "a"}, "keep_ratio"), ({"keep_ratio": True}, "keep_ratio"), ({"mode": "exat"}, "exact"),
         ({"phase": "joint"}, "phase"), ({"backend": "tritn"}, "backend"), ({"query_group": 0}, "query_group"),
-        ({"query_group": 1.5}, "query_group"), ({"coef_topk": 0}, "coef_topk"), ({"num_basis": 0}, "num_basis"),
+        ({"query_group": 1.5}, "query_group"), ({"coef_topk": -1}, "coef_topk"),
+        ({"coef_threshold": -1.0}, "coef_threshold"), ({"num_basis": 0}, "num_basis"),
         ({"num_basis": (3, 4)}, "num_basis"), ({"reduce_c_factor": 0}, "reduce_c_factor"), ({"seed": -1}, "seed"),
         ({"token_keep_ratio": 0}, "token_keep_ratio"), ({"token_keep_ratio": "a"}, "token_keep_ratio"),
         ({"basis_threshold": -0.1}, "basis_threshold"), ({"score_threshold": float("nan")}, "score_threshold"),
