@@ -213,7 +213,9 @@ class SparseAttention(AttentionMethod):
         if config.mode == "random":
             return _random(q, ratio, original, config.seed * 1009 + call.layer, call.num_prefix)
         live, grid = call.slot.anchor, call.grid
-        coefficients = predictor.coefficients(q.detach(), k.detach(), live=live, grid=grid).detach()
+        # The published order of products where the published keys are asked for.
+        fast = config.mode == "grouped"
+        coefficients = predictor.coefficients(q.detach(), k.detach(), live=live, grid=grid, reorder=fast).detach()
         basis = predictor.basis(live=live, grid=grid)
         if config.mode == "threshold":
             return select_threshold(coefficients, basis, predictor.get_buffer("threshold"))
