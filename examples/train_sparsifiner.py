@@ -155,7 +155,7 @@ def one_seed(args: argparse.Namespace, seed: int, images: Tensor, labels: Tensor
         if mode == "exact" and args.save is not None:
             args.save.mkdir(parents=True, exist_ok=True)
             save_file(dict(model.state_dict()), args.save / f"sparsifiner_{seed}.safetensors")
-    rows = {name: [100 * float(h.float().mean()) for h in hit] for name, hit in hits.items()}
+    rows = {name: [100 * int(h.sum()) / len(h) for h in hit] for name, hit in hits.items()}
     differ = {how: (hits[f"learned{how}"] != hits[f"random{how}"]).sum(1).tolist() for how in HOWS}
     return {"seed": seed, "reconstruction_loss": loss, "top1": rows, "disagreements": differ}
 
@@ -194,11 +194,12 @@ def finished(path: Path, settings: dict[str, str]) -> list[dict[str, Any]]:
 def options() -> argparse.ArgumentParser:
     """What --help lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    # Runs of the seeds 0 to 2 chose the rate of the second phase; their canvases tell nothing new.
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5])
     parser.add_argument("--recon-steps", type=int, default=200)
     parser.add_argument("--tune-steps", type=int, default=80)
     parser.add_argument("--recon-rate", type=float, default=1e-2)
-    parser.add_argument("--tune-rate", type=float, default=1e-4)
+    parser.add_argument("--tune-rate", type=float, default=3e-5)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--test", type=int, default=1000, help="test canvases, other ones for every seed")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the Fashion-MNIST files")
