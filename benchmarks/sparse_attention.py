@@ -1,8 +1,8 @@
 """Attention over kept connections against dense fused attention: the operator alone, and with finding the connections.
 
 All forms run in one process, interleaved, on q, k, v as a fused projection leaves them (H = 6, D = 64); "with
-selection" adds the connectivity predictor (K = 32) and the choice of keys. A line is only printed if the form agrees
-with the plain masked one. Targets: sparsifiner.md section 8; they are for one CPU thread.
+selection" adds the connectivity predictor (K = 32) and the choice of keys, which makes it end to end. A line is only
+printed if the form agrees with the plain masked one. Targets: sparsifiner.md section 8; they are for one CPU thread.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make_case(side: int, ratio: float, group: int, device: torch.device) -> Case
 
 def find(case: Case, grouped: bool) -> Connections:
     """Predictor and selection."""
-    coefficients, basis = case.predictor.coefficients(case.q, case.k), case.predictor.basis()
+    coefficients, basis = case.predictor.coefficients(case.q, case.k, reorder=grouped), case.predictor.basis()
     if not grouped:
         return select_topk(coefficients, basis, case.ratio)
     assert case.predictor.grid is not None
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = time_case(make_case(side, ratio, args.group, device), args, device)
                 print("\n".join(line(row) for row in found), flush=True)
                 rows += found
-    print(f"wrote {write(args, device, rows)}")
+    write(args, device, rows)
     return 0
 
 

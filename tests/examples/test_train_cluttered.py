@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -24,18 +23,6 @@ def example() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
-    for split, count in (("train", 300), ("t10k", 60)):
-        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
-            high = 256 if kind.startswith("images") else 10
-            head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
-            values = torch.randint(high, shape, generator=draw).to(torch.uint8).numpy().tobytes()
-            (folder / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + values))
-    return folder
 
 
 def test_small_run_writes_weights_that_load(

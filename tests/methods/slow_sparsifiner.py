@@ -28,6 +28,7 @@ class Case:
     group: int = 64
     layers: tuple[int, ...] | None = None
     coef_topk: int = 8
+    coef_threshold: float = 0.0
     basis_threshold: float = 0.02
     basis_abs: bool = True
     scale: float | None = None
@@ -81,9 +82,11 @@ def coefficients(p: Any, q: Tensor, k: Tensor, live: list[int], case: Case, head
     return found
 
 
-def sparse(a: Tensor, count: int) -> list[float]:
-    """Step 5: the largest coefficients, without renormalisation."""
+def sparse(a: Tensor, count: int, least: float) -> list[float]:
+    """Step 5: the largest coefficients, or all above a threshold, without renormalisation."""
     values = a.tolist()
+    if count == 0:
+        return [value if value > least else 0.0 for value in values]
     kept = best(values, count)
     return [value if j in kept else 0.0 for j, value in enumerate(values)]
 
@@ -115,7 +118,7 @@ def connections(p: Any, q: Tensor, k: Tensor, live: list[int], case: Case, layer
     mask[:, :prefix] = True
     scores = torch.zeros(heads, n - prefix, n, dtype=q.dtype)
     for h, rows in enumerate(coefficients(p, q, k, live, case, heads)):
-        rows = [sparse(a, case.coef_topk) for a in rows]
+        rows = [sparse(a, case.coef_topk, case.coef_threshold) for a in rows]
         scores[h] = torch.tensor([score_row(a, basis) for a in rows], dtype=q.dtype)
         for group in groups_of(live, case) if case.mode == "grouped" else [[i] for i in range(len(rows))]:
             own = score_row([sum(rows[i][j] for i in group) / len(group) for j in range(len(basis))], basis)

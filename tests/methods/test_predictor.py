@@ -111,6 +111,20 @@ def test_equals_loops(options: dict[str, Any]) -> None:
     assert_close("raw", loops(predictor, q, k, raw=True)[1], predictor.reconstruction(q, k), 1e-12)
 
 
+@pytest.mark.parametrize("options", [*OPTIONS, {"live": True}], ids=str)
+def test_another_order_of_the_products_rounds_otherwise_only(options: dict[str, Any]) -> None:
+    live, options = bool(options.get("live")), {k: v for k, v in options.items() if k != "live"}
+    predictor = make(**options)
+    rows = torch.tensor([[0, 2, 3, 7, 12], [0, 1, 5, 6, 9]]) if live else None
+    q, k = draw(predictor, tokens=5 if live else None)
+    plain, other = (predictor.coefficients(q, k, live=rows, reorder=way) for way in (False, True))
+    torch.testing.assert_close(other, plain, rtol=1e-12, atol=1e-13)
+    half = predictor.bfloat16()
+    plain, other = (half.coefficients(q.bfloat16(), k.bfloat16(), live=rows, reorder=way) for way in (False, True))
+    assert other.dtype == torch.float32
+    torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_parameters_are_those_of_the_page() -> None:
     predictor = ConnectivityPredictor(64, 6, num_tokens=197)
     shapes = {name: tuple(p.shape) for name, p in predictor.state_dict().items()}

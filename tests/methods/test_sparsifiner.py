@@ -15,6 +15,7 @@ from tests.contract.table import run
 from tests.helpers import assert_close, assert_same, images, randomise_, vit
 from tests.methods.slow_sparsifiner import Case, run_slowly
 from tests.methods.sparse_hosts import GRID, HOSTS, block_rows, blocks, sparse
+from tests.ops.test_connections import Sizes
 from vtoken.core.state import AttentionRecord
 
 F64 = torch.float64
@@ -117,7 +118,7 @@ def test_a_ratio_per_layer() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"basis_abs": False}, {"scale": 1.3}, {"coef_topk": 3}, {"share_proj": True}, {"num_basis": 2}, {"coef_topk": 99},
-     {"basis_threshold": 0.0}, {"basis_threshold": 9.0}],
+     {"basis_threshold": 0.0}, {"basis_threshold": 9.0}, {"coef_topk": 0}, {"coef_topk": 0, "coef_threshold": 0.3}],
 )  # fmt: skip
 def test_settings_of_the_predictor(options: dict[str, Any]) -> None:
     check("registers", keep_ratio=0.4, mode="grouped", query_group=2, **options)
@@ -400,6 +401,23 @@ def test_an_empty_batch_gives_an_empty_result(mode: str) -> None:
     assert run(model, HOSTS["cls"].images()[:0]).shape == (0, 10)
 
 
+@pytest.mark.parametrize("mode", ["exact", "grouped", "threshold", "random"])
+def test_no_matrix_of_all_pairs_in_a_whole_forward(mode: str) -> None:
+    """257 tokens of 4 heads; the widest activation of the model, the MLP's, has 32 numbers per token."""
+    model = randomise_(vit(img_size=64, patch_size=4, embed_dim=16, num_heads=4), 0).eval()
+    sparse(model, keep_ratio=0.05, mode=mode, num_basis=8)
+    if mode == "threshold":
+        vtoken.calibrate_threshold(model, images((3, 64, 64), 2), 0.05)
+    x = images((3, 64, 64), 1)
+    with torch.inference_mode(), Sizes() as sizes:
+        model(x)
+    assert 0 < sizes.largest < 4 * 257 * 257 // 2
+    vtoken.configure(model, backend="dense_masked")
+    with torch.inference_mode(), Sizes() as sizes:
+        model(x)
+    assert sizes.largest >= 4 * 257 * 257
+
+
 def test_maps_only_on_request() -> None:
     model, x = sparse(HOSTS["cls"].model(), keep_ratio=0.3), HOSTS["cls"].images()
     out, trace = vtoken.trace(model, x)
@@ -468,7 +486,8 @@ def test_initial_values() -> None:
         ({"keep_ratio": (0.5, 0)}, "keep_ratio"),
         ({"keep_ratio": "a"}, "keep_ratio"), ({"keep_ratio": True}, "keep_ratio"), ({"mode": "exat"}, "exact"),
         ({"phase": "joint"}, "phase"), ({"backend": "tritn"}, "backend"), ({"query_group": 0}, "query_group"),
-        ({"query_group": 1.5}, "query_group"), ({"coef_topk": 0}, "coef_topk"), ({"num_basis": 0}, "num_basis"),
+        ({"query_group": 1.5}, "query_group"), ({"coef_topk": -1}, "coef_topk"),
+        ({"coef_threshold": -1.0}, "coef_threshold"), ({"num_basis": 0}, "num_basis"),
         ({"num_basis": (3, 4)}, "num_basis"), ({"reduce_c_factor": 0}, "reduce_c_factor"), ({"seed": -1}, "seed"),
         ({"token_keep_ratio": 0}, "token_keep_ratio"), ({"token_keep_ratio": "a"}, "token_keep_ratio"),
         ({"basis_threshold": -0.1}, "basis_threshold"), ({"score_threshold": float("nan")}, "score_threshold"),

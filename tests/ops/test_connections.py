@@ -216,7 +216,9 @@ def test_tensors_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2, 9, 64])
-def test_largest_of_rows(width: int) -> None:
+@pytest.mark.parametrize("threads", [0, 10**6], ids=["topk", "numpy"])
+def test_largest_of_rows(width: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vtoken.ops.largest._NUMPY_THREADS", threads)
     rng = torch.Generator().manual_seed(width)
     for x in (
         torch.randint(-2, 3, (4, 3, width), generator=rng).float(),
@@ -235,7 +237,9 @@ def test_largest_of_rows(width: int) -> None:
             assert torch.equal(keep_largest(columns, k), columns * marked)
 
 
-def test_nan_is_never_among_the_largest() -> None:
+@pytest.mark.parametrize("threads", [0, 10**6], ids=["topk", "numpy"])
+def test_nan_is_never_among_the_largest(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vtoken.ops.largest._NUMPY_THREADS", threads)
     x = torch.tensor([[0.5, float("nan"), 0.1, 0.7, float("nan")], [0.5, 0.2, 0.1, 0.7, 0.3]])
     assert largest_index(x, 3).tolist() == [[0, 2, 3], [0, 3, 4]]
     assert largest_index(torch.full((2, 6), float("nan")), 2).tolist() == [[0, 1], [0, 1]]

@@ -98,18 +98,22 @@ class ConnectivityPredictor(nn.Module):
         nn.init.zeros_(self.reduce_q.bias)
         nn.init.zeros_(self.reduce_k.bias)
 
-    def coefficients(self, q: Tensor, k: Tensor, *, live: Tensor | None = None, grid: Grid | None = None) -> Tensor:
+    def coefficients(
+        self, q: Tensor, k: Tensor, *, live: Tensor | None = None, grid: Grid | None = None, reorder: bool = False
+    ) -> Tensor:
         """Sparse coefficients of every patch query over the basis: [B, H, n - P, K], at least float32.
 
         Args:
             q, k: [B, H, n, d].
             live: which of the N tokens these are, [B, n], prefix tokens first; None: all of them.
             grid: rows and columns of the patch grid, where it is not the predictor's own.
+            reorder: tokens are mixed before their width is reduced: a third fewer products where K = c, and other
+                rounding, by which one row of keys in some 30 000 is another than in the published order.
 
         Raises:
             ShapeError: if the number of tokens does not fit.
         """
-        a = self._all_coefficients(q, k, live, grid)
+        a = self._all_coefficients(q, k, live, grid, reorder)
         if self.coef_topk:
             a = keep_largest(a, self.coef_topk)
         elif self.coef_threshold > 0:
@@ -140,23 +144,37 @@ class ConnectivityPredictor(nn.Module):
         with full_precision(q):
             return a.transpose(-1, -2) @ up.to(a.dtype).t()
 
-    def _all_coefficients(self, q: Tensor, k: Tensor, live: Tensor | None, grid: Grid | None) -> Tensor:
+    def _all_coefficients(
+        self, q: Tensor, k: Tensor, live: Tensor | None, grid: Grid | None, reorder: bool = False
+    ) -> Tensor:  # fmt: skip
         """Softmax over the basis, [B, H, K, n - P]: columns are queries."""
         down = self._resized("down", grid)
         self._check(q, k, live, down.shape[0])
         with full_precision(q):
             dtype = _precise(q, down)
-            wq, bq = self.reduce_q.weight.to(dtype), self.reduce_q.bias.to(dtype)
-            wk, bk = self.reduce_k.weight.to(dtype), self.reduce_k.bias.to(dtype)
             down = (down if live is None else F.embedding(live, down)).to(dtype).expand(q.shape[0], -1, -1)
-            # Tokens are mixed before their width is reduced, and the K mixtures are widened again instead of reducing
-            # every query: the same products in another order, a third fewer of them where K = c. All heads are mixed
-            # at once, in the layout in which a fused projection leaves them.
-            mixed = torch.bmm(down.transpose(1, 2), k.to(dtype).transpose(1, 2).flatten(2))  # [B, K, H*d]
-            mixed = mixed.unflatten(2, (q.shape[1], -1)).transpose(1, 2)  # [B, H, K, d]
-            reduced = (mixed @ wk.t() + down.sum(1)[:, None, :, None] * bk) * self.scale  # [B, H, K, c]
-            logits = (reduced @ wq) @ q[:, :, self.num_prefix :].to(dtype).transpose(-1, -2)
-            return logits.add_((reduced @ bq).unsqueeze(-1)).softmax(-2)
+            queries, keys = q[:, :, self.num_prefix :].to(dtype), k.to(dtype)
+            return (self._reordered if reorder else self._logits)(queries, keys, down).softmax(-2)
+
+    def _logits(self, q: Tensor, k: Tensor, down: Tensor) -> Tensor:
+        """Of patch queries [B, H, T, d] and keys [B, H, n, d], mixed by down [B, n, K]: [B, H, K, T]."""
+        wq, bq, wk, bk = self._reductions(q.dtype)
+        mixed = down.transpose(1, 2).unsqueeze(1) @ F.linear(k, wk, bk)  # [B, H, K, c]
+        return mixed @ F.linear(q, wq, bq).transpose(-1, -2) * self.scale
+
+    def _reordered(self, q: Tensor, k: Tensor, down: Tensor) -> Tensor:
+        """`_logits`: tokens are mixed first, and the K mixtures are widened again instead of reducing every query."""
+        wq, bq, wk, bk = self._reductions(q.dtype)
+        # All heads are mixed at once, in the layout in which a fused projection leaves them.
+        mixed = torch.bmm(down.transpose(1, 2), k.transpose(1, 2).flatten(2))  # [B, K, H*d]
+        mixed = mixed.unflatten(2, (q.shape[1], -1)).transpose(1, 2)  # [B, H, K, d]
+        reduced = (mixed @ wk.t() + down.sum(1)[:, None, :, None] * bk) * self.scale  # [B, H, K, c]
+        logits = (reduced @ wq) @ q.transpose(-1, -2)
+        return logits.add_((reduced @ bq).unsqueeze(-1))
+
+    def _reductions(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wq, bq, wk, bk = (x.to(dtype) for m in (self.reduce_q, self.reduce_k) for x in (m.weight, m.bias))
+        return wq, bq, wk, bk
 
     def _check(self, q: Tensor, k: Tensor, live: Tensor | None, num_tokens: int) -> None:
         if q.dim() != 4 or q.shape != k.shape or q.shape[3] != self.reduce_q.in_features:

@@ -45,7 +45,8 @@ class Sparsifiner(MethodConfig):
         num_basis: basis vectors K; None: a sixth of the tokens, at most 32.
         reduce_c_factor: head width over the predictor's width.
         share_proj: whether the predictor mixes tokens and spreads them with the same matrix.
-        coef_topk: coefficients that a query keeps.
+        coef_topk: coefficients that a query keeps; 0: those that exceed `coef_threshold`.
+        coef_threshold: see there; counts only if `coef_topk` is 0, and with 0 all are kept.
         basis_threshold: entries of the basis up to this are 0.
         basis_abs: whether the basis is taken by its absolute value.
         scale: factor on the predictor's logits; None: heads ** -0.5, as published.
@@ -73,6 +74,7 @@ class Sparsifiner(MethodConfig):
     reduce_c_factor: int = 2
     share_proj: bool = False
     coef_topk: int = 8
+    coef_threshold: float = 0.0
     basis_threshold: float = 0.02
     basis_abs: bool = True
     scale: float | None = None
@@ -89,21 +91,22 @@ class Sparsifiner(MethodConfig):
         for value in self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,):
             if not 0 < value <= 1:
                 raise ConfigError(f"{owner}(keep_ratio={value!r}): the share of keys that a query keeps, in (0, 1]")
-        for name in ("token_keep_ratio", "basis_threshold", "score_threshold", "scale"):
+        for name in ("token_keep_ratio", "coef_threshold", "basis_threshold", "score_threshold", "scale"):
             value = getattr(self, name)
             if value is not None or name != "scale":
                 object.__setattr__(self, name, schedule.number(owner, name, value, float))
         if not 0 < self.token_keep_ratio <= 1:
             raise ConfigError(f"{owner}(token_keep_ratio={self.token_keep_ratio!r}): must be in (0, 1]")
-        if self.basis_threshold < 0:
-            raise ConfigError(f"{owner}(basis_threshold={self.basis_threshold!r}): must not be negative")
+        for name in ("coef_threshold", "basis_threshold"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{owner}({name}={getattr(self, name)!r}): must not be negative")
         check_choice(owner, "mode", self.mode, MODES)
         check_choice(owner, "phase", self.phase, PHASES)
         check_choice(owner, "backend", self.backend, BACKENDS)
         for name in ("layers", "prune_after"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, schedule.whole_numbers(owner, name, getattr(self, name)))
-        least = {"query_group": 1, "reduce_c_factor": 1, "coef_topk": 1, "num_basis": 1, "seed": 0}
+        least = {"query_group": 1, "reduce_c_factor": 1, "coef_topk": 0, "num_basis": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is None and name == "num_basis":
@@ -210,7 +213,9 @@ class SparseAttention(AttentionMethod):
         if config.mode == "random":
             return _random(q, ratio, original, config.seed * 1009 + call.layer, call.num_prefix)
         live, grid = call.slot.anchor, call.grid
-        coefficients = predictor.coefficients(q.detach(), k.detach(), live=live, grid=grid).detach()
+        # The published order of products where the published keys are asked for.
+        fast = config.mode == "grouped"
+        coefficients = predictor.coefficients(q.detach(), k.detach(), live=live, grid=grid, reorder=fast).detach()
         basis = predictor.basis(live=live, grid=grid)
         if config.mode == "threshold":
             return select_threshold(coefficients, basis, predictor.get_buffer("threshold"))
@@ -286,7 +291,7 @@ class SparseAttention(AttentionMethod):
         mixing = 2 * tokens * width * reduced + (tokens + patches) * basis * spec.num_heads * reduced
         rows = patches if self.config.mode != "grouped" else math.ceil(patches / self.config.query_group)
         entries = tokens if predictor is None else self._entries(predictor)
-        up = rows * spec.num_heads * min(self.config.coef_topk, basis) * entries
+        up = rows * spec.num_heads * min(self.config.coef_topk or basis, basis) * entries
         return AttentionMacs(dense, core, mixing, round(up))
 
     def _entries(self, predictor: Any) -> float:
@@ -297,8 +302,10 @@ class SparseAttention(AttentionMethod):
         return float((basis != 0).sum()) / basis.shape[0]
 
 
+#: Random numbers of "random" alive at one time.
+_DRAWN = 2**16
 #: Settings of a predictor that shape no parameter.
-_TUNABLE = ("coef_topk", "basis_threshold", "basis_abs", "scale")
+_TUNABLE = ("coef_topk", "coef_threshold", "basis_threshold", "basis_abs", "scale")
 
 
 def _first_row(q: Tensor, k: Tensor, call: AttentionCall) -> Tensor:
@@ -323,6 +330,8 @@ def _random(q: Tensor, ratio: float, original: int, seed: int, num_prefix: int) 
     """Keys drawn uniformly for every head and query, the same for all images."""
     batch, heads, tokens, _ = q.shape
     kept, rng = num_kept(ratio, tokens, original), torch.Generator().manual_seed(seed)
-    draws = [largest_index(torch.rand(heads, tokens, generator=rng), kept) for _ in range(tokens - num_prefix)]
-    index = torch.stack(draws, 1).to(q.device)
+    rows, step = range(tokens - num_prefix), max(1, _DRAWN // (heads * tokens))
+    draws = [largest_index(torch.rand(len(rows[i : i + step]), heads, tokens, generator=rng), kept)
+             for i in rows[::step]]  # fmt: skip
+    index = torch.cat(draws).transpose(0, 1).to(q.device)
     return Connections(tokens, index=index.expand(batch, -1, -1, -1))

@@ -238,10 +238,11 @@ def select_grouped(
         order, pooled = torch.arange(queries, device=order.device).unsqueeze(0), coefficients
     else:
         # A product with the [groups, T] membership is faster than moving the rows together; and sums order the keys
-        # as means do.
-        group_of = (order.argsort(1) // size)[:, None, None]
-        member = coefficients.new_zeros(order.shape[0], 1, -(-queries // size), queries)
-        pooled = member.scatter(2, group_of, 1.0) @ coefficients
+        # as means do. Heads share it, so they are rows of one product: K * H of them, as the predictor lays them out.
+        group_of = (order.argsort(1) // size).unsqueeze(1)
+        member = coefficients.new_zeros(order.shape[0], -(-queries // size), queries).scatter(1, group_of, 1.0)
+        rows = coefficients.transpose(-1, -2).flatten(1, 2)
+        pooled = (rows @ member.transpose(-1, -2)).unflatten(1, (coefficients.shape[1], -1)).transpose(-1, -2)
     index = select_topk(pooled, basis, keep_ratio, num_original=num_original).index
     return Connections(num_tokens, index=index, order=order)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 #: Beyond so many passes over the data, topk is faster.
 _MAX_PASSES = 24
+#: With more threads than these, topk, which shares its rows among them, is faster than numpy.
+_NUMPY_THREADS = 2
 
 
 def branch_free(x: Tensor) -> bool:
@@ -38,7 +41,7 @@ def largest_index(x: Tensor, k: int) -> Tensor:
         countdown = torch.arange(num, 0, -1, device=x.device)
         return num - torch.where(largest_mask(x, k), countdown, 0).topk(k).values
     x = x.reshape(-1, num)
-    mask = x >= x.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    mask = x >= _kth_largest(x, k)
     flat = mask.view(-1).nonzero()
     # The number of entries found tells that no row has a tie at its k-th place, nor NaN: the usual case is done.
     if flat.shape[0] != math.prod(shape):
@@ -47,6 +50,15 @@ def largest_index(x: Tensor, k: int) -> Tensor:
         flat = mask.view(-1).nonzero()
     starts = torch.arange(0, x.shape[0] * num, num).unsqueeze(1)
     return (flat.view(-1, k) - starts).view(shape)
+
+
+def _kth_largest(x: Tensor, k: int) -> Tensor:
+    """The k-th largest entry of every row of `x` [R, N] on the CPU, [R, 1]; NaN counts as the largest value."""
+    if torch.get_num_threads() > _NUMPY_THREADS or x.dtype not in (torch.float32, torch.float64):
+        return x.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    # numpy partitions with vector instructions: per thread 1.5 (rows of 2305) to 4 times (of 197) as fast as topk.
+    place = x.shape[1] - k
+    return torch.from_numpy(np.partition(x.detach().numpy(), place, axis=1)[:, place : place + 1])
 
 
 def keep_largest(x: Tensor, k: int) -> Tensor:

@@ -17,19 +17,33 @@ def load_published_state_dict(model: nn.Module, state: Mapping[str, Tensor], nam
     """Load a checkpoint whose predictors have other parameter names into a model with Sparsifiner.
 
     Backbone keys must be the model's own (the authors build on timm's). vtoken was written without the published code,
-    so the predictor's names come from you.
+    so the predictor's names come from you: print the keys of block 0 that the plain backbone lacks, and tell the six
+    apart by shape. With N tokens, K basis vectors, head width d and reduced width c (sparsifiner.md section 2), the two
+    [c, d] matrices and the two [c] vectors are the reductions of queries and keys; of the two [N, K] (or, as layers
+    without bias store them, [K, N]) matrices the one applied to keys is `w_down`, the one that gives scores `w_up`.
 
     Args:
         model: patched with Sparsifiner.
-        state: the checkpoint, e.g. {"blocks.0.attn.<their name>": ...}.
+        state: the checkpoint's parameters, e.g. {"blocks.0.attn.<their name>": ...}: what lies under "model" in a file
+            of a whole training run, without the "module." that a distributed run puts before every key.
         names: for each of `reduce_q.weight`, `reduce_q.bias`, `reduce_k.weight`, `reduce_k.bias`, `w_down`, `w_up`: the
-            end of its name in the checkpoint, after "blocks.N.attn.". Matrices stored transposed are turned.
+            end of its name in the checkpoint, after "blocks.N.attn.". Matrices stored transposed are turned. With
+            `share_proj` the checkpoint has only one of `w_down` and `w_up`.
 
     Raises:
         ConfigError: for missing or unknown names, left-over keys, shapes that do not fit; nothing is loaded.
 
     Example:
-        >>> names = {"w_down": "mix.weight", "w_up": "basis.weight"}  # and the four reductions
+        If the keys of the first block are "blocks.0.attn.predictor.q_proj.weight" and so on:
+
+        >>> names = {
+        ...     "reduce_q.weight": "predictor.q_proj.weight", "reduce_q.bias": "predictor.q_proj.bias",
+        ...     "reduce_k.weight": "predictor.k_proj.weight", "reduce_k.bias": "predictor.k_proj.bias",
+        ...     "w_down": "predictor.down.weight", "w_up": "predictor.up.weight",
+        ... }
+        >>> vtoken.apply(model, vtoken.Sparsifiner(keep_ratio=0.25))  # doctest: +SKIP
+        >>> state = torch.load("checkpoint.pth", weights_only=True)["model"]  # doctest: +SKIP
+        >>> load_published_state_dict(model, state, names)  # doctest: +SKIP
     """
     unknown = sorted(set(names) - set(PARTS))
     if unknown:
