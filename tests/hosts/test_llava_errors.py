@@ -194,7 +194,7 @@ def test_text_only_calls_reach_the_library_at_once(monkeypatch: pytest.MonkeyPat
         def never(*_: Any, **__: Any) -> Any:
             raise AssertionError("a text-only call was looked at")
 
-        for name in ("prepare", "encode", "_by_name", "shrink_inputs"):
+        for name in ("prepare", "encode", "by_name", "shrink_inputs"):
             monkeypatch.setattr(llava_entry, name, never)
         assert torch.equal(model(**given).logits, stock)
         assert torch.equal(model(given["input_ids"]).logits, stock)

@@ -15,9 +15,20 @@ from vtoken.core.trace import current_trace
 from vtoken.hosts.hf_entry import grid_of, pair
 from vtoken.hosts.llava_features import PIXELS, ImageFeatures, encode, tower_of, without_images
 from vtoken.hosts.prompt import ShortPrompt, check_shapes, shrink_inputs
+from vtoken.hosts.prompt_calls import (
+    by_name,
+    cache_of,
+    check_cache,
+    count_from_full,
+    is_filled,
+    mark,
+    refuse_assistant,
+    refuse_chunks,
+    setting,
+    with_prompt,
+)
 
 _ALONG = ("attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
-_CACHED = "_vtoken_placeholders"
 
 
 class PromptMixin:
@@ -35,22 +46,22 @@ class PromptMixin:
         stock: Any = super().forward  # type: ignore[misc]
         if len(args) < 2 and not _has_images(kwargs):
             return stock(*args, **kwargs)
-        given = _by_name(stock, args, kwargs)
+        given = by_name(stock, args, kwargs)
         prepared = prepare(self, given, padding_side="right") if _has_images(given) else None
         if prepared is None:
             return stock(*args, **kwargs)
         call, short, changed = prepared
         out = stock(**_handed_over(self, stock, call))
         if changed:
-            _mark(getattr(out, "past_key_values", None), self, short)
+            mark(cache_of(out), short, image_token_id(self))
         return out
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().generate  # type: ignore[misc]
-        given = _by_name(stock, args, kwargs)
+        given = by_name(stock, args, kwargs)
         ids: Any = given.get("input_ids", given.get("inputs"))
         if not _has_images(given):
-            _check_cache(self, given.get("past_key_values"), ids)
+            check_cache(cache_of(given), ids, image_token_id(self))
             return stock(*args, **kwargs)
         with torch.no_grad():
             prepared = prepare(self, given | {"input_ids": ids}, padding_side="left")
@@ -60,12 +71,12 @@ class PromptMixin:
             call.pop("inputs", None)
             _check_generation(self, call, changed)
             if changed:
-                _count_from_full(self, call, ids.shape[1])
+                count_from_full(self, call, ids.shape[1])
             call = _handed_over(self, stock, call, generating=True)
         out = stock(**call)
         if changed:
-            _mark(getattr(out, "past_key_values", call.get("past_key_values")), self, short)
-        return _with_prompt(out, ids, short.shape[1])
+            mark(cache_of(out) or cache_of(call), short, image_token_id(self))
+        return with_prompt(out, ids, short.shape[1])
 
 
 def prepare(
@@ -96,8 +107,7 @@ def prepare(
     check_shapes(ids, along, given.get("position_ids"))
     method = model._vtoken.methods["on_features"]
     features = encode(model, method, given)
-    past = given.get("past_key_values")
-    chosen = _selection(features, total, cached=past is not None and past.get_seq_length() > 0)
+    chosen = _selection(features, total, cached=is_filled(cache_of(given)))
     pad = getattr(model.config, "pad_token_id", None)
     short = shrink_inputs(
         ids,
@@ -181,19 +191,15 @@ def _handed_over(model: Any, stock: Any, call: dict[str, Any], *, generating: bo
     call["inputs_embeds"] = embeds.masked_scatter(places, rows.to(embeds.device, embeds.dtype))
     if not generating:
         del call["input_ids"]
-    elif _setting(model, call, "prefill_chunk_size") is not None:
-        raise InputError(
-            "prefill_chunk_size needs a transformers whose generate takes mm_encoder_outputs; this one would generate "
-            "from chunks of the wrong length"
-        )
+    else:
+        refuse_chunks(model, call, "needs a transformers whose generate takes mm_encoder_outputs")
     return call
 
 
 def _check_generation(model: Any, call: dict[str, Any], changed: bool) -> None:
-    helped = call.get("assistant_model") is not None or _setting(model, call, "prompt_lookup_num_tokens") is not None
-    if helped and changed:
-        raise InputError("assisted decoding of a shortened prompt is not supported; leave out the assistant")
-    uncached = _setting(model, call, "use_cache") is False
+    if changed:
+        refuse_assistant(model, call)
+    uncached = setting(model, call, "use_cache") is False
     if (
         uncached
         and call.get("position_ids") is not None
@@ -202,65 +208,5 @@ def _check_generation(model: Any, call: dict[str, Any], changed: bool) -> None:
         raise InputError("positions='original' leaves gaps, which generate(use_cache=False) takes for packed sequences")
 
 
-def _count_from_full(model: Any, call: dict[str, Any], full: int) -> None:
-    """Lengths that count the caller's prompt, as numbers of new tokens."""
-    for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        length = _setting(model, call, name)
-        if not length or _setting(model, call, new) is not None:
-            continue
-        if name == "max_length" and length <= full:
-            raise InputError(f"max_length={length} counts the prompt, which has {full} tokens; use max_new_tokens")
-        call.pop(name, None)
-        call[new] = max(0, length - full)
-
-
-def _setting(model: Any, call: dict[str, Any], name: str) -> Any:
-    """A generation setting, from the first place that has it."""
-    places = (call.get("generation_config"), model.generation_config)
-    return next((v for v in (call.get(name), *(getattr(p, name, None) for p in places)) if v is not None), None)
-
-
-def _with_prompt(out: Any, ids: Tensor, short: int) -> Any:
-    """The result with its rows starting with the caller's ids instead of the short ones."""
-    rows = out if isinstance(out, Tensor) else out.sequences
-    prompt = ids.to(rows.device).repeat_interleave(rows.shape[0] // ids.shape[0], dim=0)
-    rows = torch.cat([prompt, rows[:, short:]], dim=1)
-    if isinstance(out, Tensor):
-        return rows
-    out.sequences = rows
-    return out
-
-
-def _mark(cache: Any, model: Any, short: Tensor) -> None:
-    """Let the cache, which is the caller's, tell how many placeholders each row of its prompt has."""
-    if hasattr(cache, "get_seq_length"):
-        setattr(cache, _CACHED, (short == image_token_id(model)).sum(1).tolist())
-
-
-def _check_cache(model: Any, cache: Any, ids: Tensor | None) -> None:
-    """Refuse the full ids of a conversation whose cache was made from a shortened prompt."""
-    marked = getattr(cache, _CACHED, None)
-    if marked is None or ids is None:
-        return
-    counts = (ids == image_token_id(model)).sum(1).tolist()
-    if any(counts) and not set(counts) <= set(marked):
-        raise InputError(
-            f"the cache was made from a shortened prompt with {marked} image tokens per row, but the ids have "
-            f"{counts}: the wrong tokens would be left out. Send the whole conversation without the cache, or go on "
-            "from the short ids in the record of vtoken.trace"
-        )
-
-
 def _has_images(given: dict[str, Any]) -> bool:
     return any(given.get(name) is not None for name in (*PIXELS, "pixel_values_videos"))
-
-
-def _by_name(stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of one call by name."""
-    if not args:
-        return dict(kwargs)
-    signature = inspect.signature(stock)
-    bound = signature.bind(*args, **kwargs).arguments
-    rest = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    options = bound.pop(rest[0], {}) if rest else {}
-    return {**bound, **options}

@@ -1,7 +1,7 @@
 """Shortening a prompt whose image tokens became fewer: ids, masks, labels, positions, padding (vtc_cls.md 6).
 
 Nothing here knows a model or a method: placeholders are counted, never looked for in runs, so images may be adjacent
-and rows may hold several images or none.
+and rows may hold several images or none. A video is an image of many frames, and may get longer too.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def shrink_inputs(
 
     Args:
         input_ids: [B, L]. The images own its placeholders one after the other, in (row, column) order.
-        kept: of every image, ascending indices [k] of what stays of it.
+        kept: of every image, ascending indices [k] of what stays of it; one that is repeated is there several times.
         lengths: of every image, its number of placeholders.
         token_id: id of a placeholder.
         attention_mask: [B, L]; leading and trailing zeros are padding, other zeros are tokens that nobody attends to.
@@ -89,11 +89,11 @@ def shrink_inputs(
         "mm_token_type_ids": mm_token_type_ids,
     }  # fmt: skip
     check_shapes(input_ids, along, position_ids)
-    stays = _stays(input_ids, kept, lengths, token_id)
-    if bool(stays.all()):
+    counts = _counts(input_ids, kept, lengths, token_id)
+    if bool((counts == 1).all()):
         index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return ShortPrompt(input_ids=input_ids, position_ids=position_ids, index=index, **along)
-    index = _index(stays, attention_mask, padding_side)
+    index = _index(counts, attention_mask, padding_side)
     short: dict[str, Any] = {name: _gather(value, index, _FILL[name]) for name, value in along.items()}
     places = _positions(position_ids, attention_mask, index, compact=positions == "compact")
     if short["attention_mask"] is None and (places is not None or bool((index < 0).any())):
@@ -123,8 +123,8 @@ def default_positions(attention_mask: Tensor) -> Tensor:
     return counted.masked_fill(attention_mask == 0, 0)
 
 
-def _stays(input_ids: Tensor, kept: Sequence[Tensor], lengths: Sequence[int], token_id: int) -> Tensor:
-    """False for placeholders whose image token is gone, [B, L] bool."""
+def _counts(input_ids: Tensor, kept: Sequence[Tensor], lengths: Sequence[int], token_id: int) -> Tensor:
+    """How often every position is there in the new prompt, [B, L] int64: 1 for text."""
     placeholder = input_ids == token_id
     total = int(placeholder.sum())
     if len(kept) != len(lengths) or total != sum(lengths):
@@ -132,21 +132,20 @@ def _stays(input_ids: Tensor, kept: Sequence[Tensor], lengths: Sequence[int], to
             f"{total} placeholders in the prompt for {len(lengths)} image(s) with {sum(lengths)} tokens and "
             f"{len(kept)} selection(s)"
         )
-    flags = []
+    found = []
     for image, (chosen, length) in enumerate(zip(kept, lengths, strict=True)):
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < length:
             raise ShapeError(f"image {image} has tokens 0 to {length - 1}, its selection reaches {int(chosen.max())}")
-        flag = torch.zeros(length, dtype=torch.bool, device=input_ids.device)
-        flags.append(flag.index_fill(0, chosen.to(input_ids.device), True))
-    stays = torch.ones_like(placeholder)
-    stays[placeholder] = torch.cat(flags) if flags else stays.new_zeros(0)
-    return stays
+        found.append(torch.bincount(chosen.to(input_ids.device), minlength=length))
+    counts = torch.ones_like(input_ids, dtype=torch.int64)
+    counts[placeholder] = torch.cat(found) if found else counts.new_zeros(0)
+    return counts
 
 
-def _index(stays: Tensor, mask: Tensor | None, padding_side: str) -> Tensor:
+def _index(counts: Tensor, mask: Tensor | None, padding_side: str) -> Tensor:
     """Old position of every new one, [B, L'], -1 where padded on the side where the old prompt was."""
-    rows = stays.shape[0]
-    left = torch.full((rows,), padding_side == "left", device=stays.device)
+    rows, columns = counts.shape
+    left = torch.full((rows,), padding_side == "left", device=counts.device)
     if mask is not None:
         seen = (mask != 0).long()
         leading = seen.cumsum(1) == 0
@@ -154,14 +153,15 @@ def _index(stays: Tensor, mask: Tensor | None, padding_side: str) -> Tensor:
         on_left, on_right = leading[:, 0], trailing[:, -1]
         if bool(on_left.any()) or bool(on_right.any()):
             left = on_left | (bool(on_left.any()) & ~on_right)
-        stays = stays & ~leading & ~trailing
-    counts = stays.sum(1, keepdim=True)
-    width = int(counts.max())
-    order = (~stays).byte().sort(dim=1, stable=True).indices[:, :width]
-    place = torch.arange(width, device=stays.device).expand(rows, -1)
-    place = torch.where(left.unsqueeze(1), place - (width - counts), place)
-    inside = (place >= 0) & (place < counts)
-    return torch.where(inside, order.gather(1, place.clamp(0, max(width - 1, 0))), -1)
+        counts = counts.masked_fill(leading | trailing, 0)
+    totals = counts.sum(1, keepdim=True)
+    width = int(totals.max())
+    place = torch.arange(width, device=counts.device).expand(rows, -1)
+    place = torch.where(left.unsqueeze(1), place - (width - totals), place)
+    old = torch.arange(columns, device=counts.device).repeat(rows).repeat_interleave(counts.flatten())
+    index = counts.new_full((rows, width), -1)
+    index[(place >= 0) & (place < totals)] = old
+    return index
 
 
 def _gather(value: Tensor | None, index: Tensor, fill: int) -> Any:

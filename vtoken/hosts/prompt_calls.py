@@ -1,0 +1,97 @@
+"""Calls of a model whose prompt was shortened: arguments by name, lengths, caches and the ids that come back."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.core.errors import InputError
+
+_CACHED = "_vtoken_placeholders"
+
+
+def by_name(stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one call by name."""
+    if not args:
+        return dict(kwargs)
+    signature = inspect.signature(stock)
+    bound = signature.bind(*args, **kwargs).arguments
+    rest = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    options = bound.pop(rest[0], {}) if rest else {}
+    return {**bound, **options}
+
+
+def setting(model: Any, call: dict[str, Any], name: str) -> Any:
+    """A generation setting, from the first place that has it."""
+    places = (call.get("generation_config"), model.generation_config)
+    return next((v for v in (call.get(name), *(getattr(p, name, None) for p in places)) if v is not None), None)
+
+
+def count_from_full(model: Any, call: dict[str, Any], full: int) -> None:
+    """Lengths that count the caller's prompt, as numbers of new tokens."""
+    for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        length = setting(model, call, name)
+        if not length or setting(model, call, new) is not None:
+            continue
+        if name == "max_length" and length <= full:
+            raise InputError(f"max_length={length} counts the prompt, which has {full} tokens; use max_new_tokens")
+        call.pop(name, None)
+        call[new] = max(0, length - full)
+
+
+def refuse_assistant(model: Any, call: dict[str, Any]) -> None:
+    """Raise InputError if another model, or the prompt itself, is to guess tokens: it would guess from the full ids."""
+    if call.get("assistant_model") is not None or setting(model, call, "prompt_lookup_num_tokens") is not None:
+        raise InputError("assisted decoding of a shortened prompt is not supported; leave out the assistant")
+
+
+def refuse_chunks(model: Any, call: dict[str, Any], why: str) -> None:
+    """Raise InputError if the prompt is to be read in chunks of a fixed size."""
+    if setting(model, call, "prefill_chunk_size") is not None:
+        raise InputError(f"prefill_chunk_size {why}; this one would generate from chunks of the wrong length")
+
+
+def with_prompt(out: Any, ids: Tensor, short: int) -> Any:
+    """The result with its rows starting with the caller's ids instead of the short ones."""
+    rows = out if isinstance(out, Tensor) else out.sequences
+    prompt = ids.to(rows.device).repeat_interleave(rows.shape[0] // ids.shape[0], dim=0)
+    rows = torch.cat([prompt, rows[:, short:]], dim=1)
+    if isinstance(out, Tensor):
+        return rows
+    out.sequences = rows
+    return out
+
+
+def cache_of(holder: Any) -> Any:
+    """The key-value cache among a call's arguments or in an output, under the name that the release gives it."""
+    read = holder.get if isinstance(holder, dict) else lambda name: getattr(holder, name, None)
+    found = read("cache")
+    return read("past_key_values") if found is None else found
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a cache holds tokens already."""
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def mark(cache: Any, short: Tensor, token_id: int) -> None:
+    """Let the cache, which is the caller's, tell how many placeholders each row of its prompt has."""
+    if hasattr(cache, "get_seq_length"):
+        setattr(cache, _CACHED, (short == token_id).sum(1).tolist())
+
+
+def check_cache(cache: Any, ids: Tensor | None, token_id: int, what: str = "image") -> None:
+    """Refuse the full ids of a conversation whose cache was made from a shortened prompt."""
+    marked = getattr(cache, _CACHED, None)
+    if marked is None or ids is None:
+        return
+    counts = (ids == token_id).sum(1).tolist()
+    if any(counts) and not set(counts) <= set(marked):
+        raise InputError(
+            f"the cache was made from a shortened prompt with {marked} {what} tokens per row, but the ids have "
+            f"{counts}: the wrong tokens would be left out. Send the whole conversation without the cache, or go on "
+            "from the short ids in the record of vtoken.trace"
+        )
