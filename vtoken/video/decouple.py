@@ -172,7 +172,7 @@ def parse_event(reply: str) -> tuple[str, ...]:
     for line in reply.splitlines():
         phrase = re.sub(r"^\W*event\W*:", "", line.strip(), flags=re.I).strip(" \t\"'`*.")
         if phrase:
-            return () if phrase.lower() in ("null", "none", "no") else (phrase[:200],)
+            return () if phrase.lower() in ("null", "none", "no") else (phrase[:200].strip(),)
     return ()
 
 
@@ -193,7 +193,9 @@ def _literal_list(text: str) -> list[object]:
 
 def _closing(text: str) -> list[int] | None:
     """Where the list may end: after its matching bracket, or after the first ones, as strings may hold brackets."""
-    depth, matching, others = 0, [], []
+    depth = 0
+    matching: list[int] = []
+    others: list[int] = []
     for place, sign in enumerate(text, 1):
         if sign not in "[]({})":
             continue

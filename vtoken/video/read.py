@@ -89,7 +89,7 @@ class _Reader:
         self.shown = self.ahead = next(self.frames, None)  # the last frame that was passed, and the one after it
         self.timed = self.shown is not None and self.shown.pts is not None
         # Not the stream's own start: in AVI, frames that are shown in another order than stored begin after it.
-        self.start = self.shown.pts if self.timed else 0
+        self.start = self.shown.pts if self.shown is not None and self.timed else 0
         self.count = 0  # of frames decoded before `ahead`, which numbers them where they have no time
 
     def frame_at(self, index: int) -> Any:
