@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from vtoken import nn, ops, train
+from vtoken import nn, ops, train, video
 from vtoken.accounting.prefill import kv_cache_bytes, prefill_flops
 from vtoken.accounting.prompt_report import PromptReport, prompt_report
 from vtoken.accounting.report import Report, report
@@ -84,6 +84,7 @@ __all__ = [
     "tracing",
     "train",
     "unmerge",
+    "video",
     "visualize",
     "viz",
 ]
