@@ -19,6 +19,7 @@ from vtoken.hosts.video import VideoAdapter, VideoFeatures, VideoLayout
 from vtoken.video.budget import Budget, Spending, budgets, check_budget, check_settings, per_cell, scores_by_video
 from vtoken.video.decouple import Decoupler, IdentityDecoupler
 from vtoken.video.prompt import PreparedPrompt, build, check_call, check_placeholders
+from vtoken.video.reporting import reports
 from vtoken.video.scorers import Scorer, score_frames
 from vtoken.video.tokens import resample
 
@@ -208,7 +209,10 @@ class QuotaVideoModel(nn.Module):
             resample(f, c, self.spending.mode, self.adapter.pooling) for f, c in zip(encoded, counts, strict=True)
         ]
         call = build(self.adapter, core, given, encoded, videos, padding_side=padding_side)
-        call.reports = self._reports(given, call, layouts, scores, spent, videos)
+        scoring = None if frame_scores is None and self.scorer is not None else 0
+        call.reports = reports(
+            core, self.adapter, given, call, layouts, scores=scores, spent=spent, videos=videos, scoring=scoring
+        )
         record = current_trace(self)
         if record is not None:
             record.record_video(VideoRecord(call.reports, call.index, call["input_ids"]))
@@ -231,36 +235,6 @@ class QuotaVideoModel(nn.Module):
         if count != 1:
             raise InputError(f"encode_video takes one video, got {count}; call it for each and pass a list of features")
         return self.adapter.encode(core, inputs, self.vision_chunk)[0]
-
-    def _reports(
-        self,
-        given: dict[str, Any],
-        call: PreparedPrompt,
-        layouts: Sequence[VideoLayout],
-        scores: list[list[float]],
-        spent: list[int],
-        videos: Sequence[VideoTokens],
-    ) -> tuple[QuotaReport, ...]:
-        core, scorer = self._core, getattr(self.scorer, "flops", None)
-        rows = rows_of_videos(given["input_ids"], self.adapter.placeholder_id(core), layouts)
-        before, after = lengths(given["input_ids"], given.get("attention_mask")), (call.index >= 0).sum(1).tolist()
-        return tuple(
-            QuotaReport(
-                scores=tuple(found),
-                tokens_per_frame=video.counts,
-                rows_per_frame=tuple(len(r) for r in video.rows),
-                budget_requested=asked,
-                default_tokens=layout.default_tokens,
-                separator_tokens=separators(video.rows, self.adapter.newline),
-                sequence_length_before=before[row],
-                sequence_length_after=after[row],
-                decoder=_measures(Decoder, core),
-                tower=_measures(Tower, core),
-                patches_per_frame=layout.patches,
-                scorer_flops=scorer if scorer is None else int(scorer),
-            )
-            for found, video, asked, layout, row in zip(scores, videos, spent, layouts, rows, strict=True)
-        )
 
     @property
     def _core(self) -> Any:
