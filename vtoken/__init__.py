@@ -29,6 +29,7 @@ from vtoken.methods.sparsifiner import Sparsifiner
 from vtoken.methods.vtc_cls import VTCCLS
 from vtoken.ops import select_tokens
 from vtoken.train.calibrate import calibrate_threshold
+from vtoken.video.model import QuotaVideoModel
 
 if TYPE_CHECKING:
     from vtoken import visualize
@@ -47,6 +48,7 @@ __all__ = [
     "PiToMe",
     "Plan",
     "PromptReport",
+    "QuotaVideoModel",
     "RandomMerge",
     "RandomPrune",
     "Report",

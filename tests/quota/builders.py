@@ -23,8 +23,14 @@ MERGED_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [
 
 def build(kind: str, **options: Any) -> Any:
     """A tiny model of one family."""
-    model = _BUILD[kind](**options)
-    return lively(model)
+    model = lively(_BUILD[kind](**options))
+    with torch.no_grad():  # so that answers hang on what is seen rather than on the last word
+        for name, p in model.named_parameters():
+            if "language_model" in name and "self_attn" in name and p.dim() > 1:
+                p *= 2.5
+            if "merger" in name and p.dim() > 1:
+                p *= 2
+    return model
 
 
 def _vision(**more: Any) -> dict[str, Any]:

@@ -140,7 +140,8 @@ _BUILTIN = (
     ("transformers", "prompt", "vtoken.hosts.llava", "LlavaAdapter"),
     ("transformers", "video", "vtoken.hosts.video_llava", "OnevisionVideo"),
     ("transformers", "video", "vtoken.hosts.video_llava", "NextVideo"),
-    ("transformers", "video", "vtoken.hosts.video_qwen", "QwenVideo"),
+    ("transformers", "video", "vtoken.hosts.video_qwen", "Qwen2Video"),
+    ("transformers", "video", "vtoken.hosts.video_qwen", "Qwen25Video"),
     ("transformers", "video", "vtoken.hosts.video_qwen", "Qwen3Video"),
     ("transformers", "video", "vtoken.hosts.video_llama3", "Llama3Video"),
 )

@@ -9,26 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.core.errors import InputError
 from vtoken.hosts.prompt import default_positions
 from vtoken.hosts.video_grid import GridVideo, split_levels
 from vtoken.hosts.video_qwen_old import encoded
 
 
-class QwenVideo(GridVideo):
-    """Qwen2-VL and Qwen2.5-VL: merged features of temporal cells, one run of placeholders."""
+class Qwen2Video(GridVideo):
+    """Qwen2-VL: merged features of temporal cells, one run of placeholders."""
 
-    name = "transformers Qwen2-VL and Qwen2.5-VL"
-    models = frozenset(
-        {("qwen2_vl", "Qwen2VLForConditionalGeneration"), ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration")}
-    )
-    numbering: tuple[str, ...] = ("second_per_grid_ts",)
+    name = "transformers Qwen2-VL"
+    models = frozenset({("qwen2_vl", "Qwen2VLForConditionalGeneration")})
+    #: Whether the model's forward counts along one axis if it is not told token types; else it refuses.
+    one_axis = False
 
     def positions(self, model: Any, given: dict[str, Any], *, generating: bool) -> tuple[Tensor, Tensor | None]:
-        """By the model's own `get_rope_index`; as the model does it, along one axis if it is not told token types."""
+        """By the model's own `get_rope_index`; where it is not told token types, as the model does without them."""
         ids, mask, own = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
         if own is not None:
             return (own[-3:] if own.dim() == 3 else own.expand(3, *ids.shape)), None
         if given.get("mm_token_type_ids") is None:
+            if not generating and not self.one_axis:
+                raise InputError(f"{type(model).__name__} needs mm_token_type_ids; pass all that the processor returns")
             line = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
             if mask is not None and generating:
                 line = default_positions(mask)
@@ -43,12 +45,20 @@ class QwenVideo(GridVideo):
         model.model.rope_deltas = deltas
 
 
-class Qwen3Video(QwenVideo):
+class Qwen25Video(Qwen2Video):
+    """Qwen2.5-VL: the same, and steps in time by the clock."""
+
+    name = "transformers Qwen2.5-VL"
+    models = frozenset({("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration")})
+    numbering = ("second_per_grid_ts",)
+    one_axis = True
+
+
+class Qwen3Video(Qwen2Video):
     """Qwen3-VL: one run of placeholders per cell with its time before it; features enter several layers."""
 
     name = "transformers Qwen3-VL"
     models = frozenset({("qwen3_vl", "Qwen3VLForConditionalGeneration")})
-    numbering = ()
     runs = "per_frame"
     inject = "encoder_outputs"
 
