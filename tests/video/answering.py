@@ -12,7 +12,7 @@ SIDE, PATCH = 54, 6
 WORDS = (
     "can any of these be seen in the picture does show this happening contain enough information to answer question "
     "with letter only A B C yes no dog cat red shoe which , . : ? ! user assistant step 1 2 3 [ ] \" '"
-).split()  # noqa: SIM905
+)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "<video>"]
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
@@ -24,7 +24,7 @@ TEMPLATE = (
 
 def tokenizer() -> Any:
     """Words and punctuation, in the order of the list after the special tokens."""
-    words = SPECIAL + list(dict.fromkeys(WORDS))
+    words = SPECIAL + list(dict.fromkeys(WORDS.split()))
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])
     return transformers.PreTrainedTokenizerFast(
