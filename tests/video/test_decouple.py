@@ -127,7 +127,8 @@ def malformed(count: int, trap: Path) -> list[str]:
         "['\\x']", "[\"\\u12\"]", "]", "[", "][",
         "[b'dog']", "['dog' 'cat', u'x']", "[...]", "[None, True]", "{'dog'}", "{\"a\": [\"b\"]}", "[[[[]]]]",
         "['dog", "[\"dog]", "['dog',,]", "[,]", "[#]\n]", "['dog'\n#]\n]", "[\\", "['''dog]", "[\t\r\n\f\v]",
-        "[\u2028'dog']", "[\u2018dog\u2019]", "\u3010\"dog\"\u3011", "[0x]", "[1_000, 0o9]", "[1j+'a']", "[-'a']", "[{}]", "[{**{}}]", "[*'dog']",
+        "[\u2028'dog']", "[\u2018dog\u2019]", "\u3010\"dog\"\u3011", "[0x]",
+        "[1_000, 0o9]", "[1j+'a']", "[-'a']", "[{}]", "[{**{}}]", "[*'dog']",
     ]  # fmt: skip
     bodies = [*code, *deep, *odd]
     replies = [f'Step 1: yes\nStep 2: ["x"]\nStep 3: {body}' for body in bodies]

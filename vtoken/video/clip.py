@@ -67,7 +67,8 @@ class CLIPScorer:
         with evaluating(self.model):
             cosines = self.cosines(frames, list(clue.items) or [clue.text])
             reduced = cosines.amax(1) if self.reduce == "max" else cosines.mean(1)
-            return checked(self._scaled(reduced).clone(), len(frames), "CLIPScorer")
+            scores = self._scaled(reduced)
+        return checked(scores, len(frames), "CLIPScorer")
 
     def cosines(self, frames: Sequence[Any], texts: list[str]) -> Tensor:
         """Cosine of every frame with every text, [T, K] float32."""

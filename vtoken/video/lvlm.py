@@ -79,7 +79,7 @@ class LVLMScorer:
                 batch = [at_most(to_image(f), self.max_pixels) for f in frames[start : start + self.batch_size]]
                 logits = self.model(**self._inputs(batch, question), logits_to_keep=1).logits[:, -1].float()
                 found.append(self._probability(logits).cpu())
-            return checked(torch.cat(found), len(frames), "LVLMScorer")
+        return checked(torch.cat(found), len(frames), "LVLMScorer")
 
     def _inputs(self, images: Sequence[Any], question: str) -> Any:
         """One conversation of one user turn per image, padded on the left: the last position is the answer's."""

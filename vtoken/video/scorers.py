@@ -42,6 +42,8 @@ def score_frames(scorer: Scorer, frames: Sequence[Any], clue: Clue) -> Tensor:
 def checked(scores: Any, num_frames: int, source: str) -> Tensor:
     """Scores as float32 [T] on the CPU, or an InputError that says what is wrong with those from `source`."""
     found = torch.as_tensor(scores).detach().cpu().to(torch.float32)
+    if found.is_inference():  # not to be handed on: autograd cannot save it
+        found = found.clone()
     if tuple(found.shape) != (num_frames,):
         raise InputError(
             f"{source} gave scores of shape {tuple(found.shape)} for {num_frames} frames; expected one each"
