@@ -19,7 +19,7 @@ ALLOWED = {
     "accounting": {"core", "ops", "methods"},
     "visualize": {"core", "ops", "accounting"},
     "demo": {"core"},
-    "video": {"core", "ops", "accounting"},
+    "video": {"core", "ops", "hosts", "accounting"},
     "cli": {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video"},
 }
 

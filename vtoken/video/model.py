@@ -164,7 +164,6 @@ class QuotaVideoModel(nn.Module):
         calls.mark(calls.cache_of(out) or calls.cache_of(call), short, token_id)
         return calls.with_prompt(out, ids, short.shape[1])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def prepare(
         self,
         *,
