@@ -415,3 +415,27 @@ def test_image_placeholders_without_video_go_to_the_model() -> None:
     assert torch.equal(quota(**given).logits, model(**given).logits)
     assert torch.equal(quota.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
     assert GRID["qwen2_5"] == 6
+
+
+def test_runs_that_the_processor_shortened() -> None:
+    """VideoLLaMA3's processor leaves out placeholders of still frames; a run still has what its frame got."""
+    model, given = build("llama3"), one_video("llama3")
+    still = torch.tensor([6, 1, 2, 6])
+    given["video_compression_mask"] = torch.cat([torch.arange(6) < n for n in still])
+    body = [token for t, n in enumerate(still.tolist()) for token in [10 + t, 56, *[VIDEO] * n, 57]]
+    given |= prompt("llama3", [[3, body, 7, 8, 9]])
+    quota = vtoken.QuotaVideoModel(model, budget=14)
+    with torch.no_grad():
+        call = quota.prepare(**given, frame_scores=[0.1, 0.9, 0.8, 0.2])
+        assert call.reports[0].tokens_per_frame == (1, 6, 6, 1)
+        runs = [token for t, n in enumerate((1, 6, 6, 1)) for token in [10 + t, 56, *[VIDEO] * n, 57]]
+        assert call["input_ids"][0].tolist() == [3, *runs, 7, 8, 9]
+        assert bool((call.index.diff(dim=1) >= 0).all())
+        whole = one_video("llama3")
+        assert torch.equal(quota(**given, frame_scores=[0.1, 0.9, 0.8, 0.2]).logits,
+                           quota(**whole, frame_scores=[0.1, 0.9, 0.8, 0.2]).logits)  # fmt: skip
+        features = quota.encode_video(**given)
+        assert features.layout.placeholders == (6, 1, 2, 6)
+        given["video_compression_mask"] = given["video_compression_mask"][:-1]
+        with pytest.raises(ValueError, match="23 entries for 24 features"):
+            quota.prepare(**given, frame_scores=SCORES)

@@ -110,8 +110,8 @@ class VideoAdapter(HostAdapter):
         names = [(base.__module__.split("."), base.__name__) for base in type(model).__mro__]
         return any(m[:2] == ["transformers", "models"] and (m[2], name) in self.models for m, name in names)
 
-    def ready(self, model: Any) -> None:
-        """Raise, before anything runs, if something that was applied to the model cannot serve its videos."""
+    def ready(self, model: Any, given: dict[str, Any]) -> None:
+        """Raise, before anything runs, if something that was applied to the model cannot serve this call."""
 
     def layouts(self, model: Any, given: dict[str, Any]) -> list[VideoLayout]:
         """How the videos of a call lie in its prompt, in prompt order; nothing is run."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.core.trace import current_trace, tracing, unmerge
-from vtoken.hosts.hf_entry import num_prefix
+from vtoken.hosts.hf_entry import num_prefix, will_remove
 from vtoken.hosts.llava_features import drops_first, tower_of
 from vtoken.hosts.tower import block_method
 from vtoken.hosts.video import VideoAdapter, VideoFeatures, VideoLayout, chunks
@@ -20,13 +20,20 @@ from vtoken.hosts.video import VideoAdapter, VideoFeatures, VideoLayout, chunks
 class _LlavaVideo(VideoAdapter):
     """What the two have in common; a square grid, its side halved by the model."""
 
-    def ready(self, model: Any) -> None:
-        """The rows of a merging tower must leave it in raster order."""
+    def ready(self, model: Any, given: dict[str, Any]) -> None:
+        """Rows of a merging tower must come in raster order, to be spread; images of the same call need them all."""
         tower = tower_of(model)[1]
-        if "_vtoken" in tower.__dict__ and block_method(tower).order == "internal":
+        if "_vtoken" not in tower.__dict__:
+            return
+        if block_method(tower).order == "internal":
             raise ConfigError(
                 f"the vision tower of {type(model).__name__} carries a method with order='internal', whose tokens "
                 "cannot be spread over the frame again; use order='raster' (vtoken.configure on the tower)"
+            )
+        if given.get("pixel_values") is not None and will_remove(tower, _side(model) ** 2):
+            raise ConfigError(
+                f"images of {type(model).__name__} are packed on a grid, which merged tokens no longer have; ask about "
+                "its images and its videos in calls of their own, the former with vtoken.remove on its vision tower"
             )
 
     def layouts(self, model: Any, given: dict[str, Any]) -> list[VideoLayout]:
@@ -89,9 +96,9 @@ class NextVideo(_LlavaVideo):
     models = frozenset({("llava_next_video", "LlavaNextVideoForConditionalGeneration")})
     pooling = "pool"
 
-    def ready(self, model: Any) -> None:
+    def ready(self, model: Any, given: dict[str, Any]) -> None:
         """The resampling that QuoTA stands for must be the plain one."""
-        super().ready(model)
+        super().ready(model, given)
         kind, stride = model.config.spatial_pool_mode, model.config.spatial_pool_stride
         if (kind, stride) != ("average", 2):
             raise ConfigError(

@@ -118,9 +118,9 @@ class QuotaVideoModel(nn.Module):
         given = calls.by_name(self._core.forward, args, kwargs)
         if not self._has_video(given, frame_scores, frames, features):
             return self.model(*args, **kwargs)
-        call = self.prepare(frame_scores=frame_scores, query=query, frames=frames, features=features, **given)
+        prepared = self.prepare(frame_scores=frame_scores, query=query, frames=frames, features=features, **given)
+        target, call = self.adapter.handed_over(self._core, dict(prepared))
         ids = call.pop("input_ids") if "inputs_embeds" in call else call["input_ids"]
-        target, call = self.adapter.handed_over(self._core, dict(call))
         out = (self.model if target is self._core else target)(**call)
         calls.mark(calls.cache_of(out), ids, self.adapter.placeholder_id(self._core))
         return out
@@ -197,6 +197,7 @@ class QuotaVideoModel(nn.Module):
         check_call(self.adapter, core, given)
         known = None if features is None else [features] if isinstance(features, VideoFeatures) else list(features)
         if known is not None:
+            known = [f.to(given["input_ids"].device) for f in known]
             given = _known_inputs(known) | given
         layouts = self.adapter.layouts(core, given) if known is None else [f.layout for f in known]
         check_placeholders(given["input_ids"], self.adapter.placeholder_id(core), layouts)
@@ -229,7 +230,7 @@ class QuotaVideoModel(nn.Module):
         core = self._core
         if inputs.get(_PIXELS) is None:
             raise InputError(f"encode_video needs {_PIXELS}")
-        self.adapter.ready(core)
+        self.adapter.ready(core, inputs)
         count = len(self.adapter.layouts(core, inputs))
         if count != 1:
             raise InputError(f"encode_video takes one video, got {count}; call it for each and pass a list of features")

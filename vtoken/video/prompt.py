@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.core.errors import InputError, ShapeError
+from vtoken.core.errors import ConfigError, InputError, ShapeError
 from vtoken.core.trace import current_trace, tracing
 from vtoken.hosts.prompt import ShortPrompt, check_shapes, default_positions, shrink_inputs
 from vtoken.hosts.prompt_calls import cache_of, is_filled
@@ -55,7 +55,13 @@ def check_call(adapter: VideoAdapter, model: Any, given: dict[str, Any]) -> None
         )
     if isinstance(given.get("logits_to_keep"), Tensor):
         raise InputError("logits_to_keep names positions of the full prompt; pass how many of the last ones to keep")
-    adapter.ready(model)
+    pruning = _pruning(model)
+    if pruning is not None and given.get("pixel_values") is not None and pruning.positions == "original":
+        raise ConfigError(
+            "VTCCLS(positions='original') numbers tokens by the full prompt, which a video with a budget does not "
+            "keep; use positions='compact' (vtoken.configure), or ask about images and videos in calls of their own"
+        )
+    adapter.ready(model, given)
 
 
 def check_placeholders(ids: Tensor, token_id: int, layouts: Sequence[VideoLayout]) -> None:
@@ -113,17 +119,16 @@ def _shrunk(
     model: Any, given: dict[str, Any], kept: list[Tensor], lengths: list[int], token_id: int, side: str, one_axis: bool
 ) -> ShortPrompt:
     pad = getattr(model.config, "pad_token_id", None)
-    method = model.__dict__["_vtoken"].methods.get("on_features") if "_vtoken" in model.__dict__ else None
+    along: dict[str, Any] = {name: given.get(name) for name in _ALONG}
     return shrink_inputs(
         given["input_ids"],
         kept,
         lengths,
         token_id=token_id,
-        **{name: given.get(name) for name in _ALONG},
+        **along,
         position_ids=given.get("position_ids") if one_axis else None,
         pad_token_id=0 if pad is None else pad,
         padding_side=side,
-        positions="compact" if method is None else method.positions,
     )
 
 
@@ -131,7 +136,7 @@ def _encode_images(adapter: VideoAdapter, model: Any, given: dict[str, Any], sid
     """Images by the model's own path, or pruned if VTC-CLS is applied to it."""
     if given.get("pixel_values") is None:
         return _Images(given)
-    if "on_features" not in getattr(model.__dict__.get("_vtoken"), "methods", {}):
+    if _pruning(model) is None:
         return _Images(given, adapter.images(model, given))
     from vtoken.hosts.llava_entry import prepare  # only with a model of transformers
 
@@ -143,6 +148,11 @@ def _encode_images(adapter: VideoAdapter, model: Any, given: dict[str, Any], sid
         raise InputError("pixel_values came without image placeholders in the prompt")
     call = prepared[0]
     return _Images(_without(call, {"features": None}) | videos, call["features"], record.prompt.index)
+
+
+def _pruning(model: Any) -> Any:
+    """The method that takes image tokens out of the model's prompts; None if there is none."""
+    return getattr(model.__dict__.get("_vtoken"), "methods", {}).get("on_features")
 
 
 def _without(given: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
