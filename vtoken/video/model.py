@@ -118,7 +118,9 @@ class QuotaVideoModel(nn.Module):
         given = calls.by_name(self._core.forward, args, kwargs)
         if not self._has_video(given, frame_scores, frames, features):
             return self.model(*args, **kwargs)
-        prepared = self.prepare(frame_scores=frame_scores, query=query, frames=frames, features=features, **given)
+        # Eagerly, also in a compiled wrapper: what it does hangs on values. (As a decorator, disable loads the compiler.)
+        prepare = torch.compiler.disable(self.prepare) if torch.compiler.is_compiling() else self.prepare
+        prepared = prepare(frame_scores=frame_scores, query=query, frames=frames, features=features, **given)
         target, call = self.adapter.handed_over(self._core, dict(prepared))
         ids = call.pop("input_ids") if "inputs_embeds" in call else call["input_ids"]
         out = (self.model if target is self._core else target)(**call)
