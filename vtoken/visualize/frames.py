@@ -86,6 +86,8 @@ def frames_figure(
     even = sum(tokens) / count
     axes[3].axhline(even, color="black", linewidth=0.8, linestyle="--")
     axes[3].text(1.005, even, f"even: {even:.0f}", transform=axes[3].get_yaxis_transform(), va="center", fontsize=8)
+    axes[0][0].set_ylabel("frame")
+    axes[1][0].set_ylabel("as tokens")
     axes[2].tick_params(labelbottom=False)
     axes[3].set_xlabel("frame" if times is None else "seconds")
     return figure
