@@ -439,3 +439,19 @@ def test_runs_that_the_processor_shortened() -> None:
         given["video_compression_mask"] = given["video_compression_mask"][:-1]
         with pytest.raises(ValueError, match="23 entries for 24 features"):
             quota.prepare(**given, frame_scores=SCORES)
+
+
+@pytest.mark.parametrize("kind", ["onevision", "next"])
+def test_videos_of_different_length_in_a_list(kind: str) -> None:
+    """The models themselves take one tensor only."""
+    model = build(kind)
+    parts = [video_inputs(kind, [cells], seed)["pixel_values_videos"][0] for cells, seed in ((4, 1), (2, 2))]
+    given = prompt(kind, [[3, run(kind, 4), 7, run(kind, 2), 8]])
+    quota = vtoken.QuotaVideoModel(model, budget=[11, 6])
+    scores = [SCORES, [0.5, 0.2]]
+    with torch.no_grad():
+        out = quota(**given, pixel_values_videos=parts, frame_scores=scores).logits
+        known = [quota.encode_video(pixel_values_videos=part[None]) for part in parts]
+        assert torch.allclose(quota(**given, features=known, frame_scores=scores).logits, out, atol=1e-5)
+    with pytest.raises(ValueError, match="must be .videos, frames, C, H, W."):
+        quota(**given, pixel_values_videos=parts[0], frame_scores=scores)

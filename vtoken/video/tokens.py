@@ -80,10 +80,9 @@ def placeholders(tokens: VideoTokens, layout: VideoLayout, newline: str) -> Tens
         if new and not old:
             raise ConfigError("a frame without placeholders in the prompt cannot be given tokens")
         if layout.grid == layout.default and old == layout.default_tokens and new == count:
-            found.append(start + places.cpu())
-        else:
-            even = [(2 * j + 1) * old // (2 * new) for j in range(new)]
-            found.append(start + torch.tensor(even, dtype=torch.int64))
+            found.append(start + places)
+        else:  # evenly spread
+            found.append(start + (2 * torch.arange(new, device=places.device) + 1) * old // (2 * max(new, 1)))
         start += old
-    found.append(torch.arange(start, start + layout.trailing))
+    found.append(torch.arange(start, start + layout.trailing, device=found[0].device))
     return torch.cat(found)
