@@ -118,7 +118,7 @@ class QuotaVideoModel(nn.Module):
         given = calls.by_name(self._core.forward, args, kwargs)
         if not self._has_video(given, frame_scores, frames, features):
             return self.model(*args, **kwargs)
-        # Eagerly, also in a compiled wrapper: what it does hangs on values. (As a decorator, disable loads the compiler.)
+        # Eagerly, also in a compiled wrapper: it hangs on values. As a decorator, disable would load the compiler.
         prepare = torch.compiler.disable(self.prepare) if torch.compiler.is_compiling() else self.prepare
         prepared = prepare(frame_scores=frame_scores, query=query, frames=frames, features=features, **given)
         target, call = self.adapter.handed_over(self._core, dict(prepared))
@@ -194,26 +194,25 @@ class QuotaVideoModel(nn.Module):
             InputError, ShapeError: if scores, placeholders and pixels do not belong together.
             ConfigError: if a budget cannot be spent.
         """
-        core = self._core
+        core, adapter = self._core, self.adapter
         given = {name: value for name, value in inputs.items() if value is not None}
-        check_call(self.adapter, core, given)
-        known = None if features is None else [features] if isinstance(features, VideoFeatures) else list(features)
-        if known is not None:
-            known = [f.to(given["input_ids"].device) for f in known]
+        check_call(adapter, core, given)
+        known = None
+        if features is not None:
+            each = [features] if isinstance(features, VideoFeatures) else features
+            known = [f.to(given["input_ids"].device) for f in each]
             given = _known_inputs(known) | given
-        layouts = self.adapter.layouts(core, given) if known is None else [f.layout for f in known]
-        check_placeholders(given["input_ids"], self.adapter.placeholder_id(core), layouts)
+        layouts = adapter.layouts(core, given) if known is None else [f.layout for f in known]
+        check_placeholders(given["input_ids"], adapter.placeholder_id(core), layouts)
         scores = self._scores(layouts, frame_scores, query, frames)
         spent = budgets(self.budget, layouts)
         counts = [self.spending.counts(*each) for each in zip(scores, spent, layouts, strict=True)]
-        encoded = self.adapter.encode(core, given, self.vision_chunk) if known is None else known
-        videos = [
-            resample(f, c, self.spending.mode, self.adapter.pooling) for f, c in zip(encoded, counts, strict=True)
-        ]
-        call = build(self.adapter, core, given, encoded, videos, padding_side=padding_side)
+        encoded = adapter.encode(core, given, self.vision_chunk) if known is None else known
+        videos = [resample(f, c, self.spending.mode, adapter.pooling) for f, c in zip(encoded, counts, strict=True)]
+        call = build(adapter, core, given, encoded, videos, padding_side=padding_side)
         scoring = None if frame_scores is None and self.scorer is not None else 0
         call.reports = reports(
-            core, self.adapter, given, call, layouts, scores=scores, spent=spent, videos=videos, scoring=scoring
+            core, adapter, given, call, layouts, scores=scores, spent=spent, videos=videos, scoring=scoring
         )
         record = current_trace(self)
         if record is not None:
@@ -251,8 +250,9 @@ class QuotaVideoModel(nn.Module):
             return True
         if frame_scores is not None or frames is not None:
             raise InputError(f"frame_scores or frames came without {_PIXELS} or features")
-        ids, ready = given.get("input_ids"), (calls.cache_of(given), given.get("mm_encoder_outputs"))
-        if isinstance(ids, Tensor) and not any(r is not None for r in ready) and given.get("inputs_embeds") is None:
+        ids = given.get("input_ids")
+        ready = any(given.get(name) is not None for name in ("inputs_embeds", "mm_encoder_outputs"))
+        if isinstance(ids, Tensor) and not ready and not calls.is_filled(calls.cache_of(given)):
             count = int((ids == self.adapter.placeholder_id(self._core)).sum())
             if count:
                 raise InputError(f"{count} video placeholders in the prompt, but no {_PIXELS} and no features")
