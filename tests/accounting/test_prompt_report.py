@@ -67,6 +67,8 @@ def test_measures_are_read_from_models_and_configurations() -> None:
     for source in (model, model.config, model.config.text_config, decoder):
         assert Decoder.of(source) == decoder
         assert prefill_macs(source, 10) == prefill_macs(decoder, 10)
+    with pytest.raises(vtoken.ConfigError, match="-1"):
+        vtoken.kv_cache_bytes(decoder, -1)
     with pytest.raises(vtoken.ConfigError, match="Linear"):
         vtoken.prefill_flops(torch.nn.Linear(2, 2), 3)
 

@@ -113,6 +113,11 @@ def test_transformers(kind: str) -> None:
 def test_towers_that_cannot_be_read() -> None:
     with pytest.raises(vtoken.ConfigError, match="no class token"):
         vtoken.cls_attention_scores(vit(global_pool="avg"), images((3, 32, 32)))
+    with pytest.raises(vtoken.ShapeError, match=r"\[B, C, H, W\]"):
+        vtoken.cls_attention_scores(vit(), images((3, 32, 32))[0])
+    registers = vit(class_token=False, reg_tokens=2, global_pool="avg")
+    with pytest.raises(vtoken.ConfigError, match="no class token"):
+        vtoken.cls_attention_scores(registers, images((3, 32, 32)))
     model = vit()
     with pytest.raises(vtoken.ConfigError, match="blocks -3 to 2"):
         vtoken.cls_attention_scores(model, images((3, 32, 32)), last=3)

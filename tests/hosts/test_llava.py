@@ -226,6 +226,44 @@ def test_feature_layer_per_call_is_honoured() -> None:
             model(**given)
 
 
+@torch.no_grad()
+def test_images_of_another_size_by_interpolation() -> None:
+    model, pixels = build("llava"), torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    given, call = prompt([1, -64, 5]), {"pixel_values": pixels, "interpolate_pos_encoding": True}
+    features = features_of(model, **call)
+    vtoken.apply(model, vtoken.VTCCLS(num_tokens=6))
+    out, trace = vtoken.trace(model, **given, **call)
+    vtoken.remove(model)
+    assert trace.grid == (8, 8)
+    kept = trace.prompt.kept[0].tolist()
+    assert kept == plain_top(trace.prompt.scores[0], 6)
+    assert_close("logits", model(**by_hand(model, given, features, [kept])).logits, out.logits, 1e-5)
+
+
+@torch.no_grad()
+def test_the_output_keeps_what_the_tower_returned() -> None:
+    model, given = build("llava"), prompt([1, -36, 5]) | {"pixel_values": images(1)}
+    stock = model(**given)
+    if "image_outputs" not in stock:
+        pytest.skip("this transformers does not return it")
+    vtoken.apply(model, vtoken.VTCCLS(num_tokens=6))
+    ours, kept = model(**given).image_outputs, vtoken.trace(model, **given)[1].prompt.kept[0]
+    assert torch.equal(ours.last_hidden_state, stock.image_outputs.last_hidden_state)
+    assert torch.equal(ours.pooler_output[0], stock.image_outputs.pooler_output[0][kept])
+
+
+@torch.no_grad()
+def test_scores_use_the_factor_of_the_module() -> None:
+    model, pixels = build("llava"), images(1)
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.self_attn.scale *= 2
+    scores = plain_scores(model, pixels, 0, 2)[0]
+    vtoken.apply(model, vtoken.VTCCLS(num_tokens=6, start_layer=0))
+    assert_close(
+        "scores", scores, vtoken.trace(model, **prompt([1, -36]), pixel_values=pixels)[1].prompt.scores[0], 1e-5
+    )
+
+
 def test_gradients_reach_the_projector_as_by_hand() -> None:
     model, pixels = build("llava"), images(2)
     given = prompt([1, 5, -36, 7, 8], [1, -36, 6, 7, 9])
@@ -236,9 +274,10 @@ def test_gradients_reach_the_projector_as_by_hand() -> None:
     model(**by_hand(model, given, features_of(model, pixel_values=pixels), kept, labels=labels)).loss.backward()
     expected, expected_deep = weight.grad.clone(), deep.grad.clone()
     vtoken.apply(model, vtoken.VTCCLS(num_tokens=6, start_layer=0))
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+    for reentrant in (None, False, True):
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
             model.train()
         model.zero_grad()
         out = model(**given, pixel_values=pixels, labels=labels)
@@ -356,9 +395,12 @@ def test_images_do_not_depend_on_their_neighbours() -> None:
 def test_threads_share_one_model() -> None:
     model = build("llava")
     vtoken.apply(model, vtoken.VTCCLS(num_tokens=6))
-    jobs = [(prompt([1, *[-36] * n, 5]), images(n, seed=n)) for n in (1, 2, 3, 2)]
+    jobs = [(prompt([1, *[-36] * n, 5]), images(n, seed=n + i)) for i, n in enumerate((1, 2, 3, 2))]
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 3}
     with torch.no_grad():
         expected = [model(**ids, pixel_values=x).logits for ids, x in jobs]
+        kept = [[plain_top(s, 6) for s in plain_scores(model, x, 2, 2)] for _, x in jobs]
+        texts = [model.generate(**ids, pixel_values=x, **options) for ids, x in jobs]
     found: dict[int, Tensor] = {}
 
     def work(number: int) -> None:
@@ -366,7 +408,12 @@ def test_threads_share_one_model() -> None:
         with torch.no_grad():
             for _ in range(5):
                 out, trace = vtoken.trace(model, **ids, pixel_values=x)
-                assert len(trace.prompt.kept) == x.shape[0]
+                assert [k.tolist() for k in trace.prompt.kept] == kept[number]
+                with vtoken.tracing(model) as record:
+                    new = model.generate(**ids, pixel_values=x, **options)
+                assert record.prompt is not None
+                assert [k.tolist() for k in record.prompt.kept] == kept[number]
+                assert torch.equal(new, texts[number])
         found[number] = out.logits
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]

@@ -178,6 +178,23 @@ def test_other_methods_in_the_tower(config: Any) -> None:
         assert trace.prompt.kept[i].tolist() == plain_top(trace.prompt.scores[i], 5)
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["alone", "behind VTC-CLS"])
+def test_connectivity_masks_in_the_tower_are_refused_by_name(first: bool) -> None:
+    """Sparsifiner serves timm and open_clip."""
+    model = build("llava")
+    if first:
+        vtoken.apply(model, PROMPT)
+    for config in (
+        vtoken.Sparsifiner(keep_ratio=0.5),
+        [vtoken.Sparsifiner(keep_ratio=0.5), PROMPT.replace(num_tokens=3)],
+    ):
+        with pytest.raises(
+            vtoken.ConfigError, match=r"sparsifiner does not work on LlavaForConditionalGeneration.*CLIP"
+        ):
+            vtoken.apply(model, config, replace=first)
+    assert vtoken.config_of(model) == (PROMPT if first else None)
+
+
 def test_merging_with_the_tower_of_a_model_without_class_token() -> None:
     model, x = build("llava_siglip"), images(2)
     vtoken.apply(model, [vtoken.PiToMe(ratio=0.85), vtoken.VTCCLS(num_tokens=5)])

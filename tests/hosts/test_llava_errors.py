@@ -134,6 +134,22 @@ def test_the_library_speaks_for_itself() -> None:
     assert str(ours.value) == str(stock.value)
     with pytest.raises(ValueError, match="exactly one of"):
         model(pixel_values=images(1))
+    vtoken.remove(model)
+    alone = prompt([1, -36, 5])  # placeholders without an image
+    verbs = (lambda: model(**alone).logits, lambda: model.generate(**alone, do_sample=False, max_new_tokens=2))
+    before = [_outcome(verb) for verb in verbs]
+    vtoken.apply(model, CONFIG)
+    for verb, stock_outcome in zip(verbs, before, strict=True):
+        found = _outcome(verb)
+        assert torch.equal(found, stock_outcome) if isinstance(found, Tensor) else found == stock_outcome
+
+
+@torch.no_grad()
+def _outcome(call: Any) -> Any:
+    try:
+        return call()
+    except ValueError as error:
+        return str(error)
 
 
 def test_bad_masks_and_labels_are_refused_before_the_tower_runs() -> None:
@@ -179,8 +195,13 @@ def test_videos_run_unpruned_with_one_warning(kind: str) -> None:
         assert [str(w.message) for w in caught if "video" in str(w.message)] == [
             "vtc_cls does not prune video tokens: this call runs unpruned, its images too"
         ]
-        with pytest.warns(UserWarning, match="unpruned"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             assert torch.equal(model.generate(**given, max_new_tokens=2, do_sample=False), ids)
+            model(**given)
+        ours = [w.filename for w in caught if "unpruned" in str(w.message)]
+        assert len(ours) == 2, "one for generate, one for the call"
+        assert ours[1] == __file__
 
 
 def test_text_only_calls_reach_the_library_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

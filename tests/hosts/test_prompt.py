@@ -123,6 +123,8 @@ def test_compact_positions() -> None:
     ("change", "message"),
     [
         ({"lengths": [2]}, "3 placeholders"), ({"kept": [[0], [1]]}, "2 selection"), ({"kept": [[3]]}, "reaches 3"),
+        ({"kept": [[-1, 1]]}, "reaches -1"), ({"kept": [[True, False, True]]}, "nonzero"),
+        ({"kept": [[0.5]]}, "float32"),
         ({"attention_mask": torch.ones(1, 1, 5, 5)}, "more dimensions"), ({"labels": torch.ones(1, 4)}, "labels"),
         ({"position_ids": torch.zeros(3, 1, 5)}, "position_ids"), ({"ids": [1, 9, 9, 9, 2]}, "input_ids"),
     ],

@@ -81,8 +81,9 @@ def test_selection_is_stable_and_monotone(values: list[float], k: int) -> None:
 
 
 def test_selection_refuses_nothing_and_odd_shapes() -> None:
-    with pytest.raises(vtoken.ConfigError, match="at least one"):
-        select_tokens(torch.ones(3), 0)
+    for k in (0, 0.5, 2.5, True):
+        with pytest.raises(vtoken.ConfigError, match="at least one"):
+            select_tokens(torch.ones(3), k)  # type: ignore[arg-type]
     with pytest.raises(vtoken.ShapeError, match=r"\[N\]"):
         select_tokens(torch.ones(1, 1, 3), 1)
 

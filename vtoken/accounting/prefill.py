@@ -69,6 +69,7 @@ def prefill_macs(decoder: Any, num_tokens: int, *, causal: bool = False) -> int:
         4.225
     """
     d = Decoder.of(decoder)
+    _check(num_tokens)
     queries = d.width if d.q_width is None else d.q_width
     linear = 2 * d.width * queries + 2 * d.width * d.kv_width + 3 * d.width * d.mlp_width
     attention = num_tokens * num_tokens * queries * (1 if causal else 2)
@@ -83,4 +84,10 @@ def prefill_flops(decoder: Any, num_tokens: int, *, causal: bool = False) -> int
 def kv_cache_bytes(decoder: Any, num_tokens: int, bytes_per_element: int = 2) -> int:
     """Bytes of the keys and values of `num_tokens` tokens; two bytes per element in half precision."""
     d = Decoder.of(decoder)
+    _check(num_tokens)
     return 2 * d.layers * d.kv_width * num_tokens * bytes_per_element
+
+
+def _check(num_tokens: int) -> None:
+    if num_tokens < 0:
+        raise ConfigError(f"num_tokens={num_tokens}: a prompt has no fewer than 0 tokens")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError, UnsupportedModelError, VTokenError
+from vtoken.core.errors import ConfigError, ShapeError, UnsupportedModelError, VTokenError
 from vtoken.core.host import find_adapter
 from vtoken.core.patch import is_patched, view_as
 from vtoken.core.state import Slot, TokenState
@@ -43,6 +43,7 @@ def cls_attention_scores(
     Raises:
         UnsupportedModelError: if the model is not understood, with the reason.
         ConfigError: if it has no class token, or for blocks that it does not have.
+        ShapeError: if the images are not a batch.
         VTokenError: if it is patched.
 
     Example:
@@ -57,10 +58,12 @@ def cls_attention_scores(
     spec = adapter.spec(tower)
     if any(is_patched(m) for m in tower.modules()):
         raise VTokenError(f"{spec.name} carries a method; use vtoken.remove first, or read the record of vtoken.trace")
-    if spec.num_prefix == 0:
+    if spec.num_prefix == 0 or not spec.class_token:  # registers alone are no class token
         raise ConfigError(f"{spec.name} has no class token whose attention could be read")
     if spec.position == "rotary":
         raise UnsupportedModelError(f"cannot read class attention of {spec.name}: it rotates queries and keys")
+    if isinstance(pixel_values, Tensor) and pixel_values.dim() != 4:
+        raise ShapeError(f"expected images [B, C, H, W], got {tuple(pixel_values.shape)}")
     rows = ClassRows(scored_layers(spec.depth, start_layer, spec.depth - 1 if last is None else last), "cls")
     with torch.no_grad():
         adapter.run_watched(tower, rows, pixel_values)
@@ -102,7 +105,8 @@ class ClassRows:
         slot = Slot() if self._state is None else self._state.slots[last + 1]
         if slot.anchor is not None and self._state is not None and self._state.method.order == "raster":
             slot = slot.in_raster_order(slot.anchor.new_empty(*slot.anchor.shape, 0))[1]
-        return ensemble([self._carried(layer, slot) for layer in self._layers], how), slot.anchor
+        rows = [self._carried(layer, slot) for layer in self._layers]
+        return ensemble([row.to(rows[-1].device) for row in rows], how), slot.anchor
 
     def _carried(self, layer: int, slot: Slot) -> Tensor:
         """One layer's scores brought to the rows of `slot`: tokens that merged later pass on their sum."""
@@ -151,6 +155,7 @@ class RowTap:
         self._score = class_row if scorer == "cls" else received_row
         self._bias = bias
         self._head_dim = 0
+        self._scale: float | None = None
         self._q: Tensor | None = None
         self._k: Tensor | None = None
         self._row: Tensor | None = None
@@ -162,9 +167,12 @@ class RowTap:
             raise RuntimeError("the attention never computed queries and keys, so there are no scores")
         return self._row
 
-    def on(self, attn: Any, query: str, key: str) -> Any:
-        """The attention with this tap behind its modules `query` and `key`, projections or norms."""
-        self._head_dim = int(attn.head_dim)
+    def on(self, attn: Any, query: str, key: str, scale: float | None = None) -> Any:
+        """The attention with this tap behind its modules `query` and `key`, projections or norms.
+
+        `scale` is the factor on its logits; None: head_dim ** -0.5.
+        """
+        self._head_dim, self._scale = int(attn.head_dim), scale
         parts = {
             query: functools.partial(self._queries, getattr(attn, query)),
             key: functools.partial(self._keys, getattr(attn, key)),
@@ -207,5 +215,6 @@ class RowTap:
 
     def _finish(self) -> None:
         if self._q is not None and self._k is not None:
-            self._row = self._score(self._q, self._k, scale=self._head_dim**-0.5, bias=self._bias)
+            scale = self._head_dim**-0.5 if self._scale is None else self._scale
+            self._row = self._score(self._q, self._k, scale=scale, bias=self._bias)
             self._q = self._k = self._bias = None

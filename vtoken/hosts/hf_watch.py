@@ -32,4 +32,5 @@ def _tapped(layer: Any, tap: RowTap) -> Any:
             f"cannot read class attention of a {type(layer).__name__} of this transformers release: its attention is "
             "nested; newer releases can be read"
         )
-    return view_as(type(layer), layer, **{name: tap.on(attn, "q_proj", "k_proj")})
+    scale = getattr(attn, "scale", getattr(attn, "scaling", None))
+    return view_as(type(layer), layer, **{name: tap.on(attn, "q_proj", "k_proj", scale)})

@@ -47,13 +47,13 @@ class PromptMixin:
         if len(args) < 2 and not _has_images(kwargs):
             return stock(*args, **kwargs)
         given = by_name(stock, args, kwargs)
-        prepared = prepare(self, given, padding_side="right") if _has_images(given) else None
+        prepared = prepare(self, given, padding_side="right") if _is_prunable(given, stacklevel=5) else None
         if prepared is None:
             return stock(*args, **kwargs)
-        call, short, changed = prepared
-        out = stock(**_handed_over(self, stock, call))
-        if changed:
-            mark(cache_of(out), short, image_token_id(self))
+        call, short, _ = prepared
+        before = is_filled(cache_of(given))
+        out = stock(**_handed_over(self, call))
+        mark(cache_of(out), short, image_token_id(self), goes_on=before)
         return out
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,8 +63,12 @@ class PromptMixin:
         if not _has_images(given):
             check_cache(cache_of(given), ids, image_token_id(self))
             return stock(*args, **kwargs)
+        given["input_ids"] = ids
+        # Where generate hands videos on to forward, that warns of them.
+        if not _is_prunable(given, stacklevel=3 if _takes_outputs(self) else None):
+            return stock(*args, **kwargs)
         with torch.no_grad():
-            prepared = prepare(self, given | {"input_ids": ids}, padding_side="left")
+            prepared = prepare(self, given, padding_side="left")
             if prepared is None:
                 return stock(*args, **kwargs)
             call, short, changed = prepared
@@ -72,10 +76,10 @@ class PromptMixin:
             _check_generation(self, call, changed)
             if changed:
                 count_from_full(self, call, ids.shape[1])
-            call = _handed_over(self, stock, call, generating=True)
+            call = _handed_over(self, call, generating=True)
         out = stock(**call)
-        if changed:
-            mark(cache_of(out) or cache_of(call), short, image_token_id(self))
+        returned = cache_of(out)
+        mark(cache_of(call) if returned is None else returned, short, image_token_id(self))
         return with_prompt(out, ids, short.shape[1])
 
 
@@ -86,40 +90,39 @@ def prepare(
 
     Returns:
         The arguments of the shortened call, its features under "features"; the short ids; and whether anything was
-        taken away. None if the call is not one to shorten.
+        taken away. None if there is no placeholder.
 
     Raises:
         ShapeError: if the placeholders fit neither the full nor the kept features.
         InputError: if something else of the call cannot be shortened.
     """
-    ids = given.get("input_ids")
-    ready = given.get("inputs_embeds") is not None or given.get("mm_encoder_outputs")
-    if ids is None or ready:
-        return None
-    if given.get("pixel_values_videos") is not None:
-        warnings.warn("vtc_cls does not prune video tokens: this call runs unpruned, its images too", stacklevel=4)
-        return None
-    token_id = image_token_id(model)
+    ids, token_id = given["input_ids"], image_token_id(model)
     total = int((ids == token_id).sum())
     if total == 0:  # the library says so
         return None
     along = {name: given.get(name) for name in _ALONG}
-    check_shapes(ids, along, given.get("position_ids"))
+    places, cached = given.get("position_ids"), is_filled(cache_of(given))
+    if not cached:  # before the tower runs; with a cache the mask is longer than the ids
+        check_shapes(ids, along, places)
     method = model._vtoken.methods["on_features"]
     features = encode(model, method, given)
-    chosen = _selection(features, total, cached=is_filled(cache_of(given)))
+    chosen = _selection(features, total, cached=cached)
     pad = getattr(model.config, "pad_token_id", None)
-    short = shrink_inputs(
-        ids,
-        chosen,
-        features.full_lengths if chosen is features.kept else features.lengths,
-        token_id=token_id,
-        **along,
-        position_ids=given.get("position_ids"),
-        pad_token_id=0 if pad is None else pad,
-        padding_side=padding_side,
-        positions=method.positions,
-    )
+    if cached:  # nothing is to be taken out, or the selection would have raised
+        index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        short = ShortPrompt(input_ids=ids, position_ids=places, index=index, **along)
+    else:
+        short = shrink_inputs(
+            ids,
+            chosen,
+            features.full_lengths if chosen is features.kept else features.lengths,
+            token_id=token_id,
+            **along,
+            position_ids=places,
+            pad_token_id=0 if pad is None else pad,
+            padding_side=padding_side,
+            positions=method.positions,
+        )
     changed = features.lengths != features.full_lengths
     if short.input_ids is not ids and isinstance(given.get("logits_to_keep"), Tensor):
         raise InputError("logits_to_keep names positions of the full prompt; pass how many of the last ones to keep")
@@ -179,15 +182,20 @@ def _record(model: Any, given: dict[str, Any], features: ImageFeatures, short: S
     )
 
 
-def _handed_over(model: Any, stock: Any, call: dict[str, Any], *, generating: bool = False) -> dict[str, Any]:
+def _takes_outputs(model: Any) -> bool:
+    """Whether this version of the host takes features that are ready; then its generate encodes images itself."""
+    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+
+
+def _handed_over(model: Any, call: dict[str, Any], *, generating: bool = False) -> dict[str, Any]:
     """The call with its features in the form that this version of the host takes."""
     features, ids = call.pop("features"), call["input_ids"]
-    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
+    if _takes_outputs(model):
         return call | {"mm_encoder_outputs": {"image": features}}
     rows = features.pooler_output
     rows = rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(list(rows))
     embeds = model.get_input_embeddings()(ids)
-    places = (ids == image_token_id(model)).unsqueeze(-1)
+    places = (ids == image_token_id(model)).unsqueeze(-1).to(embeds.device)
     call["inputs_embeds"] = embeds.masked_scatter(places, rows.to(embeds.device, embeds.dtype))
     if not generating:
         del call["input_ids"]
@@ -206,6 +214,19 @@ def _check_generation(model: Any, call: dict[str, Any], changed: bool) -> None:
         and model._vtoken.methods["on_features"].positions == "original"
     ):
         raise InputError("positions='original' leaves gaps, which generate(use_cache=False) takes for packed sequences")
+
+
+def _is_prunable(given: dict[str, Any], stacklevel: int | None) -> bool:
+    """Whether the call's images are still to be encoded and can be pruned; warns of videos at that level."""
+    ready = given.get("inputs_embeds") is not None or bool(given.get("mm_encoder_outputs"))
+    if given.get("input_ids") is None or ready or not _has_images(given):
+        return False
+    if given.get("pixel_values_videos") is None:
+        return True
+    if stacklevel is not None:
+        message = "vtc_cls does not prune video tokens: this call runs unpruned, its images too"
+        warnings.warn(message, stacklevel=stacklevel)
+    return False
 
 
 def _has_images(given: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ LAYER_NAMES = ("vision_feature_layer", "vision_feature_layers")
 #: Arguments that say how images are encoded; they go once images have become features.
 _IMAGE_SIDE = (
     *PIXELS, *LAYER_NAMES, "image_sizes", "batch_num_images", "vision_feature_select_strategy", "vision_aspect_ratio",
+    "interpolate_pos_encoding",
 )  # fmt: skip
 
 
@@ -58,12 +59,12 @@ class ImageFeatures:
         return tuple(len(k) for k in self.kept)
 
     def pruned(self) -> Any:
-        """The model's output object with nothing but the features that stay, in the container that they came in."""
+        """The model's output object with the features that stay, in the container that they came in."""
         features = self.output.pooler_output
-        if self.lengths == self.full_lengths:
-            return type(self.output)(pooler_output=features)
-        rows = [f.index_select(0, k.to(f.device)) for f, k in zip(features, self.kept, strict=True)]
-        return type(self.output)(pooler_output=torch.stack(rows) if isinstance(features, Tensor) else rows)
+        if self.lengths != self.full_lengths:
+            rows = [f.index_select(0, k.to(f.device)) for f, k in zip(features, self.kept, strict=True)]
+            features = torch.stack(rows) if isinstance(features, Tensor) else rows
+        return type(self.output)(**{**self.output, "pooler_output": features})
 
 
 def tower_of(model: Any) -> tuple[str, Any]:
@@ -88,8 +89,8 @@ def drops_first(model: Any, given: dict[str, Any] | None = None) -> bool:
 
 
 def image_arguments(model: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Of a call's arguments those that the model's `get_image_features` takes."""
-    takes = inspect.signature(model.model.get_image_features).parameters
+    """Of a call's arguments those that the model's `get_image_features` takes, by name or for its tower."""
+    takes = {*inspect.signature(model.model.get_image_features).parameters, "interpolate_pos_encoding"}
     return {name: value for name, value in given.items() if name in takes and value is not None and name in _IMAGE_SIDE}
 
 

@@ -75,7 +75,7 @@ def shrink_inputs(
 
     Raises:
         ShapeError: if the counts or the shapes do not belong together, or the mask has more than two dimensions.
-        InputError: for positions of your own in "compact" mode.
+        InputError: for positions of your own in "compact" mode, and for a selection that is no tensor of indices.
 
     Example:
         >>> import torch, vtoken
@@ -134,8 +134,14 @@ def _counts(input_ids: Tensor, kept: Sequence[Tensor], lengths: Sequence[int], t
         )
     found = []
     for image, (chosen, length) in enumerate(zip(kept, lengths, strict=True)):
+        if not isinstance(chosen, Tensor) or chosen.dtype not in (torch.int64, torch.int32) or chosen.dim() != 1:
+            got = f"{chosen.dtype} {list(chosen.shape)}" if isinstance(chosen, Tensor) else type(chosen).__name__
+            raise InputError(
+                f"kept[{image}] must be a tensor of indices [k], got {got}; of a mask: mask.nonzero()[:, 0]"
+            )
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < length:
-            raise ShapeError(f"image {image} has tokens 0 to {length - 1}, its selection reaches {int(chosen.max())}")
+            wrong = int(chosen.min()) if int(chosen.min()) < 0 else int(chosen.max())
+            raise ShapeError(f"image {image} has tokens 0 to {length - 1}, its selection reaches {wrong}")
         found.append(torch.bincount(chosen.to(input_ids.device), minlength=length))
     counts = torch.ones_like(input_ids, dtype=torch.int64)
     counts[placeholder] = torch.cat(found) if found else counts.new_zeros(0)

@@ -67,6 +67,8 @@ def with_prompt(out: Any, ids: Tensor, short: int) -> Any:
 
 def cache_of(holder: Any) -> Any:
     """The key-value cache among a call's arguments or in an output, under the name that the release gives it."""
+    if isinstance(holder, tuple):  # an output under return_dict=False
+        return next((part for part in holder if hasattr(part, "get_seq_length")), None)
     read = holder.get if isinstance(holder, dict) else lambda name: getattr(holder, name, None)
     found = read("cache")
     return read("past_key_values") if found is None else found
@@ -77,16 +79,23 @@ def is_filled(cache: Any) -> bool:
     return cache is not None and cache.get_seq_length() > 0
 
 
-def mark(cache: Any, short: Tensor, token_id: int) -> None:
-    """Let the cache, which is the caller's, tell how many placeholders each row of its prompt has."""
-    if hasattr(cache, "get_seq_length"):
-        setattr(cache, _CACHED, (short == token_id).sum(1).tolist())
+def mark(cache: Any, short: Tensor, token_id: int, *, goes_on: bool = False) -> None:
+    """Let the cache, which is the caller's, tell how many placeholders each row of its prompt has.
+
+    Args:
+        short: ids [B, L'] that were put into it; only the new ones if it `goes_on` from what it held.
+    """
+    if not hasattr(cache, "get_seq_length"):
+        return
+    counts = (short == token_id).sum(1).tolist()
+    old = getattr(cache, _CACHED, []) if goes_on else []
+    setattr(cache, _CACHED, [a + b for a, b in zip(old, counts, strict=True)] if len(old) == len(counts) else counts)
 
 
 def check_cache(cache: Any, ids: Tensor | None, token_id: int, what: str = "image") -> None:
     """Refuse the full ids of a conversation whose cache was made from a shortened prompt."""
     marked = getattr(cache, _CACHED, None)
-    if marked is None or ids is None:
+    if marked is None or ids is None or not is_filled(cache):
         return
     counts = (ids == token_id).sum(1).tolist()
     if any(counts) and not set(counts) <= set(marked):

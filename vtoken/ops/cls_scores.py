@@ -142,7 +142,7 @@ def select_tokens(scores: Tensor, k: int) -> Tensor:
         [k] or [B, k] int64.
 
     Raises:
-        ConfigError: if k < 1.
+        ConfigError: if k is no whole number from 1 on.
         ShapeError: if the scores have another number of dimensions.
 
     Example:
@@ -150,8 +150,8 @@ def select_tokens(scores: Tensor, k: int) -> Tensor:
         >>> vtoken.select_tokens(torch.tensor([0.1, 0.4, 0.2, 0.4]), 3)
         tensor([1, 2, 3])
     """
-    if k < 1:
-        raise ConfigError(f"k={k}: at least one token must be kept")
+    if isinstance(k, (bool, float)) or k < 1:
+        raise ConfigError(f"k={k!r}: at least one token must be kept, a whole number of them")
     if scores.dim() not in (1, 2):
         raise ShapeError(f"expected scores [N] or [B, N], got {tuple(scores.shape)}")
     ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

@@ -163,7 +163,8 @@ class QuotaVideoModel(nn.Module):
         target, call = self.adapter.handed_over(self._core, dict(prepared))
         calls.count_from_full(self._core, call, ids.shape[1])
         out = (model if target is self._core else target).generate(**call)
-        calls.mark(calls.cache_of(out) or calls.cache_of(call), short, token_id)
+        returned = calls.cache_of(out)
+        calls.mark(calls.cache_of(call) if returned is None else returned, short, token_id)
         return calls.with_prompt(out, ids, short.shape[1])
 
     def prepare(
