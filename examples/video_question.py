@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--out", type=Path, default=Path("out/video_question"), help="folder for model, clip, picture")
     parser.add_argument("--question", default="When does the ankle boot appear?", help="about one of the garments")
     parser.add_argument("--budget", default="0.25", help="tokens, or share of the default ones")
-    parser.add_argument("--steps", type=int, default=1300, help="of training; a folder with a model is used as it is")
+    parser.add_argument("--steps", type=int, default=600, help="of training; a folder with a model is used as it is")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of Fashion-MNIST")
     parser.add_argument("--small", action="store_true", help="twenty steps")
     args = parser.parse_args(argv)

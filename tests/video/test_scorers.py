@@ -72,6 +72,18 @@ def test_lvlm_scores_are_those_of_each_frame_alone(lvlm: tuple[Any, Any], clue: 
         torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float32), rtol=2e-4, atol=1e-6)
 
 
+def test_a_model_in_half_precision_scores_about_the_same(lvlm: tuple[Any, Any]) -> None:
+    half = answering.model().to(torch.bfloat16)
+    scores = LVLMScorer(half, lvlm[1]).score(frames(), OBJECTS)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, LVLMScorer(*lvlm).score(frames(), OBJECTS), rtol=0, atol=0.05)
+    images = clip().to(torch.bfloat16)
+    plain = CLIPScorer(clip(), WORDS, PREPROCESS, scale="softmax").score(frames(), OBJECTS)
+    torch.testing.assert_close(
+        CLIPScorer(images, WORDS, PREPROCESS, scale="softmax").score(frames(), OBJECTS), plain, rtol=0, atol=0.05
+    )
+
+
 def test_prompts_of_a_batch_are_padded_on_the_left(lvlm: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = lvlm[0], []
     plain = type(model).forward

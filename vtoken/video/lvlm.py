@@ -140,14 +140,18 @@ def text_generator(model: Any, processor: Any, *, max_new_tokens: int = 128) -> 
     """
 
     def generate(prompt: str) -> str:
-        plain = _tokenizer(processor) is processor
-        content: Any = prompt if plain else [{"type": "text", "text": prompt}]
+        content: Any
+        options: dict[str, Any]
+        if _tokenizer(processor) is processor:
+            content, options = prompt, {"return_tensors": "pt"}
+        else:
+            content, options = [{"type": "text", "text": prompt}], {"processor_kwargs": {"return_tensors": "pt"}}
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            return_tensors="pt",
+            **options,
         ).to(model.device)
         with evaluating(model):
             out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
