@@ -181,7 +181,7 @@ def show(rows: Sequence[dict[str, Any]], args: Any, device: torch.device) -> Non
     for row in rows:
         if row["part"] in ("allocation", "resampling"):
             ms = "".join(f" {1e3 * row[key]:>9.2f}" for key in ("seconds", "seconds_min", "tower_seconds"))
-            print(f"{row['part'] + ' ' + row['name']:<26} {row['frames']:>7}{ms} {row['of_tower']:>9.4f}")
+            print(f"{row['part'] + ' ' + row['name']:<26} {row['frames']:>7}{ms} {row['of_tower']:>9.1e}")
     print(
         f"{'prefill at':<12} {'tokens':>7} {'GFLOPs':>9} {'FLOPs ratio':>12} {'time ratio':>11} {'(min)':>7} {'s':>7}"
     )

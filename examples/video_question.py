@@ -12,6 +12,8 @@ tokens that went to frames that show what was asked for. Data: Debian's dataset-
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import random
 from collections.abc import Sequence
@@ -114,7 +116,7 @@ def train(folder: Path, steps: int, batch: int, data: Path) -> float:
     about = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "resize_mode": "squash"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": about}, indent=1))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return accuracy(model.eval(), tokenizer, data)
+    return accuracy(model.eval(), tokenizer, data, count=100 if steps < 100 else 2000)
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def accuracy(model: Any, tokenizer: Any, data: Path, count: int = 1000) -> float:
+def accuracy(model: Any, tokenizer: Any, data: Path, count: int) -> float:
     """Share of held-out pictures whose nearest caption is right."""
     rng = torch.Generator().manual_seed(1)
     images, labels = read_fashion_mnist("test", data)
@@ -176,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--out", type=Path, default=Path("out/video_question"), help="folder for model, clip, picture")
     parser.add_argument("--question", default="When does the ankle boot appear?", help="about one of the garments")
     parser.add_argument("--budget", default="0.25", help="tokens, or share of the default ones")
-    parser.add_argument("--steps", type=int, default=2000, help="of training; a folder with a model is used as it is")
+    parser.add_argument("--steps", type=int, default=600, help="of training; a folder with a model is used as it is")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of Fashion-MNIST")
     parser.add_argument("--small", action="store_true", help="twenty steps")
     args = parser.parse_args(argv)
@@ -194,9 +196,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 def judge(asked: list[str], truth: list[int | None], question: str, path: Path) -> dict[str, float]:
     """How much of the budget went to the frames that show the garment in the question."""
-    import contextlib
-    import io
-
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         command([*asked, "--json"])

@@ -14,7 +14,7 @@ import torch
 from vtoken.core.errors import ConfigError, InputError
 from vtoken.ops import allocate_tokens
 
-BITS = 400  # of the reference's fixed-point level; two parts closer than 2 ** -200 are the same
+BITS = 280  # of the reference's fixed-point level; two parts closer than 2 ** -200 are the same
 FINE = 200  # of its weights
 
 

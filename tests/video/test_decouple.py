@@ -159,6 +159,7 @@ def malformed(count: int, trap: Path) -> list[str]:
     return replies
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_malformed_replies_raise_nothing_and_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trap = tmp_path / "trap"
     replies = malformed(600, trap)

@@ -38,10 +38,14 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.mark.parametrize("gap", [1, 60])
 @pytest.mark.parametrize("name", CLIPS)
-def test_every_order_gives_the_frames_asked_for(clips: dict[str, Path], name: str) -> None:
+def test_every_order_gives_the_frames_asked_for(
+    clips: dict[str, Path], name: str, gap: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if name not in clips:
         pytest.skip(f"PyAV has no encoder {CLIPS[name][1]['codec']}")
+    monkeypatch.setattr("vtoken.video.read._SEEK_GAP", gap)  # 1: every frame is reached by a seek of its own
     rng = random.Random(1)
     even = sample_frame_indices(400, 64)
     orders = [even, [7], [399], [0], rng.sample(range(400), 40), [5, 5, 390, 5, 390], [398, 399, 1, 0], [150, 230, 231]]

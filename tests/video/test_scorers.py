@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import vtoken
 from tests.video import answering
+from vtoken.accounting.prefill import Decoder, prefill_flops
+from vtoken.accounting.vision import Tower, tower_flops
 from vtoken.core.errors import ConfigError, InputError, ShapeError
 from vtoken.video import (
     CLIPScorer,
@@ -25,6 +27,7 @@ from vtoken.video import (
     UniformScorer,
     frame_question,
     score_frames,
+    scoring_flops,
     text_generator,
     to_image,
 )
@@ -67,6 +70,18 @@ def test_lvlm_scores_are_those_of_each_frame_alone(lvlm: tuple[Any, Any], clue: 
         assert scores.dtype == torch.float32
         assert not scores.is_inference()
         torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float32), rtol=2e-4, atol=1e-6)
+
+
+def test_a_model_in_half_precision_scores_about_the_same(lvlm: tuple[Any, Any]) -> None:
+    half = answering.model().to(torch.bfloat16)
+    scores = LVLMScorer(half, lvlm[1]).score(frames(), OBJECTS)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, LVLMScorer(*lvlm).score(frames(), OBJECTS), rtol=0, atol=0.05)
+    images = clip().to(torch.bfloat16)
+    plain = CLIPScorer(clip(), WORDS, PREPROCESS, scale="softmax").score(frames(), OBJECTS)
+    torch.testing.assert_close(
+        CLIPScorer(images, WORDS, PREPROCESS, scale="softmax").score(frames(), OBJECTS), plain, rtol=0, atol=0.05
+    )
 
 
 def test_prompts_of_a_batch_are_padded_on_the_left(lvlm: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +258,29 @@ def test_equal_frames_score_a_half_and_a_reduced_tower_scores_too() -> None:
         CLIPScorer(clip(), WORDS, PREPROCESS, scale="linear")
     with pytest.raises(ConfigError, match="batch_size=0"):
         CLIPScorer(clip(), WORDS, PREPROCESS, batch_size=0)
+
+
+def test_flops_of_scorers(lvlm: tuple[Any, Any]) -> None:
+    assert scoring_flops(UniformScorer(), [0, 0], QUERY) == 0
+    assert scoring_flops(PrecomputedScorer([1, 2]), [0, 0], QUERY) == 0
+    tower = Tower(layers=2, width=32, mlp_width=128)
+    assert scoring_flops(CLIPScorer(clip(), WORDS, PREPROCESS), frames(), QUERY) == 5 * tower_flops(tower, 17)
+    # A square frame becomes two crops beside the whole, a wide one four, of 81 patches each.
+    square, wide = frames()[0], frames()[4]
+    for frame, crops in ((square, 3), (wide, 5)):
+        made = lvlm[1](text=["<image>"], images=[[Image.fromarray(frame)]], return_tensors="pt")
+        assert made["pixel_values"].shape[1] == crops
+        words = lvlm[1].tokenizer(f"<s>user: {frame_question(QUERY)}</s><s>assistant:", add_special_tokens=False)
+        length = made["input_ids"].shape[1] + len(words["input_ids"])
+        expected = crops * tower_flops(Tower(2, 32, 64), 81)
+        expected += prefill_flops(Decoder(2, 48, 96, 24), length, causal=True)
+        assert scoring_flops(LVLMScorer(*lvlm), [frame], QUERY) == expected
+
+    class Mine:
+        def score(self, frames: Any, clue: Clue) -> Tensor:
+            return torch.ones(len(frames))
+
+    assert scoring_flops(Mine(), [0], QUERY) is None
 
 
 def test_given_scores_and_none() -> None:

@@ -24,6 +24,7 @@ from vtoken.video import (
     read_frames,
     sample_frame_indices,
     score_frames,
+    scoring_flops,
     video_info,
 )
 from vtoken.video.clip import REDUCES, SCALES
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         "times": times,
         "scores": scores,
         "tokens": tokens,
+        "scorer_flops": scoring_flops(scorer, list(frames), clue),
         "rows": [len(row_widths(t, height, width)) for t in tokens],
     }
     if args.out is not None:

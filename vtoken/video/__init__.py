@@ -11,7 +11,7 @@ from vtoken.video.pictures import to_image
 from vtoken.video.read import VideoInfo, read_frames, video_info
 from vtoken.video.report import QuotaReport
 from vtoken.video.sampling import frame_times, num_frames, sample_frame_indices, time_instruction
-from vtoken.video.scorers import PrecomputedScorer, Scorer, UniformScorer, score_frames
+from vtoken.video.scorers import PrecomputedScorer, Scorer, UniformScorer, score_frames, scoring_flops
 
 __all__ = [
     "CLIPScorer",
@@ -32,6 +32,7 @@ __all__ = [
     "read_frames",
     "sample_frame_indices",
     "score_frames",
+    "scoring_flops",
     "text_generator",
     "time_instruction",
     "to_image",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.accounting.vision import Tower, tower_flops
 from vtoken.core.errors import ConfigError
 from vtoken.video.decouple import Clue
 from vtoken.video.pictures import to_image
@@ -78,6 +79,16 @@ class CLIPScorer:
             batch = [self.preprocess(to_image(frame)) for frame in frames[start : start + self.batch_size]]
             embedded.append(_unit(self.model.encode_image(torch.stack(batch).to(like.device, like.dtype))))
         return torch.cat(embedded) @ _unit(self.model.encode_text(self.tokenizer(texts).to(like.device))).T
+
+    def flops(self, frames: Sequence[Any], clue: Clue) -> int | None:
+        """FLOPs of the image tower's blocks (the texts are few); None for towers that are no plain open_clip ViT."""
+        visual = self.model.visual
+        try:
+            trunk, (height, width) = visual.transformer, visual.grid_size
+            tower = Tower(trunk.layers, trunk.width, trunk.resblocks[0].mlp[0].out_features)
+        except AttributeError:
+            return None
+        return len(frames) * tower_flops(tower, 1 + height * width)
 
     def _scaled(self, cosines: Tensor) -> Tensor:
         if self.scale == "minmax":

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.accounting.prefill import prefill_flops
+from vtoken.accounting.vision import tower_flops
 from vtoken.core.errors import ConfigError
 from vtoken.video.decouple import Clue
 from vtoken.video.pictures import at_most, to_image
@@ -81,6 +83,21 @@ class LVLMScorer:
                 found.append(self._probability(logits).cpu())
         return checked(torch.cat(found), len(frames), "LVLMScorer")
 
+    def flops(self, frames: Sequence[Any], clue: Clue) -> int | None:
+        """FLOPs of tower and prefill on every frame's own prompt, padding not counted; None if sizes cannot be read.
+
+        Runs the processor on the frames, but no model.
+        """
+        question, total = self.template(clue), 0
+        for frame in frames:
+            inputs = self._inputs([at_most(to_image(frame), self.max_pixels)], question)
+            patches = _patches(self.model, inputs)
+            if patches is None:
+                return None
+            total += sum(tower_flops(self.model, n) for n in patches)
+            total += prefill_flops(self.model, int(inputs["input_ids"].shape[1]), causal=True)
+        return total
+
     def _inputs(self, images: Sequence[Any], question: str) -> Any:
         """One conversation of one user turn per image, padded on the left: the last position is the answer's."""
         turns = [
@@ -101,6 +118,18 @@ class LVLMScorer:
         return shares[:, self.answers[0]] if self.probability == "full" else shares[:, 0]
 
 
+def _patches(model: Any, inputs: Any) -> list[int] | None:
+    """Patches of every run of attention in the tower: of each crop, or of each image of its own size."""
+    if "image_grid_thw" in inputs:
+        return [int(t * h * w) for t, h, w in inputs["image_grid_thw"].tolist()]
+    patch = getattr(model.config.vision_config, "patch_size", None)
+    pixels = inputs["pixel_values"]
+    if not isinstance(patch, int) or pixels.dim() < 4:
+        return None
+    height, width = pixels.shape[-2:]
+    return [(height // patch) * (width // patch)] * pixels.shape[:-3].numel()
+
+
 def text_generator(model: Any, processor: Any, *, max_new_tokens: int = 128) -> Callable[[str], str]:
     """A function from a prompt to the model's greedy reply, without images; for `CoTDecoupler`.
 
@@ -111,14 +140,18 @@ def text_generator(model: Any, processor: Any, *, max_new_tokens: int = 128) -> 
     """
 
     def generate(prompt: str) -> str:
-        plain = _tokenizer(processor) is processor
-        content: Any = prompt if plain else [{"type": "text", "text": prompt}]
+        content: Any
+        options: dict[str, Any]
+        if _tokenizer(processor) is processor:
+            content, options = prompt, {"return_tensors": "pt"}
+        else:
+            content, options = [{"type": "text", "text": prompt}], {"processor_kwargs": {"return_tensors": "pt"}}
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            return_tensors="pt",
+            **options,
         ).to(model.device)
         with evaluating(model):
             out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

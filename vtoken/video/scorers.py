@@ -30,6 +30,13 @@ class Scorer(Protocol):
         ...
 
 
+def scoring_flops(scorer: Scorer, frames: Sequence[Any], clue: Clue) -> int | None:
+    """FLOPs of scoring these frames, by the scorer's own method `flops(frames, clue)`; None if it does not tell."""
+    count = getattr(scorer, "flops", None)
+    found: int | None = None if count is None else count(frames, clue)
+    return found
+
+
 def score_frames(scorer: Scorer, frames: Sequence[Any], clue: Clue) -> Tensor:
     """The scores of a scorer, checked.
 
@@ -72,6 +79,10 @@ class PrecomputedScorer:
         """The scores."""
         return checked(self.scores, len(frames), "PrecomputedScorer")
 
+    def flops(self, frames: Sequence[Any], clue: Clue) -> int:
+        """None are spent."""
+        return 0
+
 
 class UniformScorer:
     """0.5 for every frame: the budget is spread evenly."""
@@ -79,6 +90,10 @@ class UniformScorer:
     def score(self, frames: Sequence[Any], clue: Clue) -> Tensor:
         """0.5 each."""
         return torch.full((len(frames),), 0.5)
+
+    def flops(self, frames: Sequence[Any], clue: Clue) -> int:
+        """None are spent."""
+        return 0
 
 
 @contextlib.contextmanager
