@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,7 +84,4 @@ class GridVideo(VideoAdapter):
 
 def split_levels(levels: Any, lengths: list[int]) -> list[list[Tensor]]:
     """Levels of features by video; they come as rows of all videos or split already, over the versions."""
-    split: Callable[[Any], list[Tensor]] = lambda level: list(  # noqa: E731
-        level.split(lengths) if isinstance(level, Tensor) else level
-    )
-    return [split(level) for level in levels]
+    return [list(level.split(lengths) if isinstance(level, Tensor) else level) for level in levels]
