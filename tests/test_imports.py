@@ -19,7 +19,8 @@ ALLOWED = {
     "accounting": {"core", "ops", "methods"},
     "visualize": {"core", "ops", "accounting"},
     "demo": {"core"},
-    "cli": {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn"},
+    "video": {"core", "ops", "hosts", "accounting"},
+    "cli": {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video"},
 }
 
 
@@ -51,9 +52,9 @@ def test_every_part_is_in_the_table() -> None:
 
 
 def test_import_loads_no_host_library() -> None:
-    heavy = "('timm', 'open_clip', 'transformers', 'triton', 'matplotlib', 'PIL', 'skimage', 'onnx', 'torchvision')"
+    names = ("timm", "open_clip", "transformers", "triton", "matplotlib", "PIL", "skimage", "onnx", "torchvision", "av")
     code = (
-        f"import sys, vtoken; loaded = [n for n in {heavy} if n in sys.modules]; print(loaded); sys.exit(bool(loaded))"
+        f"import sys, vtoken; loaded = [n for n in {names} if n in sys.modules]; print(loaded); sys.exit(bool(loaded))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     # torch itself imports triton lazily in some versions; only what vtoken adds counts.

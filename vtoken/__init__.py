@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from vtoken import nn, ops, train
+from vtoken import nn, ops, train, video
 from vtoken.accounting.prefill import kv_cache_bytes, prefill_flops
 from vtoken.accounting.prompt_report import PromptReport, prompt_report
 from vtoken.accounting.report import Report, report
@@ -29,6 +29,7 @@ from vtoken.methods.sparsifiner import Sparsifiner
 from vtoken.methods.vtc_cls import VTCCLS
 from vtoken.ops import select_tokens
 from vtoken.train.calibrate import calibrate_threshold
+from vtoken.video.model import QuotaVideoModel
 
 if TYPE_CHECKING:
     from vtoken import visualize
@@ -47,6 +48,7 @@ __all__ = [
     "PiToMe",
     "Plan",
     "PromptReport",
+    "QuotaVideoModel",
     "RandomMerge",
     "RandomPrune",
     "Report",
@@ -84,6 +86,7 @@ __all__ = [
     "tracing",
     "train",
     "unmerge",
+    "video",
     "visualize",
     "viz",
 ]

@@ -1,4 +1,4 @@
-"""`python -m vtoken`: demo, bench, overlay, and small commands that look things up."""
+"""`python -m vtoken`: demo, bench, overlay, video, and small commands that look things up."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vtoken.cli import bench, demo, inspect, overlay
+from vtoken.cli import bench, demo, inspect, overlay, video
 from vtoken.core.errors import VTokenError
 
 
@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m vtoken", description="Vision transformers that spend fewer tokens.")
     commands = top.add_subparsers(dest="command", required=True)
-    for name, module in (("demo", demo), ("bench", bench), ("overlay", overlay)):
+    for name, module in (("demo", demo), ("bench", bench), ("overlay", overlay), ("video", video)):
         command = commands.add_parser(name, help=(module.__doc__ or "").partition(": ")[2])
         module.add_arguments(command)
         command.set_defaults(run=module.run)

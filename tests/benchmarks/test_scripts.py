@@ -25,7 +25,7 @@ from vtoken.methods.merging import Merging
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "benchmarks" / "README.md").read_text()
-SCRIPTS = ("flops", "throughput", "merge_step", "sparse_attention", "gpu", "mllm", "quality")
+SCRIPTS = ("flops", "throughput", "merge_step", "sparse_attention", "gpu", "mllm", "video", "quality")
 COMMANDS = re.findall(r"^python benchmarks/(.+)$", README, re.MULTILINE)
 
 

@@ -17,12 +17,14 @@ class Decoder:
         width: channels D.
         mlp_width: channels inside the gated MLP of three matrices.
         kv_width: channels of keys, and of values; D without grouped queries.
+        q_width: channels of queries; None means D.
     """
 
     layers: int
     width: int
     mlp_width: int
     kv_width: int
+    q_width: int | None = None
 
     @classmethod
     def of(cls, source: Any) -> Decoder:
@@ -44,6 +46,7 @@ class Decoder:
                 int(config.hidden_size),
                 int(config.intermediate_size),
                 kv_heads * head_dim,
+                None if heads * head_dim == config.hidden_size else heads * head_dim,
             )
         except AttributeError as error:
             raise ConfigError(
@@ -51,13 +54,13 @@ class Decoder:
             ) from None
 
 
-def prefill_macs(decoder: Any, num_tokens: int) -> int:
+def prefill_macs(decoder: Any, num_tokens: int, *, causal: bool = False) -> int:
     """Multiply-adds of one forward over `num_tokens` tokens, image and text together; the head is not counted.
-
-    Attention is counted in full, not halved for causality.
 
     Args:
         decoder: a `Decoder`, or a transformers model or configuration.
+        num_tokens: in the prompt.
+        causal: count half of the attention, as every token sees only those before it.
 
     Example:
         >>> from vtoken.accounting.prefill import Decoder, prefill_macs
@@ -67,13 +70,15 @@ def prefill_macs(decoder: Any, num_tokens: int) -> int:
     """
     d = Decoder.of(decoder)
     _check(num_tokens)
-    linear = 2 * d.width * d.width + 2 * d.width * d.kv_width + 3 * d.width * d.mlp_width
-    return d.layers * (num_tokens * linear + 2 * num_tokens * num_tokens * d.width)
+    queries = d.width if d.q_width is None else d.q_width
+    linear = 2 * d.width * queries + 2 * d.width * d.kv_width + 3 * d.width * d.mlp_width
+    attention = num_tokens * num_tokens * queries * (1 if causal else 2)
+    return d.layers * (num_tokens * linear + attention)
 
 
-def prefill_flops(decoder: Any, num_tokens: int) -> int:
+def prefill_flops(decoder: Any, num_tokens: int, *, causal: bool = False) -> int:
     """2 * prefill_macs. Many papers print the multiply-adds of the image tokens alone and call them FLOPs."""
-    return 2 * prefill_macs(decoder, num_tokens)
+    return 2 * prefill_macs(decoder, num_tokens, causal=causal)
 
 
 def kv_cache_bytes(decoder: Any, num_tokens: int, bytes_per_element: int = 2) -> int:

@@ -26,7 +26,7 @@ def _kernels_on(device: str) -> str:
 
 def show_info(args: argparse.Namespace) -> int:
     """Versions and devices."""
-    names = ("vtoken", "torch", "timm", "open_clip_torch", "transformers", "triton")
+    names = ("vtoken", "torch", "timm", "open_clip_torch", "transformers", "triton", "av")
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in names:
         try:

@@ -131,14 +131,20 @@ class HostAdapter:
         return model(image)
 
 
-# Adapter modules by the top-level package of the classes they know, and the part of a model; imported only when such a
+# Top-level package of the classes that an adapter knows, part of a model, module, adapter; imported only when such a
 # model arrives.
-_BUILTIN = {
-    ("timm", "tower"): ("vtoken.hosts.timm_vit", "TimmAdapter"),
-    ("open_clip", "tower"): ("vtoken.hosts.open_clip", "OpenClipAdapter"),
-    ("transformers", "tower"): ("vtoken.hosts.hf_vision", "HFAdapter"),
-    ("transformers", "prompt"): ("vtoken.hosts.llava", "LlavaAdapter"),
-}
+_BUILTIN = (
+    ("timm", "tower", "vtoken.hosts.timm_vit", "TimmAdapter"),
+    ("open_clip", "tower", "vtoken.hosts.open_clip", "OpenClipAdapter"),
+    ("transformers", "tower", "vtoken.hosts.hf_vision", "HFAdapter"),
+    ("transformers", "prompt", "vtoken.hosts.llava", "LlavaAdapter"),
+    ("transformers", "video", "vtoken.hosts.video_llava", "OnevisionVideo"),
+    ("transformers", "video", "vtoken.hosts.video_llava", "NextVideo"),
+    ("transformers", "video", "vtoken.hosts.video_qwen", "Qwen2Video"),
+    ("transformers", "video", "vtoken.hosts.video_qwen", "Qwen25Video"),
+    ("transformers", "video", "vtoken.hosts.video_qwen", "Qwen3Video"),
+    ("transformers", "video", "vtoken.hosts.video_llama3", "Llama3Video"),
+)
 _registered: list[HostAdapter] = []
 
 
@@ -165,6 +171,13 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
             "model that vtoken knows. Supported: transformers LlavaForConditionalGeneration, VipLlava..., "
             f"LlavaNext..., LlavaOnevision... and VideoLlava....{inner_hint(model, part)} The model was left as it was."
         )
+    if part == "video":
+        raise UnsupportedModelError(
+            f"cannot spend a token budget on the videos of {type(model).__module__}.{type(model).__qualname__}: no "
+            "adapter knows this class. Supported: transformers LlavaOnevision..., LlavaNextVideo..., Qwen2VL..., "
+            "Qwen2_5_VL..., Qwen3VL... and VideoLlama3ForConditionalGeneration."
+            f"{inner_hint(model, part)} vtoken.register_adapter adds your own, a vtoken.hosts.video.VideoAdapter."
+        )
     raise UnsupportedModelError(
         f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this "
         "class. Supported hosts: timm VisionTransformer (vit, deit, ...), Eva (EVA-02, DINOv3, ...), NaFlexVit; "
@@ -177,8 +190,10 @@ def inner_hint(model: nn.Module, part: str = "tower") -> str:
     """Names the supported model inside a wrapper, if there is one; a sentence for messages."""
     for name, module in model.named_modules():
         for adapter in _builtin_adapters(module, part) if name else ():
+            if part == "video" and not adapter.matches(module):
+                continue
             try:
-                adapter.spec(module)
+                part == "video" or adapter.spec(module)
             except UnsupportedModelError:
                 continue
             return f" It holds a supported {type(module).__name__}: use model.{name}."
@@ -188,7 +203,7 @@ def inner_hint(model: nn.Module, part: str = "tower") -> str:
 def _builtin_adapters(model: nn.Module, part: str) -> list[HostAdapter]:
     # Modules only: peft's wrapper inherits from a mixin of transformers.
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__ if issubclass(cls, nn.Module)}
-    found = [_BUILTIN[key] for key in _BUILTIN if key[0] in packages and key[1] == part]
+    found = [entry[2:] for entry in _BUILTIN if entry[0] in packages and entry[1] == part]
     return [getattr(importlib.import_module(module), name)() for module, name in found]
 
 

@@ -1,8 +1,9 @@
-"""What is remembered of one shortened prompt; made only while a caller asks for it."""
+"""What is remembered of one prompt that was given other tokens; made only while a caller asks for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -55,3 +56,19 @@ class PromptRecord:
             found = self.kept[image] + self.first_patch
         num_patches = self.grid[0] * self.grid[1] if self.grid else self.full_lengths[image]
         return found[(found >= 0) & (found < num_patches)]
+
+
+@dataclass(frozen=True, eq=False)
+class VideoRecord:
+    """What became of the videos in one call of a `vtoken.QuotaVideoModel`.
+
+    Args:
+        reports: a `vtoken.video.QuotaReport` of every video, in prompt order.
+        index: for every position of the prompt that the language model saw, the position in the caller's prompt that it
+            stands for, [B, L'] int64; -1 where it is padding. Frames with more tokens than placeholders repeat some.
+        input_ids: the ids of that prompt [B, L'] int64, to go on from a cache.
+    """
+
+    reports: tuple[Any, ...]
+    index: Tensor
+    input_ids: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vtoken.core.config import check_choice
 from vtoken.core.errors import ShapeError, VTokenError
-from vtoken.core.prompt import PromptRecord
+from vtoken.core.prompt import PromptRecord, VideoRecord
 from vtoken.core.state import AttentionRecord, Slot, TokenState
 from vtoken.ops.rows import take_rows
 
@@ -40,6 +40,7 @@ class Trace:
         layer_anchor: the same after every block.
         grid: patch rows and columns of the images, if the host told.
         prompt: which image tokens reached the language model, if a method acts there.
+        video: what the frames of videos were given, if a `vtoken.QuotaVideoModel` ran.
         dropped: whether tokens were pruned away; their rows in `dest` are -1.
         attention: what every attention with a connectivity mask did, in the order of the blocks.
         maps: the attention maps that were asked for: "mask", "scores", "attention".
@@ -55,6 +56,7 @@ class Trace:
     layer_anchor: list[Tensor] = field(default_factory=list)
     grid: tuple[int, int] | None = None
     prompt: PromptRecord | None = None
+    video: VideoRecord | None = None
     dropped: bool = False
     attention: list[AttentionRecord] = field(default_factory=list)
     maps: frozenset[str] = frozenset()
@@ -84,6 +86,11 @@ class Trace:
         self.num_forwards += self.dest is None  # else the tower has counted this forward
         self.prompt = record
         self.grid = record.grid or self.grid
+
+    def record_video(self, record: VideoRecord) -> None:
+        """Take over what became of the videos in a prompt."""
+        self.num_forwards += self.dest is None and self.prompt is None  # else it has been counted
+        self.video = record
 
     def kept(self, index: int = 0, layer: int | None = None) -> Tensor:
         """Patches of image `index` whose own token is left, [K] int64, ascending, counted in raster order from 0.
@@ -151,20 +158,26 @@ def tracing(model: nn.Module, maps: Collection[str] = ()) -> Iterator[Trace]:
         ConfigError: for an unknown map.
         VTokenError: if the model has no method applied, or if no forward of it ran (a compiled model records nothing).
     """
-    if not any("_vtoken" in m.__dict__ for m in model.modules()):
+    traced = [m for m in model.modules() if _is_traced(m)]
+    if not traced:
         raise VTokenError(
             f"nothing to trace: no method is applied to this {type(model).__name__}; vtoken.apply it first"
         )
     for name in maps:
         check_choice("tracing", "maps", name, MAPS)
     record = Trace(maps=frozenset(maps))
-    token = _active.set((*_active.get(), *((m, record) for m in model.modules() if "_vtoken" in m.__dict__)))
+    token = _active.set((*_active.get(), *((m, record) for m in traced)))
     try:
         yield record
     finally:
         _active.reset(token)
     if record.num_forwards == 0:
         raise VTokenError("nothing was recorded: the model did not run, or ran compiled; trace the model itself")
+
+
+def _is_traced(module: nn.Module) -> bool:
+    """Whether a module carries a method or is one of our wrappers that say so."""
+    return "_vtoken" in module.__dict__ or getattr(type(module), "_vtoken_records", False)
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:

@@ -104,3 +104,12 @@ def check_cache(cache: Any, ids: Tensor | None, token_id: int, what: str = "imag
             f"{counts}: the wrong tokens would be left out. Send the whole conversation without the cache, or go on "
             "from the short ids in the record of vtoken.trace"
         )
+
+
+def inferred_mask(model: Any, call: dict[str, Any], ids: Tensor) -> Tensor | None:
+    """The mask that `generate` makes of padding in ids [B, L] if it is given none; it does not look at embeddings."""
+    pad, ends = setting(model, call, "pad_token_id"), setting(model, call, "eos_token_id")
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    if pad is None or pad in ends or not bool((ids == pad).any()):
+        return None
+    return (ids != pad).long()

@@ -5,6 +5,7 @@ they can (`explain` says where). Nothing here knows a model.
 `vtoken.ops.reference` holds slow, obviously right versions of the same functions; the tests compare the two.
 """
 
+from vtoken.ops.allocate import allocate_tokens
 from vtoken.ops.attention import attention_with_bias, attention_with_sizes
 from vtoken.ops.backend import BACKENDS, Choice, explain
 from vtoken.ops.cls_scores import (
@@ -20,16 +21,21 @@ from vtoken.ops.connections import Connections, select_grouped, select_threshold
 from vtoken.ops.matching import key_metric, plan_pitome, plan_random, plan_stride, plan_tome
 from vtoken.ops.merge import REDUCTIONS, MergePlan, size_bias
 from vtoken.ops.norm import add_merge_norm
+from vtoken.ops.resample import Assigned, assign
+from vtoken.ops.row_plan import row_widths
 from vtoken.ops.sparse_attention import sparse_attention
 
 __all__ = [
     "BACKENDS",
     "ENSEMBLES",
     "REDUCTIONS",
+    "Assigned",
     "Choice",
     "Connections",
     "MergePlan",
     "add_merge_norm",
+    "allocate_tokens",
+    "assign",
     "attention_with_bias",
     "attention_with_sizes",
     "class_row",
@@ -42,6 +48,7 @@ __all__ = [
     "plan_stride",
     "plan_tome",
     "received_row",
+    "row_widths",
     "scored_layers",
     "select_grouped",
     "select_threshold",

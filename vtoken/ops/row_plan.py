@@ -1,0 +1,44 @@
+"""Rows in which the tokens of one frame are laid out: any count, near the frame's own shape (quota.md section 7.1)."""
+
+from __future__ import annotations
+
+from math import isqrt
+
+from vtoken.core.errors import ConfigError, InputError
+
+SHAPES = ("exact", "floor")
+
+
+def row_widths(t: int, height: int, width: int, *, shape: str = "exact") -> list[int]:
+    """Tokens in each row of a frame of `t` tokens taken from a grid of `height` x `width`.
+
+    Args:
+        t: tokens, 0 to height * width.
+        height, width: of the native grid.
+        shape: "exact": the widths add up to `t`, differ by at most 1, none exceeds `width`, and there are at most
+            `height` rows. "floor": the published code's shape, s columns and s or s + 1 rows with s = floor(sqrt(t)):
+            at most `t` tokens, whatever the grid (for comparisons).
+
+    Raises:
+        InputError: if `t` does not fit the grid. ConfigError: if the shape is unknown.
+
+    Example:
+        >>> from vtoken.ops import row_widths
+        >>> row_widths(23, 9, 9)
+        [4, 5, 4, 5, 5]
+    """
+    if shape not in SHAPES:
+        raise ConfigError(f"unknown shape {shape!r}; supported: {', '.join(SHAPES)}")
+    if height < 1 or width < 1:
+        raise InputError(f"a grid has at least one row and column, got {height} x {width}")
+    if t < 0 or (t > height * width and shape == "exact"):
+        raise InputError(f"t={t}: a grid of {height} x {width} gives 0 to {height * width} tokens")
+    if t == 0:
+        return []
+    if shape == "floor":
+        side = isqrt(t)
+        return [side] * (side + 1 if side * (side + 1) <= t else side)
+    rows = (isqrt(4 * t * height // width) + 1) // 2  # floor(sqrt(t * height / width) + 1/2), in whole numbers
+    rows = max(1, min(rows, height, t), -(-t // width))
+    base, extra = divmod(t, rows)
+    return [base + (r + 1) * extra // rows - r * extra // rows for r in range(rows)]
