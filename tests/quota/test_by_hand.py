@@ -70,6 +70,8 @@ def test_padded_batches(kind: str, pad: str) -> None:
     with torch.no_grad():
         counts = counts_of(quota, **given, frame_scores=scores)
         assert [sum(c) for c in counts] == [9, 14]
+        reports = quota.prepare(**given, frame_scores=scores).reports
+        assert [report.scores for report in reports] == [tuple(s) for s in scores], "every video has its own"
         fed = by_hand(kind, model, given, counts, side=pad)
         out = quota(**given, frame_scores=scores)
         seen = fed["attention_mask"].bool()
