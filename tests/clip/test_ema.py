@@ -145,7 +145,12 @@ def test_unwrap(custom: bool) -> None:
     assert wrapper.unwrap() is wrapper.model
     text = wrapper.model.text if custom else wrapper.model
     with torch.no_grad():
-        for p in (wrapper.model.visual.proj, text.token_embedding.weight, text.ln_final.bias, text.positional_embedding):
+        for p in (
+            wrapper.model.visual.proj,
+            text.token_embedding.weight,
+            text.ln_final.bias,
+            text.positional_embedding,
+        ):
             p.add_(1.0)
         wrapper.model.logit_scale.fill_(3.0)
     wrapper.update_ema()
