@@ -166,13 +166,15 @@ def calls_of_the_teacher(wrapper: Any, monkeypatch: pytest.MonkeyPatch) -> list[
 @pytest.mark.parametrize(
     ("options", "ran"),
     [
-        ({}, [0, 1]),  # the last block is read, not run
-        ({"layers": [0]}, []),
-        ({"mode": "lowest"}, [0, 1]),
+        ({}, [0, 1, 2]),
+        ({"layers": [0, 1]}, [0, 1]),
+        ({"layers": [0]}, [0]),
+        ({"mode": "lowest"}, [0, 1, 2]),
         ({"mode": "random"}, []),
         ({"keep_ratio": 1.0}, []),
         ({"warmup_steps": 1}, []),
         ({"byol_weight": 1.0}, [0, 1, 2]),
+        ({"byol_weight": 1.0, "layers": [0]}, [0, 1, 2]),
         ({"byol_weight": 1.0, "mode": "random"}, [0, 1, 2]),
         ({"byol_weight": 1.0, "keep_ratio": 1.0}, [0, 1, 2]),
     ],

@@ -39,24 +39,21 @@ class ClassAttention:
         blocks: the tower's.
         row: attention of the class token in a block, of the block and its input [B, T, C].
         layers: the blocks that are read.
-        stop: leave out what comes after the last row; the output then means nothing.
+        stop: leave out the blocks behind the last one that is read; the output then means nothing.
     """
 
     def __init__(
         self, blocks: list[Any], row: Callable[[Any, Tensor], Tensor], layers: Collection[int], *, stop: bool
     ) -> None:
-        self._blocks = blocks
+        self._blocks = blocks[: max(layers) + 1] if stop else blocks
         self._row = row
         self._layers = layers
-        self._last = max(layers, default=-1) if stop else len(blocks)
         self._rows: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self._blocks):
             if index in self._layers:
                 self._rows.append(self._row(block, x))
-            if index == self._last:
-                return x
             x = block(x)
         return x
 
