@@ -27,7 +27,7 @@ class QuotaReport:
         decoder: measures of the language model.
         tower: measures of the vision tower.
         patches_per_frame: that the tower sees.
-        scorer_flops: of scoring all frames; 0 for given scores, None if not counted (`vtoken.video.scoring_flops` does).
+        scorer_flops: of scoring all frames; 0 for given scores, None if not counted: `vtoken.video.scoring_flops` does.
     """
 
     scores: tuple[float, ...]
