@@ -95,7 +95,7 @@ _ATTENTION_BWD = {
 #: in the backward pass.
 _SPARSE = {
     ("cuda", True, False): (64, 64, 4, 2),
-    ("cuda", True, True): (64, 64, 8, 2),
+    ("cuda", True, True): (64, 64, 8, 1),
     ("cuda", False, False): (32, 32, 4, 1),
     ("cuda", False, True): (16, 32, 8, 1),
     ("hip", True, False): (64, 64, 4, 2),
@@ -105,7 +105,7 @@ _SPARSE = {
 }
 _SPARSE_BWD = {
     ("cuda", True, False): (32, 64, 4, 1),
-    ("cuda", True, True): (32, 32, 4, 1),
+    ("cuda", True, True): (16, 32, 8, 1),
     ("cuda", False, False): (32, 32, 8, 1),
     ("cuda", False, True): (16, 16, 8, 1),
     ("hip", True, False): (64, 64, 4, 1),
