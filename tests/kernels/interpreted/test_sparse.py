@@ -42,7 +42,7 @@ def best(scores: Tensor, k: int) -> Tensor:
 
 @pytest.mark.parametrize(
     ("batch", "heads", "queries", "keys", "width", "k"),
-    [(1, 1, 1, 1, 1, 1), (2, 2, 5, 7, 3, 2), (1, 1, 70, 71, 5, 9), (2, 1, 9, 130, 40, 65), (1, 2, 64, 64, 8, 64)],
+    [(1, 1, 1, 1, 1, 1), (2, 2, 5, 7, 3, 2), (1, 1, 70, 71, 5, 9), (1, 1, 9, 130, 40, 65), (1, 1, 64, 64, 8, 64)],
 )  # fmt: skip
 @pytest.mark.parametrize("per_image", [False, True])
 def test_best_keys(batch: int, heads: int, queries: int, keys: int, width: int, k: int, per_image: bool) -> None:
