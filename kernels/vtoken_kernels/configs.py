@@ -47,8 +47,10 @@ def _step(width: int) -> int:
     return power_of_two(width, 16) if width <= 64 else 32
 
 
-#: K2 and the groups of K3b: a tile of comparisons.
+#: K2: a tile of comparisons.
 RANK = {"BLOCK_I": 32, "BLOCK_J": 128, "num_warps": 4, "num_stages": 1}
+#: The groups of K3b compare twice per tile.
+GROUPS = {"BLOCK_I": 32, "BLOCK_J": 64, "num_warps": 4, "num_stages": 1}
 #: K3b: tokens that one step of the running count takes.
 LAYOUT = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 #: Widest row that a program of K4f can hold.

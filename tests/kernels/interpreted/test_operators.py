@@ -83,7 +83,9 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
 
 def test_every_operator_is_sampled() -> None:
     assert set(samples()) == set(library.__all__)
-    source = "".join(inspect.getsource(sys.modules[f"vtoken_kernels.{m}_ops"]) for m in ("plan", "merge", "attention", "sparse"))
+    source = "".join(
+        inspect.getsource(sys.modules[f"vtoken_kernels.{m}_ops"]) for m in ("plan", "merge", "attention", "sparse")
+    )
     assert source.count("torch.library.custom_op(") == len(library.__all__)
 
 

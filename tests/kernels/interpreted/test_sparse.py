@@ -162,7 +162,9 @@ def test_attention(form: str, dtype: torch.dtype) -> None:
     [(1, 1, (1, 1), 0, 0.9, 16), (2, 1, (9, 7), 0, 0.02, 64), (1, 1, (4, 5), 70, 0.5, 33), (2, 1, (2, 3), 2, 0.4, 128)],
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["topk", "grouped", "listed threshold"])
-def test_shapes(form: str, batch: int, heads: int, grid: tuple[int, int], prefix: int, ratio: float, width: int) -> None:
+def test_shapes(
+    form: str, batch: int, heads: int, grid: tuple[int, int], prefix: int, ratio: float, width: int
+) -> None:
     check(connect(form, batch, heads, grid, prefix, ratio), width)
 
 
