@@ -52,11 +52,11 @@ class ListedConnections(Connections):
         index, word, start = self.lists
         (batch, heads, blocks, room), device = index.shape, index.device
         listed = torch.arange(room, device=device) < start[..., -1:]
-        bits = (word.unsqueeze(3) >> torch.arange(BLOCK, device=device).view(-1, 1)) & 1
         # What is not listed goes into a column of its own.
         column = torch.where(listed, index, self.num_tokens).to(torch.int64)
         rows = torch.zeros(batch, heads, blocks, BLOCK, self.num_tokens + 1, dtype=torch.bool, device=device)
-        rows.scatter_(4, column.unsqueeze(3).expand_as(bits), bits != 0)
+        for r in range(BLOCK):  # not at once: words of all rows would take as much as 64 masks
+            rows[:, :, :, r].scatter_(3, column, ((word >> r) & 1) != 0)
         rows = rows.flatten(2, 3)[:, :, : self.num_queries, : self.num_tokens]
         mask = torch.ones(batch, heads, self.num_tokens, self.num_tokens, dtype=torch.bool, device=device)
         home = self.order.argsort(1)[:, None, :, None].expand(batch, heads, -1, self.num_tokens)
