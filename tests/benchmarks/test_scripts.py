@@ -149,7 +149,7 @@ def test_gpu_sparse_attention_that_is_wrong_is_not_timed(monkeypatch: pytest.Mon
     sparse = script("sparse_gpu")
     stock = sparse.sparse_attention
     monkeypatch.setattr(sparse, "sparse_attention", lambda *args, **options: stock(*args, **options) * 1.05)
-    with pytest.raises(RuntimeError, match="exact, 17 tokens, 50%: off by 0.05"):
+    with pytest.raises(RuntimeError, match=r"exact, 17 tokens, 50%: off by 0\.05"):
         sparse.time_sparse(
             sparse.SparseShape(1, 4, 2, 0.5), 1, torch.device("cpu"), torch.float32, 1, lambda: None
         )  # fmt: skip
