@@ -76,7 +76,7 @@ _ATTENTION = {
     ("cuda", False, False): (64, 32, 4, 1),
     ("cuda", False, True): (32, 32, 8, 1),
     ("hip", True, False): (128, 64, 8, 2),
-    ("hip", True, True): (128, 64, 8, 2),
+    ("hip", True, True): (128, 32, 8, 2),
     ("hip", False, False): (64, 32, 4, 1),
     ("hip", False, True): (64, 32, 8, 1),
 }

@@ -178,7 +178,7 @@ def coefficients_and_basis(shape: tuple[int, tuple[int, int], int, int, float]) 
 
 
 def connect(form: str, shape: tuple[int, tuple[int, int], int, int, float]) -> Connections:
-    batch, grid, heads, _, ratio = shape
+    _, grid, _, _, ratio = shape
     coefficients, basis = coefficients_and_basis(shape)
     tokens = basis.shape[1]
     order = query_order(grid, None, tokens, tokens - 1, coefficients)
