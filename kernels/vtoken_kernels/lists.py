@@ -7,7 +7,7 @@ keeps it. Entries ascend; `start` says where those of every tile of 64 columns b
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,7 +22,8 @@ BLOCK = 64
 _BLOCK = tl.constexpr(BLOCK)
 
 
-class Lists(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Lists:
     """Lists of B * H heads.
 
     Args:

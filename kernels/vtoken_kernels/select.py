@@ -120,7 +120,8 @@ def select_kernel(
         index_ptr += pid * capacity
     word_ptr += pid * capacity
     start_ptr += pid * (num_tiles + 1)
-    count = tl.zeros((_BLOCK,), tl.int32) if PER_ROW else 0
+    count = 0
+    row_count = tl.zeros((_BLOCK,), tl.int32)
     equal_before = tl.zeros((_BLOCK,), tl.int32)
     for tile in range(0, num_tiles):
         s = _scores(a_ptr, a_at, ok, own, basis_ptr, basis_stride_k, basis_stride_n, a_stride_k, tile * _BLOCK,
@@ -135,9 +136,9 @@ def select_kernel(
         key = tile * _BLOCK + tl.arange(0, _BLOCK)
         if PER_ROW:
             kept_here = keep.to(tl.int32)
-            place = count[:, None] + tl.cumsum(kept_here, 1) - kept_here
+            place = row_count[:, None] + tl.cumsum(kept_here, 1) - kept_here
             tl.store(index_ptr[:, None] + place, tl.zeros_like(place) + key[None, :], mask=keep & (place < kept))
-            count += tl.sum(kept_here, 1)
+            row_count += tl.sum(kept_here, 1)
         else:
             tl.store(start_ptr + tile, count)
             word = tl.sum(keep.to(tl.int64) << r.to(tl.int64)[:, None], 0)
