@@ -116,7 +116,7 @@ _SPARSE_BWD = {
     ("hip", False, True): (16, 16, 4, 1),
 }
 #: Making and turning lists: a tile of 64 x 64 bits.
-LISTS = {"num_warps": 4, "num_stages": 1}
+LISTS = {"num_warps": 8, "num_stages": 1}
 
 
 def select(width: int) -> dict[str, Any]:
