@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command of at most 8 minutes; one result file, out/gpu.json.
 
-Whole models in bfloat16, the merge step and attention with sizes on their shapes, and the batch from which merging
-pays, eager and replayed as CUDA graphs. Times lie between CUDA events. Cases that no longer fit into the budget are
-skipped and listed; a case that fails is listed with its error and the others go on. Without a GPU nothing is measured
-(exit code 0); `--device cpu --small` rehearses every case on tiny shapes and marks its file as no GPU figures.
+Whole models in bfloat16, the merge step and attention with sizes on their shapes, sparse attention against flash,
+masked and flex attention, and the batch from which merging pays, eager and replayed as CUDA graphs. Times lie between
+CUDA events. Cases that no longer fit into the budget are skipped and listed; a case that fails is listed with its error
+and the others go on. Without a GPU nothing is measured (exit code 0); `--device cpu --small` rehearses every case on
+tiny shapes and marks its file as no GPU figures.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from check import Checks
 from merge_step import HEAD, Shape, line, time_attention, time_step
 from models import build, random_images
 from options import begin, frame, parse, parser, run
+from sparse_gpu import HEAD as SPARSE_HEAD
+from sparse_gpu import SparseShape, sparse_line, time_sparse
 from throughput import as_rows, measure, show
 
 import vtoken
@@ -36,6 +39,13 @@ MODELS = [
     ("vit_large_patch14_dinov2", Shape(32, 1370, 1024, 16)),
 ]
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+#: Batch, patch rows and columns (and one class token), heads, share of keys.
+SPARSE = [
+    SparseShape(batch, side, 6, ratio)
+    for batch, side in ((64, 24), (32, 32), (8, 48), (4, 64))
+    for ratio in (0.05, 0.1, 0.25)
+]
+SMALL_SPARSE = [SparseShape(1, 10, 2, 0.1)]
 SMALL_MODELS = [("test_vit", Shape(2, 101, 64, 2))]
 
 
@@ -96,6 +106,15 @@ def attention(bench: Bench, shape: Shape) -> Rows:
     with torch.inference_mode():
         rows = time_attention(shape, bench.rounds, bench.device, bench.dtype, calls=20)
     return _printed(rows)
+
+
+def sparse(bench: Bench, shape: SparseShape) -> Rows:
+    """Sparse attention in every form, with and without selection, against dense, masked and flex attention."""
+    rows = time_sparse(shape, bench.rounds, bench.device, bench.dtype, calls=20, tick=bench.tick)
+    print(SPARSE_HEAD)
+    for row in rows:
+        print(sparse_line(row))
+    return rows
 
 
 def batch_sweep(bench: Bench, name: str, batches: Sequence[int], graph: bool) -> Rows:
@@ -178,6 +197,8 @@ def cases(small: bool) -> list[tuple[str, Callable[[Bench], Rows]]]:
     for model, shape in models:
         found.append((f"merge step {model}", lambda b, s=shape: merge_step(b, s)))
         found.append((f"attention {model}", lambda b, s=shape: attention(b, s)))
+    for sparse_shape in SMALL_SPARSE if small else SPARSE:
+        found.append((f"sparse attention {sparse_shape.name}", lambda b, s=sparse_shape: sparse(b, s)))
     found.append((f"batch sweep {name}", lambda b: batch_sweep(b, name, batches, False)))
     if not small:
         found.append((f"batch sweep {name}, CUDA graphs", lambda b: batch_sweep(b, name, batches, True)))

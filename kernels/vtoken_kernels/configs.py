@@ -47,8 +47,10 @@ def _step(width: int) -> int:
     return power_of_two(width, 16) if width <= 64 else 32
 
 
-#: K2 and the groups of K3b: a tile of comparisons.
+#: K2: a tile of comparisons.
 RANK = {"BLOCK_I": 32, "BLOCK_J": 128, "num_warps": 4, "num_stages": 1}
+#: The groups of K3b compare twice per tile.
+GROUPS = {"BLOCK_I": 32, "BLOCK_J": 64, "num_warps": 4, "num_stages": 1}
 #: K3b: tokens that one step of the running count takes.
 LAYOUT = {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
 #: Widest row that a program of K4f can hold.
@@ -74,7 +76,7 @@ _ATTENTION = {
     ("cuda", False, False): (64, 32, 4, 1),
     ("cuda", False, True): (32, 32, 8, 1),
     ("hip", True, False): (128, 64, 8, 2),
-    ("hip", True, True): (128, 64, 8, 2),
+    ("hip", True, True): (128, 32, 8, 2),
     ("hip", False, False): (64, 32, 4, 1),
     ("hip", False, True): (64, 32, 8, 1),
 }
@@ -89,6 +91,48 @@ _ATTENTION_BWD = {
     ("hip", False, False): (32, 32, 4, 1),
     ("hip", False, True): (16, 16, 4, 1),
 }
+
+
+#: The sparse path, the same keys. Tiles share the list of a block of 64 rows: BLOCK_M divides 64, and so does BLOCK_N
+#: in the backward pass.
+_SPARSE = {
+    ("cuda", True, False): (64, 64, 4, 2),
+    ("cuda", True, True): (64, 64, 8, 1),
+    ("cuda", False, False): (32, 32, 4, 1),
+    ("cuda", False, True): (16, 32, 8, 1),
+    ("hip", True, False): (64, 64, 4, 2),
+    ("hip", True, True): (64, 32, 4, 2),
+    ("hip", False, False): (64, 32, 4, 1),
+    ("hip", False, True): (32, 32, 4, 1),
+}
+_SPARSE_BWD = {
+    ("cuda", True, False): (32, 64, 4, 1),
+    ("cuda", True, True): (16, 32, 8, 1),
+    ("cuda", False, False): (32, 32, 8, 1),
+    ("cuda", False, True): (16, 16, 8, 1),
+    ("hip", True, False): (64, 64, 4, 1),
+    ("hip", True, True): (32, 32, 4, 1),
+    ("hip", False, False): (32, 32, 4, 1),
+    ("hip", False, True): (16, 16, 4, 1),
+}
+#: Making and turning lists: a tile of 64 x 64 bits.
+LISTS = {"num_warps": 8, "num_stages": 1}
+
+
+def select(width: int) -> dict[str, Any]:
+    """Selection from scores over `width` basis vectors: 64 queries and 64 keys at a time."""
+    block = power_of_two(width, 16) if width <= 32 else 16
+    return {"BLOCK_K": block, "num_warps": 4 if width <= 32 else 8, "num_stages": 1}
+
+
+def sparse_attention(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The sparse forward."""
+    return _attention_tiles(_SPARSE, head_dim, dtype)
+
+
+def sparse_attention_bwd(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The sparse backward, both kernels."""
+    return _attention_tiles(_SPARSE_BWD, head_dim, dtype)
 
 
 def attention(head_dim: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def group_sources(src: Tensor, slot: Tensor, num_out: int, num_dest: int) -> tup
     start = torch.empty(batch, num_dest + 1, dtype=torch.int32, device=src.device)
     member = torch.empty(batch, r, dtype=torch.int32, device=src.device)
     launch(
-        groups_kernel, batch * tiles(max(r, num_dest + 1), configs.RANK["BLOCK_I"]), src.contiguous(),
-        slot.contiguous(), start, member, r, num_dest, num_out - num_dest, **configs.RANK,
+        groups_kernel, batch * tiles(max(r, num_dest + 1), configs.GROUPS["BLOCK_I"]), src.contiguous(),
+        slot.contiguous(), start, member, r, num_dest, num_out - num_dest, **configs.GROUPS,
     )  # fmt: skip
     return start, member

@@ -127,11 +127,32 @@ def test_gpu_rehearsal(tmp_path: Path) -> None:
     assert "not GPU figures" in values["note"]
     assert "not GPU figures" in text
     assert list(dict.fromkeys(row["case"] for row in values["rows"])) == [
-        "whole model test_vit", "merge step test_vit", "attention test_vit", "batch sweep test_vit"
+        "whole model test_vit", "merge step test_vit", "attention test_vit", "sparse attention 101 tokens, 10%",
+        "batch sweep test_vit",
     ]  # fmt: skip
     assert not any({"error", "skipped", "refused"} & row.keys() for row in values["rows"])
     check_speeds([row for row in values["rows"] if row["case"].startswith("whole")], timm.create_model("test_vit"))
     assert "break_even_batch" in values["rows"][-1]
+    found = {row["what"]: row for row in values["rows"] if row["case"].startswith("sparse")}
+    assert set(found) == {
+        "dense fused", "boolean mask", "exact", "threshold", "grouped", "exact with selection", "grouped with selection"
+    }  # fmt: skip
+    for row in found.values():
+        assert row["factor"] == pytest.approx(found["dense fused"]["milliseconds"] / row["milliseconds"], rel=1e-9)
+        assert row["factor_over_mask"] == pytest.approx(
+            found["boolean mask"]["milliseconds"] / row["milliseconds"], rel=1e-9
+        )
+        assert row["mac_factor"] == pytest.approx(101 * 101 / (100 * 11 + 101))
+
+
+def test_gpu_sparse_attention_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = script("sparse_gpu")
+    stock = sparse.sparse_attention
+    monkeypatch.setattr(sparse, "sparse_attention", lambda *args, **options: stock(*args, **options) * 1.05)
+    with pytest.raises(RuntimeError, match=r"exact, 17 tokens, 50%: off by 0\.05"):
+        sparse.time_sparse(
+            sparse.SparseShape(1, 4, 2, 0.5), 1, torch.device("cpu"), torch.float32, 1, lambda: None
+        )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -160,7 +181,7 @@ def test_gpu_lists_what_it_skips_and_what_fails(tmp_path: Path, monkeypatch: pyt
     options = ["--device", "cpu", "--small", "--out", str(out)]
     assert gpu.main([*options, "--budget", "0"]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [row["skipped"] for row in rows] == ["the time budget is used up"] * 4
+    assert [row["skipped"] for row in rows] == ["the time budget is used up"] * 5
 
     def out_of_memory(bench: Any) -> list[dict[str, Any]]:
         raise torch.OutOfMemoryError("CUDA out of memory")

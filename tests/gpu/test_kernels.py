@@ -21,9 +21,16 @@ from vtoken.ops import (
     attention_with_sizes,
     explain,
     key_metric,
+    lists,
     plan_pitome,
     plan_tome,
+    select_grouped,
+    select_threshold,
+    select_topk,
+    sparse_attention,
 )
+from vtoken.ops.connections import Connections, query_order
+from vtoken.ops.sparse_attention import explain as explain_sparse
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -145,6 +152,123 @@ def test_attention(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None
     grad = draw(16, *out.shape, dtype=dtype)
     (got,) = torch.autograd.grad(out, qkv, grad)
     assert_close("gradient", torch.autograd.grad(expected, exact, grad.double())[0], got, 2 * ERROR[dtype])
+
+
+#: Batch, patch grid (one class token beside it), heads, head width, share of keys.
+SPARSE = {
+    "small": (2, (7, 10), 2, 40, 0.1),
+    "deit_s": (8, (14, 14), 6, 64, 0.25),
+    "vit_l_336": (4, (24, 24), 16, 64, 0.1),
+    "so400m": (2, (27, 27), 16, 72, 0.1),
+    "wide": (2, (32, 32), 8, 128, 0.05),
+    "long": (1, (64, 64), 6, 64, 0.05),
+}
+each_sparse = pytest.mark.parametrize("shape", SPARSE.values(), ids=SPARSE.keys())
+FORMS = ("topk", "threshold", "grouped", "listed", "listed threshold")
+
+
+def coefficients_and_basis(shape: tuple[int, tuple[int, int], int, int, float]) -> tuple[Tensor, Tensor]:
+    """As the predictor leaves them: eight of 32 coefficients, a sparse basis, columns apart."""
+    batch, grid, heads, _, _ = shape
+    queries = grid[0] * grid[1]
+    columns = draw(30, batch, heads, 32, queries).mul(2).softmax(2)
+    columns = columns * (columns >= columns.topk(8, dim=2).values[:, :, -1:])
+    basis = draw(31, 32, queries + 1).abs()
+    return columns.transpose(2, 3), basis * (basis > 0.5)
+
+
+def connect(form: str, shape: tuple[int, tuple[int, int], int, int, float]) -> Connections:
+    _, grid, _, _, ratio = shape
+    coefficients, basis = coefficients_and_basis(shape)
+    tokens = basis.shape[1]
+    order = query_order(grid, None, tokens, tokens - 1, coefficients)
+    scores = (coefficients[:1, :, :200] @ basis).transpose(0, 1).flatten(1)
+    threshold = scores.kthvalue(int((1 - ratio) * scores.shape[1]), dim=1).values
+    if form == "topk":
+        return select_topk(coefficients, basis, ratio, backend="triton")
+    if form == "grouped":
+        return select_grouped(coefficients, basis, ratio, grid=grid, backend="triton")
+    if form == "threshold":
+        return select_threshold(coefficients, basis, threshold)
+    if form == "listed":
+        return lists.select(coefficients, basis, kept=int(ratio * tokens), order=order)
+    return lists.select(coefficients, basis, threshold=threshold, order=order)
+
+
+@each_sparse
+def test_selection(shape: tuple[int, tuple[int, int], int, int, float]) -> None:
+    # Whole numbers: scores are exact whatever the order of additions, and full of ties.
+    coefficients, basis = coefficients_and_basis(shape)
+    whole = (coefficients * 7).round(), (basis * 3).round()
+    expected = select_topk(*whole, shape[4], backend="torch")
+    assert torch.equal(select_topk(*whole, shape[4], backend="triton").index, expected.index)
+    kept = expected.index.shape[3]
+    order = query_order(shape[1], None, basis.shape[1], basis.shape[1] - 1, basis)
+    assert torch.equal(lists.select(*whole, kept=kept, order=order).mask(), expected.mask())
+    limit = torch.full((shape[2],), 2.0, device="cuda")
+    above = select_threshold(*whole, limit)
+    assert torch.equal(lists.select(*whole, threshold=limit, order=order).mask(), above.mask())
+    # Real scores: what is kept and what is not differ at most by rounding at the k-th score.
+    found = lists.select(coefficients, basis, kept=kept, order=order).mask()[:, :, 1:]
+    assert bool((found.sum(-1) == kept).all())
+    scores = (coefficients.double() @ basis.double()).float()
+    worst = scores.masked_fill(~found, float("inf")).amin(-1)
+    best = scores.masked_fill(found, -float("inf")).amax(-1)
+    assert bool((worst >= best * (1 - 1e-5) - 1e-6).all())
+
+
+@each_sparse
+@each_dtype
+@pytest.mark.parametrize("form", FORMS)
+def test_sparse_attention(form: str, dtype: torch.dtype, shape: tuple[int, tuple[int, int], int, int, float]) -> None:
+    batch, grid, heads, width, _ = shape
+    tokens, connections = grid[0] * grid[1] + 1, connect(form, shape)
+    qkv = draw(32, batch, tokens, 3, heads, width, dtype=dtype).requires_grad_()
+    bias = draw_size(33, batch, tokens).log()[:, None, None]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    assert explain_sparse(q, k, v, connections).backend == "triton"
+    out = sparse_attention(q, k, v, connections, scale=width**-0.5, key_bias=bias)
+    exact = qkv.detach().double().requires_grad_()
+    options = {"scale": width**-0.5, "key_bias": bias.double(), "backend": "dense_masked"}
+    expected = sparse_attention(*exact.permute(2, 0, 3, 1, 4), connections, **options)
+    assert_close("out", expected, out, ERROR[dtype])
+    grad = draw(34, *out.shape, dtype=dtype)
+    (got,) = torch.autograd.grad(out, qkv, grad)
+    assert_close("gradient", torch.autograd.grad(expected, exact, grad.double())[0], got, 2 * ERROR[dtype])
+
+
+@pytest.mark.parametrize("shape", [SPARSE["small"], SPARSE["deit_s"]], ids=["small", "deit_s"])
+def test_sparse_attention_gives_the_same_bits_every_time(shape: tuple[int, tuple[int, int], int, int, float]) -> None:
+    batch, grid, heads, width, _ = shape
+    first = None
+    for _ in range(100):
+        qkv = draw(35, batch, grid[0] * grid[1] + 1, 3, heads, width, dtype=torch.bfloat16).requires_grad_()
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        outs = [sparse_attention(q, k, v, connect(form, shape), scale=width**-0.5) for form in FORMS]
+        sum(out.float().square().sum() for out in outs).backward()
+        first = first or [*outs, qkv.grad]
+        assert all(torch.equal(a, b) for a, b in zip(first, [*outs, qkv.grad], strict=True))
+
+
+def test_selection_and_attention_in_a_graph() -> None:
+    # Nothing waits for the device, and no size depends on what was selected.
+    shape = SPARSE["deit_s"]
+    coefficients, basis = coefficients_and_basis(shape)
+    q = draw(36, 8, 6, 197, 64, dtype=torch.bfloat16)
+    limit = torch.full((6,), 0.4, device="cuda")
+
+    def step() -> Tensor:
+        listed = lists.select(coefficients, basis, threshold=limit)
+        return sparse_attention(q, q, q, listed, scale=0.125) + sparse_attention(
+            q, q, q, select_grouped(coefficients, basis, 0.1, grid=(14, 14)), scale=0.125
+        )
+
+    expected, graph = step(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)
 
 
 @pytest.mark.parametrize("shape", [SHAPES["small"], SHAPES["vit_b"]], ids=["small", "vit_b"])

@@ -69,6 +69,33 @@ def call_attention() -> None:
         library.attention_bwd(out, q, k, v, bias, out, lse, 0.1)
 
 
+def call_selection() -> None:
+    """Lists by every way that makes them; 96 basis vectors are multiplied in steps."""
+    order, limit = torch.zeros(1, 70, dtype=torch.int32), torch.zeros(2)
+    for width in (32, 96):
+        # Coefficients as the predictor leaves them.
+        coefficients, basis = torch.zeros(2, 2, width, 70).transpose(2, 3), torch.zeros(width, 71)
+        library.select_lists(coefficients, basis, order, None, 9)
+    library.select_lists(coefficients, basis, order, limit, 9)
+    library.select_rows(torch.zeros(2, 2, 70, 32), torch.zeros(2, 32, 71), 9)
+    library.connect_lists(torch.zeros(2, 2, 70, 9, dtype=torch.int64), None, 70, 71, 1)
+    library.connect_lists(torch.zeros(50, dtype=torch.int64), torch.zeros(2, 2, 71, dtype=torch.int64), 70, 71, 1)
+
+
+def call_sparse_attention() -> None:
+    """Forward and backward along lists with words and along those of groups, with and without sizes."""
+    index, order = torch.zeros(2, 2, 2, 71, dtype=torch.int32), torch.zeros(1, 70, dtype=torch.int32)
+    words, groups = (index, index.long(), index[..., :3].contiguous()), (index, None, None)
+    bias = torch.zeros(2, 71)
+    for head_dim, dtype, given, key_bias in (
+        (64, HALF, words, None), (64, HALF, groups, bias), (128, HALF, words, bias), (128, HALF, groups, None),
+        (72, HALF, words, bias), (64, torch.float32, words, bias), (128, torch.float32, words, bias),
+    ):  # fmt: skip
+        q, k, v = torch.zeros(2, 71, 3, 2, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+        out, lse = library.sparse_attention(q, k, v, key_bias, order, *given, 1, 64, 9, 0.1)
+        library.sparse_attention_bwd(out, q, k, v, key_bias, order, *given, out, lse, 1, 64, 9, 0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_within_the_limits(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +105,8 @@ def test_every_kernel_compiles_within_the_limits(target: str, tmp_path: Path, mo
         call_plans()
         call_merges()
         call_attention()
+        call_selection()
+        call_sparse_attention()
     found = [inspect(kernel, target, compiled, tmp_path) for kernel, compiled in seen]
     for one in found:
         print(*one)
@@ -103,16 +132,18 @@ def test_kernels_depend_on_torch_and_triton_alone() -> None:
 
 
 def test_the_check_sees_what_it_looks_for() -> None:
-    # Products are made in five kernels and nowhere else, so has_dot is no empty claim.
+    # Products are made in nine kernels and nowhere else, so has_dot is no empty claim.
     with_dot = {
         node.name
         for path in FOLDER.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
-        and any(word in ast.unparse(node) for word in ("tl.dot", "similarity("))
+        and any(word in ast.unparse(node) for word in ("tl.dot", "similarity(", "_scores("))
     }  # fmt: skip
     assert with_dot == {
-        "energy_kernel", "match_kernel", "attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkv_kernel"
+        "energy_kernel", "match_kernel", "attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkv_kernel",
+        "select_kernel", "sparse_attention_fwd_kernel", "sparse_attention_bwd_dq_kernel",
+        "sparse_attention_bwd_dkv_kernel",
     }  # fmt: skip
     assert with_dot < kernels_in_the_folder()
     bad = Compiled("k", "gfx942", 65 * 1024, 10, 0, False, False)

@@ -22,6 +22,8 @@ from vtoken.ops import (
     key_metric,
     plan_pitome,
     plan_tome,
+    select_grouped,
+    select_topk,
     size_bias,
 )
 
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.skipif(bool(backend.FORCED) or backend.INTERPRETED, rea
 METRIC = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0))
 Q = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(1))
 PLAN = plan_tome(METRIC, 4)
+COEFFICIENTS, BASIS = METRIC.unsqueeze(0), METRIC[0].t()
 CALLS: dict[str, Callable[[str], Any]] = {
     "plan_pitome": lambda b: plan_pitome(METRIC, 3, margin=0.5, backend=b).keep,
     "plan_tome": lambda b: plan_tome(METRIC, 3, backend=b).keep,
@@ -37,6 +40,8 @@ CALLS: dict[str, Callable[[str], Any]] = {
     "add_merge_norm": lambda b: add_merge_norm(PLAN, METRIC, METRIC, backend=b)[1],
     "attention_with_bias": lambda b: attention_with_bias(Q, Q, Q, None, backend=b),
     "attention_with_sizes": lambda b: attention_with_sizes(Q, Q, Q, torch.ones(2, 12), backend=b),
+    "select_topk": lambda b: select_topk(COEFFICIENTS, BASIS, 0.3, backend=b).index,
+    "select_grouped": lambda b: select_grouped(COEFFICIENTS, BASIS, 0.3, grid=(3, 4), group_size=4, backend=b).index,
 }
 
 

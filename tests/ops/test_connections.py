@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vtoken import ConfigError, ShapeError
-from vtoken.ops import Connections, select_grouped, select_threshold, select_topk
+from vtoken.ops import Connections, backend, select_grouped, select_threshold, select_topk
 from vtoken.ops.connections import num_kept
 from vtoken.ops.hilbert import hilbert_order
 from vtoken.ops.largest import keep_largest, largest_index, largest_mask
@@ -279,7 +279,8 @@ def test_never_all_scores_at_once(batch: int) -> None:
     ):
         with Sizes() as sizes:
             select()
-        assert 0 < sizes.largest <= batch * heads * queries * (queries + 1) // 2
+        assert sizes.largest <= batch * heads * queries * (queries + 1) // 2
+        assert sizes.largest > 0 or backend.FORCED  # kernels make no scores at all
 
 
 def test_selection_is_repeatable_and_without_gradient() -> None:

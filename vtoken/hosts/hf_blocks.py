@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vtoken.core.errors import InputError
 from vtoken.core.state import TokenState
 from vtoken.hosts.tower import Tap, merged_block
+from vtoken.ops.attention import masked_attention
 
 
 class LayerMixin:
@@ -107,7 +107,7 @@ class MasklessDinoLayerMixin(DinoLayerMixin):
         q, k, v = (part(x).unflatten(2, heads).transpose(1, 2) for part in (attn.query, attn.key, attn.value))
         tap.keys = k
         dropout = attn.dropout_prob if attn.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        out = masked_attention(q, k, v, attn_mask, dropout_p=dropout)
         return self.attention.output(out.transpose(1, 2).flatten(2), x)
 
 

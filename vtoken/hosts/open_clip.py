@@ -35,6 +35,7 @@ from vtoken.hosts.tower import (
     stock_with,
 )
 from vtoken.ops import size_bias
+from vtoken.ops.attention import masked_attention
 from vtoken.ops.rows import take_rows
 
 NUM_PREFIX = 1  # every built-in tower has exactly one class token
@@ -209,7 +210,7 @@ class PackedAttention(nn.MultiheadAttention):
         else:
             if tap is not None:
                 tap.keys = k
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.vtoken_mask, dropout_p=dropout)
+            out = masked_attention(q, k, v, self.vtoken_mask, dropout_p=dropout)
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
 

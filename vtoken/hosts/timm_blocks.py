@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from timm.layers.attention import Attention, AttentionRope
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from vtoken.core.errors import InputError
 from vtoken.core.method import AttentionMethod
+from vtoken.core.patch import base_of, view, view_as
 from vtoken.core.state import TokenState
 from vtoken.hosts.tower import Tap, gather_rope, given, merged_block, stock_with
+from vtoken.ops.attention import is_bias_per_key, masked_attention
+from vtoken.ops.backend import use_triton
 
 
 class BlockMixin:
@@ -32,11 +36,16 @@ class BlockMixin:
         attention = given(attn_mask=attn_mask, is_causal=is_causal)
         if vtoken_state is None:  # called outside a patched model
             return stock(x, **attention)
-        run = functools.partial(stock_with, self, stock, "attn", "k_norm")
-        return merged_block(self, vtoken_state, x, run, **attention)
+        return merged_block(self, vtoken_state, x, functools.partial(self._vtoken_stock, stock), **attention)
+
+    def _vtoken_stock(self: Any, stock: Any, x: Tensor, tap: Tap, **attention: Any) -> Any:
+        attn = with_sizes(self.attn, self.attn, x, tap, **attention)
+        if attn is self.attn:
+            return stock_with(self, stock, "attn", "k_norm", x, tap, **attention)
+        return view(self, attn=attn).forward(x, **attention)
 
     def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
-        attn = tap.on(self.attn, "k_norm")
+        attn = with_sizes(self.attn, tap.on(self.attn, "k_norm"), x, tap, **attention)
         return self.drop_path1(self.ls1(attn(self.norm1(x), **attention)))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
@@ -47,7 +56,7 @@ class ResPostBlockMixin(BlockMixin):
     """timm `ResPostBlock`: norms at the end of the branches."""
 
     def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
-        attn = tap.on(self.attn, "k_norm")
+        attn = with_sizes(self.attn, tap.on(self.attn, "k_norm"), x, tap, **attention)
         return self.drop_path1(self.norm1(attn(x, **attention)))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
@@ -112,17 +121,49 @@ class AttentionMixin:
         if is_causal:
             raise InputError("is_causal=True cannot be combined with a connectivity mask; use vtoken.remove(model)")
         tap = Tap.alone(self, x.shape[1]) if vtoken_tap is None else vtoken_tap
-        heads = (3, self.num_heads, self.head_dim)
-        q, k, v = self.qkv(x).unflatten(2, heads).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        call = tap.call(self.scale, attn_mask, self.attn_drop.p if self.training else 0.0)
-        out = self._vtoken_method.attend(q, k, v, self.predictor, call)
-        tap.done(call, k)
-        out = self.norm(out.transpose(1, 2).flatten(2))
-        gate = getattr(self, "gate", None)  # older versions of timm have none
-        if gate is not None:
-            out = out * gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+
+        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            call = tap.call(self.scale, attn_mask, self.attn_drop.p if self.training else 0.0)
+            out = self._vtoken_method.attend(q, k, v, self.predictor, call)
+            tap.done(call, k)
+            return out
+
+        return around(self, core, x)
+
+
+def around(attn: Any, core: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    """timm's `Attention` with another core; projections, norms and gate stay the host's."""
+    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    out = attn.norm(core(attn.q_norm(q), attn.k_norm(k), v).transpose(1, 2).flatten(2))
+    gate = getattr(attn, "gate", None)  # older versions of timm have none
+    if gate is not None:
+        out = out * gate(x).sigmoid()
+    projected: Tensor = attn.proj_drop(attn.proj(out))
+    return projected
+
+
+class SizedAttention(Attention):
+    """What stands in for timm's `Attention` during a call with token sizes that kernels may add."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Tokens [B, T, C] with a bias per key [B, 1, 1, T] attend to themselves."""
+        dropout = self.attn_drop.p if self.training else 0.0
+        return around(self, functools.partial(masked_attention, mask=attn_mask, dropout_p=dropout), x)
+
+
+def with_sizes(
+    host: Any, attn: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Any:  # fmt: skip
+    """What is called for the block's attention `host`: `attn`, or a stand-in whose core kernels serve.
+
+    The host's own call takes sizes as a mask, which keeps fused attention but not its fastest kernel.
+    """
+    own = base_of(type(host)).forward is Attention.forward  # type: ignore[attr-defined]
+    if attn_mask is None or is_causal or not own or not host.fused_attn or tap.acts_in(host):
+        return attn
+    if not is_bias_per_key(attn_mask) or not use_triton("auto", x, lambda: ""):
+        return attn
+    return view_as(SizedAttention, attn)
 
 
 #: Mixin of every supported block class. Subclasses count if they leave `forward` alone.

@@ -17,8 +17,18 @@ from vtoken.core.state import AttentionCall
 from vtoken.methods import schedule
 from vtoken.methods.predictor import ConnectivityPredictor
 from vtoken.methods.token_pruning import TokenPruning
-from vtoken.ops.connections import Connections, num_kept, select_grouped, select_threshold, select_topk
+from vtoken.ops import lists
+from vtoken.ops.backend import select_reason, use_triton
+from vtoken.ops.connections import (
+    Connections,
+    num_kept,
+    query_order,
+    select_grouped,
+    select_threshold,
+    select_topk,
+)
 from vtoken.ops.largest import largest_index
+from vtoken.ops.masking import LogitBias
 from vtoken.ops.rows import full_precision
 from vtoken.ops.sparse_attention import attention_map, sparse_attention
 
@@ -27,7 +37,7 @@ if TYPE_CHECKING:
 
 MODES = ("exact", "threshold", "grouped", "random")
 PHASES = ("sparse", "recon")
-BACKENDS = ("auto", "dense_masked", "masked", "sparse", "grouped")
+BACKENDS = ("auto", "dense_masked", "masked", "sparse", "grouped", "triton")
 
 
 @register_method
@@ -217,6 +227,8 @@ class SparseAttention(AttentionMethod):
         fast = config.mode == "grouped"
         coefficients = predictor.coefficients(q.detach(), k.detach(), live=live, grid=grid, reorder=fast).detach()
         basis = predictor.basis(live=live, grid=grid)
+        if config.mode != "grouped" and self._by_kernels(q, k, coefficients, basis, call):
+            return self._listed(coefficients, basis, predictor, call)
         if config.mode == "threshold":
             return select_threshold(coefficients, basis, predictor.get_buffer("threshold"))
         if config.mode == "exact":
@@ -226,6 +238,29 @@ class SparseAttention(AttentionMethod):
             raise ConfigError("mode='grouped' orders queries on the patch grid, which is not known here")
         return select_grouped(coefficients, basis, ratio, grid=shape, group_size=config.query_group, live=live,
                               num_original=original)  # fmt: skip
+
+    def _by_kernels(self, q: Tensor, k: Tensor, coefficients: Tensor, basis: Tensor, call: AttentionCall) -> bool:
+        """Whether kernels both select and attend; else connections are in a form that any backend takes."""
+
+        def reason() -> str:
+            bias = LogitBias.of(None, call.mask, (*q.shape[:3], q.shape[2]))
+            return select_reason(coefficients, basis) or lists.reason(q, k, k, bias, call.dropout)
+
+        wanted = self.config.backend
+        return wanted in ("auto", "triton") and use_triton(wanted, q, reason)
+
+    def _listed(
+        self, coefficients: Tensor, basis: Tensor, predictor: ConnectivityPredictor, call: AttentionCall
+    ) -> Connections:
+        live, shape = call.slot.anchor, call.grid or predictor.grid
+        # Neighbours in the picture keep much the same keys, which makes lists short; nothing else depends on the order.
+        order = None
+        if shape is not None:
+            order = query_order(shape, live, basis.shape[-1], coefficients.shape[2], coefficients)
+        if self.config.mode == "threshold":
+            return lists.select(coefficients, basis, threshold=predictor.get_buffer("threshold"), order=order)
+        kept = num_kept(self._ratios[call.layer], basis.shape[-1], call.slot.embedded)
+        return lists.select(coefficients, basis, kept=kept, order=order)
 
     def _backend(self, connections: Connections) -> str:
         wanted = self.config.backend

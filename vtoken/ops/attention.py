@@ -74,3 +74,21 @@ def attention_with_bias(
     per_key = None if bias is None else bias.detach()[:, 0, 0].float()
     out: Tensor = attention(q, k, v, per_key, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
     return out
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: float = 0.0) -> Tensor:
+    """`scaled_dot_product_attention`, through `attention_with_bias` where the mask is a number per key (token sizes).
+
+    Args:
+        q, k, v: [B, H, T, D], [B, H, S, D], [B, H, S, D].
+        mask: what it takes as `attn_mask`.
+        dropout_p: of the attention weights.
+    """
+    if mask is None or dropout_p or not is_bias_per_key(mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+    return attention_with_bias(q, k, v, mask)
+
+
+def is_bias_per_key(mask: Tensor) -> bool:
+    """Whether a mask is [B or 1, 1, 1, S] numbers to add."""
+    return mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1 and mask.dtype != torch.bool

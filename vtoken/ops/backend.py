@@ -59,9 +59,11 @@ def explain(op: str, *tensors: Tensor, **options: Any) -> Choice:
     """Which backend `backend="auto"` takes for a call, and why not Triton.
 
     Args:
-        op: "plan_pitome", "plan_tome", "key_metric", "apply", "add_merge_norm", "attention_with_bias" or
-            "attention_with_sizes".
-        tensors: the tensors of the call, in its order: (metric,), (keys,), (x,), (x, y), (q, k, v, bias or size).
+        op: "plan_pitome", "plan_tome", "key_metric", "apply", "add_merge_norm", "attention_with_bias",
+            "attention_with_sizes", "select_topk" or "select_grouped". For sparse attention, which has more ways to run,
+            see `vtoken.ops.sparse_attention.explain`.
+        tensors: the tensors of the call, in its order: (metric,), (keys,), (x,), (x, y), (q, k, v, bias or size),
+            (coefficients, basis).
         options: options that decide: reduction of "apply"; variant and protect of "plan_pitome".
 
     Raises:
@@ -141,6 +143,14 @@ def attention_reason(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
     return _dtype_reason("q", q)
 
 
+def select_reason(coefficients: Tensor, basis: Tensor | None = None) -> str:
+    """Why the kernels cannot select keys by coefficients [B, H, T, K] times a basis [K, N] or [B, K, N]."""
+    for name, x in (("coefficients", coefficients), ("basis", coefficients if basis is None else basis)):
+        if x.dtype != torch.float32:
+            return f"{name} are {x.dtype}; kernels select by float32 scores"
+    return _width_reason("coefficients", coefficients, coefficients.shape[-1], 1024)
+
+
 def _width_reason(name: str, x: Tensor, width: int, most: int) -> str:
     if not 0 < width <= most:
         return f"{name} has {width} channels; kernels take 1 to {most}"
@@ -154,5 +164,7 @@ REASONS: dict[str, Callable[..., str]] = {
     "apply": rows_reason,
     "add_merge_norm": norm_reason,
     "attention_with_bias": attention_reason,
+    "select_topk": select_reason,
+    "select_grouped": select_reason,
     "attention_with_sizes": lambda q, k, v, size=None: attention_reason(q, k, v),  # sizes never need a gradient
 }

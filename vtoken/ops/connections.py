@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.ops import kernels
+from vtoken.ops.backend import select_reason, use_triton
 from vtoken.ops.hilbert import hilbert_order
 from vtoken.ops.largest import largest_index
 
@@ -155,7 +157,12 @@ def num_kept(keep_ratio: float, num_tokens: int, num_original: int | None = None
 
 @torch.no_grad()
 def select_topk(
-    coefficients: Tensor, basis: Tensor, keep_ratio: float, *, num_original: int | None = None
+    coefficients: Tensor,
+    basis: Tensor,
+    keep_ratio: float,
+    *,
+    num_original: int | None = None,
+    backend: str = "auto",
 ) -> Connections:
     """The k keys with the largest scores for every patch query, equal scores by the lowest key index.
 
@@ -164,6 +171,7 @@ def select_topk(
         basis: [K, N], or [B, K, N] where the images of a batch have lost different tokens.
         keep_ratio: k = min(ceil(keep_ratio * num_original), N).
         num_original: tokens before any were removed; None: N.
+        backend: "auto", "torch" or "triton".
 
     Raises:
         ShapeError, ConfigError: if the tensors do not fit each other, if `keep_ratio` is not in (0, 1].
@@ -172,6 +180,8 @@ def select_topk(
     """
     num_tokens = _check(coefficients, basis)
     k = num_kept(keep_ratio, num_tokens, num_original)
+    if use_triton(backend, coefficients, lambda: select_reason(coefficients, basis)):
+        return Connections(num_tokens, index=kernels.select_rows(coefficients, basis, k))
     chunks = [largest_index(scores, k) for scores in _score_chunks(coefficients, basis)]
     return Connections(num_tokens, index=torch.cat(chunks, dim=2))
 
@@ -211,6 +221,7 @@ def select_grouped(
     group_size: int = 64,
     live: Tensor | None = None,
     num_original: int | None = None,
+    backend: str = "auto",
 ) -> Connections:
     """The k best keys for every group of neighbouring patch queries, by the mean of the group's coefficients.
 
@@ -218,7 +229,7 @@ def select_grouped(
     smaller). group_size=1 gives the keys of `select_topk`. A departure from the paper, for speed.
 
     Args:
-        coefficients, basis, keep_ratio, num_original: as `select_topk`.
+        coefficients, basis, keep_ratio, num_original, backend: as `select_topk`.
         grid: rows and columns of the patch grid.
         group_size: queries that share their keys, at most.
         live: the tokens of the grid that are still there, [B, N], prefix tokens first; None: all of them.
@@ -232,7 +243,7 @@ def select_grouped(
     if group_size < 1:
         raise ConfigError(f"group_size={group_size}: a group has at least one query")
     queries = coefficients.shape[2]
-    order = _query_order(grid, live, num_tokens, queries, coefficients)
+    order = query_order(grid, live, num_tokens, queries, coefficients)
     size = -(-queries // -(-queries // group_size))
     if size == 1:
         order, pooled = torch.arange(queries, device=order.device).unsqueeze(0), coefficients
@@ -243,11 +254,11 @@ def select_grouped(
         member = coefficients.new_zeros(order.shape[0], -(-queries // size), queries).scatter(1, group_of, 1.0)
         rows = coefficients.transpose(-1, -2).flatten(1, 2)
         pooled = (rows @ member.transpose(-1, -2)).unflatten(1, (coefficients.shape[1], -1)).transpose(-1, -2)
-    index = select_topk(pooled, basis, keep_ratio, num_original=num_original).index
+    index = select_topk(pooled, basis, keep_ratio, num_original=num_original, backend=backend).index
     return Connections(num_tokens, index=index, order=order)
 
 
-def _query_order(
+def query_order(
     grid: tuple[int, int], live: Tensor | None, num_tokens: int, queries: int, like: Tensor
 ) -> Tensor:  # fmt: skip
     """Patch queries along the Hilbert curve: [1, T], or [B, T] if images have lost different tokens."""

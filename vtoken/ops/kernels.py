@@ -38,6 +38,14 @@ def add_merge_norm(
     return out[0], out[1], _like_size(out[2], size)
 
 
+def select_rows(coefficients: Tensor, basis: Tensor, kept: int) -> Tensor:
+    """Index of `vtoken.ops.select_topk` for checked arguments, int64 [B, H, T, kept]."""
+    from vtoken_kernels.library import select_rows as run
+
+    index: Tensor = run(coefficients, basis, kept)
+    return index.to(torch.int64)
+
+
 def _groups(plan: MergePlan) -> tuple[Tensor, Tensor]:
     if plan.groups is not None:
         return plan.groups[1], plan.groups[2]

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.ops import lists
+from vtoken.ops.backend import use_triton
 from vtoken.ops.connections import Connections
 from vtoken.ops.edges import edge_attention
 from vtoken.ops.largest import branch_free
@@ -67,16 +69,17 @@ def sparse_attention(
     """
     bias = _checked(q, k, v, connections, num_prefix, key_bias, attn_mask)
     if backend == "auto":
-        backend = explain(q, k, v, connections).backend
+        backend = explain(q, k, v, connections, bias, dropout_p).backend
     if backend == "masked":
         keep = None if connections.keeps_all else connections.mask()
-        return fused_attention(q, k, v, keep, bias, scale, dropout_p, guard=connections.form == "threshold")
+        return fused_attention(q, k, v, keep, bias, scale, dropout_p, guard=connections.index is None)
     if backend == "dense_masked":
         return F.dropout(attention_weights(q, k, connections.mask(), bias, scale), dropout_p) @ v
     if backend in ("sparse", "grouped"):
         return _by_head(q, k, v, connections, bias, scale, dropout_p, backend)
     if backend == "triton":
-        raise ConfigError('backend="triton" does not serve sparse attention yet; use "auto"')
+        use_triton(backend, q, lambda: lists.reason(q, k, v, bias, dropout_p))
+        return lists.attend(q, k, v, connections, bias, scale)
     raise ConfigError(f"unknown backend {backend!r}; supported: {', '.join(BACKENDS)}")
 
 
@@ -94,11 +97,24 @@ def attention_map(
     return attention_weights(q, k, connections.mask(), bias, scale)
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, connections: Connections) -> Choice:
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    connections: Connections,
+    bias: LogitBias | None = None,
+    dropout_p: float = 0.0,
+) -> Choice:
     """Which backend `sparse_attention` takes for these tensors with "auto", and the reason.
 
     Source: sparsifiner.md section 8.1.
     """
+    bias = bias or LogitBias(None, None)
+    dense = connections.index is not None and connections.keeps_all
+    if not dense and use_triton("auto", q, lambda: lists.reason(q, k, v, bias, dropout_p)):
+        return Choice("triton", "kernels walk along lists of keys")
+    if connections.form == "lists":
+        return Choice("masked", "only kernels walk along lists of blocks")
     num_tokens, queries = connections.num_tokens, max(1, connections.num_queries)
     batch, heads = connections.batch_and_heads
     kept = (connections.count / max(1, batch * heads) - connections.num_prefix * num_tokens) / queries
@@ -112,7 +128,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, connections: Connections) -> Choice
     if torch.compiler.is_compiling():
         return Choice("masked", "the compiler does not take sparse tensors into a graph")
     if q.device.type != "cpu":
-        return Choice("masked", f"there is no sparse kernel for {q.device.type} yet")
+        return Choice("masked", f"the kernels do not serve this call on {q.device.type}")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return Choice("masked", "gradients are needed, and the backward pass of sparse kernels is slow")
     if not torch.backends.mkl.is_available():
@@ -155,7 +171,7 @@ def _sparse(
     q: Tensor, k: Tensor, v: Tensor, connections: Connections, bias: LogitBias, scale: float, dropout_p: float
 ) -> Iterator[Tensor]:
     """Patch queries over lists of pairs: [T, D] for every head."""
-    if connections.form == "grouped":
+    if connections.order is not None:
         raise ConfigError('backend="sparse" takes connections per query; for groups there is backend="grouped"')
     if q.device.type == "meta" or torch.compiler.is_compiling():
         raise ConfigError('backend="sparse" runs neither on the meta device nor in a compiled graph; use "masked"')

@@ -16,7 +16,18 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtoken import ConfigError
-from vtoken.ops import add_merge_norm, attention_with_bias, attention_with_sizes, explain, plan_pitome
+from vtoken.ops import (
+    add_merge_norm,
+    attention_with_bias,
+    attention_with_sizes,
+    explain,
+    lists,
+    plan_pitome,
+    select_grouped,
+    select_threshold,
+    select_topk,
+    sparse_attention,
+)
 from vtoken_kernels import library
 
 
@@ -34,6 +45,9 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     weight, bias = draw(6, 10, grad=True), draw(7, 10, grad=True)
     q, k, v = (t.detach().requires_grad_() for t in draw(8, 2, 7, 3, 2, 16).permute(2, 0, 3, 1, 4))
     out, lse = library.attention(q.detach(), k.detach(), v.detach(), None, 0.25)
+    coefficients, basis = draw(12, 2, 2, 6, 4).abs(), draw(13, 4, 7).abs()
+    listed, above = select_topk(coefficients, basis, 0.4), select_threshold(coefficients, basis, 1.0)
+    order, words = torch.arange(6, dtype=torch.int32).unsqueeze(0), library.connect_lists(listed.index, None, 6, 7, 1)
     inference = (draw(9, 2, 20, 10), None, plan.keep, None, start, member)
     return {
         "plan_pitome": [
@@ -53,13 +67,25 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (*inference[:1], *inference, None, None, 1e-6),
         ],
         "attention": [(q, k, v, draw(11, 2, 7), 0.25), (q, k, v, None, 0.25), (q, k, v, draw(11, 1, 7), 0.25)],
+        "select_rows": [(coefficients, basis, 3), (coefficients, basis.expand(2, -1, -1).contiguous(), 1)],
+        "select_lists": [(coefficients, basis, None, None, 3), (coefficients, basis, order, torch.ones(2), 0)],
+        "connect_lists": [(listed.index, None, 6, 7, 1), (above.col, above.crow, 6, 7, 1)],
+        "sparse_attention": [
+            (q, k, v, draw(11, 2, 7), order, *words, 1, 64, 3, 0.25),
+            (q, k, v, None, None, listed.index[:, :, :1].int().contiguous(), None, None, 1, 6, 3, 0.25),
+        ],
+        "sparse_attention_bwd": [
+            (torch.ones_like(out), *(t.detach() for t in (q, k, v)), None, order, *words, out, lse, 1, 64, 3, 0.25)
+        ],
         "attention_bwd": [(torch.ones_like(out), *(t.detach() for t in (q, k, v)), draw(11, 2, 7), out, lse, 0.25)],
     }
 
 
 def test_every_operator_is_sampled() -> None:
     assert set(samples()) == set(library.__all__)
-    source = "".join(inspect.getsource(sys.modules[f"vtoken_kernels.{m}_ops"]) for m in ("plan", "merge", "attention"))
+    source = "".join(
+        inspect.getsource(sys.modules[f"vtoken_kernels.{m}_ops"]) for m in ("plan", "merge", "attention", "sparse")
+    )
     assert source.count("torch.library.custom_op(") == len(library.__all__)
 
 
@@ -128,6 +154,68 @@ def test_flops_of_attention_are_those_of_torch() -> None:
     expected = 14 * 2 * 3 * 11 * 9 * 16  # 4 forward, 10 backward
     assert found[1] == expected
     assert found[0] in (expected, expected - 2 * 2 * 3 * 11 * 9 * 16)  # CPU attention keeps or repeats the scores
+
+
+def sparse_block(q: Tensor, k: Tensor, v: Tensor, coefficients: Tensor, basis: Tensor) -> tuple[Tensor, ...]:
+    """Every way to select and attend by kernels."""
+    limit = torch.full((q.shape[1],), 1.0)
+    found = (
+        lists.select(coefficients, basis, kept=3),
+        lists.select(coefficients, basis, threshold=limit),
+        select_topk(coefficients, basis, 0.3, backend="triton"),
+        select_grouped(coefficients, basis, 0.3, grid=(4, 5), group_size=20, backend="triton"),
+    )
+    return tuple(sparse_attention(q, k, v, c, scale=0.3, backend="triton") for c in found)
+
+
+def sparse_inputs(batch: int) -> tuple[Tensor, ...]:
+    q, k, v = (draw(s, batch, 2, 21, 16, grad=True) for s in (40, 41, 42))
+    return q, k, v, draw(43, batch, 2, 20, 4).abs(), draw(44, 4, 21).abs()
+
+
+def test_sparse_attention_compiles_as_one_graph() -> None:
+    compiled = torch.compile(sparse_block, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):  # the second with a dynamic shape
+        inputs = sparse_inputs(batch)
+        got, expected = compiled(*inputs), sparse_block(*inputs)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+        grads = [torch.autograd.grad(sum(o.square().sum() for o in out), inputs[0])[0] for out in (got, expected)]
+        assert torch.allclose(*grads, rtol=1e-6, atol=1e-6)
+
+
+def test_sparse_attention_exports() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+            return sparse_block(*args)
+
+    inputs = tuple(t.detach() for t in sparse_inputs(2))
+    program = torch.export.export(Module(), inputs)
+    for a, b in zip(program.module()(*inputs), sparse_block(*inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_flops_of_sparse_attention_are_those_of_the_kept_pairs() -> None:
+    q, k, v, coefficients, basis = sparse_inputs(2)
+    for connections, kept in (
+        (select_topk(coefficients, basis, 0.3, backend="torch"), 7),
+        (lists.select(coefficients, basis, kept=3), 3),
+        (lists.select(coefficients, basis, threshold=torch.ones(2)), 21),  # unknown without looking: as if all
+    ):
+        with FlopCounterMode(display=False) as counter:
+            sparse_attention(q, k, v, connections, scale=0.3, backend="triton").sum().backward()
+        assert counter.get_total_flops() == 14 * 2 * 2 * (20 * kept + 21) * 16
+    with FlopCounterMode(display=False) as counter:
+        select_topk(coefficients, basis, 0.3, backend="triton")
+    assert counter.get_total_flops() == 2 * 2 * 2 * 20 * 4 * 21
+
+
+def test_sparse_attention_under_autocast() -> None:
+    q, k, v, coefficients, basis = (t.detach() for t in sparse_inputs(2))
+    connections = select_topk(coefficients, basis, 0.3)
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = sparse_attention(q, k, v, connections, scale=0.3, backend="triton")
+    assert torch.equal(out, sparse_attention(q.half(), k.half(), v.half(), connections, scale=0.3, backend="triton"))
 
 
 def test_autocast() -> None:
