@@ -155,7 +155,8 @@ def train(task: CaptionTask, run: Run, folder: Path, save_every: int) -> dict[st
     data, masks = torch.Generator().manual_seed(run.seed), torch.Generator().manual_seed(1000 + run.seed)
     model = wrap(task, SETTINGS[run.setting], steps=run.steps, warmup_steps=run.first, generator=masks)
     opt = optimiser(model)
-    model.attach_ema(opt)
+    if SETTINGS[run.setting].keep_ratio < 1:
+        model.attach_ema(opt)
     first = restore(checkpoint, model, opt, {"data": data, "masks": masks}) if checkpoint.is_file() else 0
     label = f"{run.task}, {run.setting}, seed {run.seed}"
     for step in tqdm(range(first, run.steps), initial=first, total=run.steps, desc=label, leave=False):
@@ -202,7 +203,8 @@ def time_steps(task: CaptionTask, names: Sequence[str], batch: int, rounds: int)
     for name in dict.fromkeys(["CLIP", *names]):
         model = wrap(task, SETTINGS[name])
         opt = optimiser(model)
-        model.attach_ema(opt)
+        if SETTINGS[name].keep_ratio < 1:
+            model.attach_ema(opt)
         runs[name] = functools.partial(learn, model, opt, images, task.captions[labels])
     times = interleaved(runs, rounds=rounds, warmup=2)
     base, macs = times["CLIP"], macs_per_step(task, SETTINGS["CLIP"])

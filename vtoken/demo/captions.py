@@ -88,7 +88,7 @@ def digit_task() -> CaptionTask:
     return CaptionTask("digits", 32, 4, captions, vocabulary, draw, pictures[test], labels[test])
 
 
-def garment_task(folder: Path = DATA, pieces: int = 0, test: int = 1000) -> CaptionTask:
+def garment_task(folder: Path = DATA, pieces: int = 0, test: int = 2000) -> CaptionTask:
     """A garment at a random place of a grey canvas of 64 pixels, 64 patches, "a photo of a coat".
 
     Args:
