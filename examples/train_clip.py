@@ -2,7 +2,7 @@
 
     python examples/train_clip.py                      # three seeds, what the README reports; half an hour of one core
     python examples/train_clip.py --small              # seconds, to see that it runs
-    python examples/train_clip.py --seed 1             # one seed only; the next call without it uses what is there
+    python examples/train_clip.py --seed 1             # one seed only; a later call uses what is there
 
 Every setting is trained twice: for as many steps as plain CLIP, and for as many steps as plain CLIP's multiply-adds pay
 for. Each finished run is a file under --out and an unfinished one a checkpoint, so a killed call goes on where it
@@ -224,17 +224,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--setting", nargs="+", choices=list(SETTINGS), help="only these")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="of plain CLIP; default: " + str(STEPS)[1:-1])
+    parser.add_argument("--steps", type=int, help=f"of plain CLIP; default: {STEPS}")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15, help="timing samples of a step")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the Fashion-MNIST files")
     parser.add_argument("--out", type=Path, default=Path("out/train_clip"), help="folder of results and checkpoints")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--small", action="store_true", help="a few steps of everything, one seed")
-    args = parser.parse_args(argv)
-    if args.small:
-        args.seed, args.steps, args.batch, args.rounds = [0], 4, 8, 2
+    parser.add_argument("--small", action="store_true", help="a few steps of everything, one seed; other options count")
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if "--small" in arguments:
+        parser.set_defaults(seed=[0], steps=4, batch=8, rounds=2)
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
     try:
