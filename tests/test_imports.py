@@ -16,6 +16,7 @@ ALLOWED = {
     "hosts": {"core", "ops"},
     "nn": {"core", "ops", "methods"},
     "train": {"core", "ops", "methods"},
+    "clip": {"core", "ops"},
     "accounting": {"core", "ops", "methods"},
     "visualize": {"core", "ops", "accounting"},
     "demo": {"core"},

@@ -7,6 +7,7 @@ from vtoken import nn, ops, train
 from vtoken.accounting.prefill import kv_cache_bytes, prefill_flops
 from vtoken.accounting.prompt_report import PromptReport, prompt_report
 from vtoken.accounting.report import Report, report
+from vtoken.clip import AttentiveMaskCLIP, AttentiveMaskLoss, MultiViewCrop
 from vtoken.core.apply import applied, apply, config_of, configure, is_applied, num_tokens, plan, remove
 from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
 from vtoken.core.errors import (
@@ -39,11 +40,14 @@ __version__ = "0.1.0"
 __all__ = [
     "VTCCLS",
     "AlreadyAppliedError",
+    "AttentiveMaskCLIP",
+    "AttentiveMaskLoss",
     "ConfigError",
     "HostAdapter",
     "HostSpec",
     "InputError",
     "MethodConfig",
+    "MultiViewCrop",
     "PiToMe",
     "Plan",
     "PromptReport",

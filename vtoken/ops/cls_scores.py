@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vtoken.core.errors import ConfigError, ShapeError
@@ -37,6 +38,34 @@ def class_row(q_cls: Tensor, keys: Tensor, *, scale: float, bias: Tensor | None 
     if keys.dim() != 4 or q_cls.shape != (*keys.shape[:2], keys.shape[3]):
         raise ShapeError(f"expected queries [B, H, D] and keys [B, H, T, D], got {q_cls.shape} and {keys.shape}")
     return _attention(q_cls.unsqueeze(2), keys, scale, bias)[:, :, 0].mean(1)
+
+
+def projected_class_row(
+    x: Tensor, query: tuple[Tensor, Tensor | None], key: Tensor, *, num_heads: int, scale: float
+) -> Tensor:
+    """`class_row` from the rows that attention is given, without projecting them to keys.
+
+    The class token's query is multiplied by the key weight instead: 2*C^2 + H*T*C multiply-adds in place of T*C^2. The
+    key bias adds the same to every logit and cancels. Not for attention that normalises its keys.
+
+    Args:
+        x: input of the attention, class token first, [B, T, C].
+        query: weight [H*D, C] and bias [H*D] of the queries.
+        key: weight of the keys, [H*D, C].
+        num_heads: H.
+        scale: factor on the logits, usually D ** -0.5.
+
+    Returns:
+        [B, T] as `class_row`.
+
+    Source: attentive_clip.md 3.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.no_grad(), full_precision(x):
+        x, bias = x.to(dtype), None if query[1] is None else query[1].to(dtype)
+        q = F.linear(x[:, 0], query[0].to(dtype), bias).unflatten(1, (num_heads, -1))
+        absorbed = torch.einsum("bhd,hdc->bhc", q, key.to(dtype).unflatten(0, (num_heads, -1)))
+        return (scale * absorbed @ x.transpose(1, 2)).softmax(-1).mean(1)
 
 
 def cls_scores(q_cls: Tensor, keys: Tensor, *, scale: float, num_prefix: int = 1) -> Tensor:

@@ -1,0 +1,81 @@
+"""Checks of what `AttentiveMaskCLIP` is given, at construction and in each call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vtoken.clip.mapping import check_boxes
+from vtoken.core.errors import ConfigError, InputError, ShapeError
+
+Layers = str | Sequence[int]
+Image = Tensor | Sequence[Tensor]
+
+
+def resolve_layers(layers: Layers, depth: int) -> tuple[int, ...]:
+    """Block indices, ascending.
+
+    Raises:
+        ConfigError: for another word, no block at all, or blocks that the tower does not have.
+    """
+    if isinstance(layers, str):
+        if layers not in ("all", "last"):
+            raise ConfigError(f'layers={layers!r} must be "all", "last" or block indices')
+        return tuple(range(depth)) if layers == "all" else (depth - 1,)
+    found = sorted({index % depth for index in layers if -depth <= index < depth})
+    if not found or any(not -depth <= index < depth for index in layers):
+        raise ConfigError(f"layers={list(layers)} must name blocks of a tower that has {-depth} to {depth - 1}")
+    return tuple(found)
+
+
+def check_numbers(
+    *, teacher_scale: float, warmup_steps: int, simclr_weight: float, byol_weight: float, hidden_dim: int, out_dim: int
+) -> None:
+    """Raise ConfigError for numbers out of range."""
+    if not 0 < teacher_scale <= 1:
+        raise ConfigError(f"teacher_scale={teacher_scale} shrinks the teacher's image and must be in (0, 1]")
+    if warmup_steps < 0:
+        raise ConfigError(f"warmup_steps={warmup_steps} must not be negative")
+    if min(simclr_weight, byol_weight) < 0:
+        raise ConfigError(f"simclr_weight={simclr_weight} and byol_weight={byol_weight} must not be negative")
+    if min(hidden_dim, out_dim) < 1:
+        raise ConfigError(f"hidden_dim={hidden_dim} and out_dim={out_dim} must be at least 1")
+
+
+def single(image: Image | None) -> Tensor | None:
+    """The one image batch of a call that masks nothing.
+
+    Raises:
+        InputError: for several views.
+    """
+    if image is None or isinstance(image, Tensor):
+        return image
+    if len(image) != 1:
+        raise InputError(f"{len(image)} views in eval mode, where nothing is masked; give one tensor [B, 3, H, W]")
+    return image[0]
+
+
+def check_views(views: Sequence[Tensor], size: tuple[int, int] | None) -> None:
+    """Raise ShapeError unless all views have one shape [B, 3, H, W], of the size that the tower takes (None: any)."""
+    if not views or any(x.dim() != 4 or x.shape != views[0].shape for x in views):
+        raise ShapeError(f"expected views [B, 3, H, W] of one shape, got {[tuple(x.shape) for x in views]}")
+    if size is not None and tuple(views[0].shape[2:]) != size:
+        raise ShapeError(f"views are {tuple(views[0].shape[2:])} pixels, the image tower takes {size}")
+
+
+def check_teacher(
+    views: Sequence[Tensor], teacher_image: Tensor | None, view_boxes: Tensor | None, teacher_boxes: Tensor | None
+) -> None:
+    """Raise unless the teacher's image and the boxes fit the views."""
+    batch = views[0].shape[0]
+    check_boxes(view_boxes, teacher_boxes, batch, len(views))
+    if teacher_image is None:
+        return
+    if teacher_image.dim() != 4 or teacher_image.shape[0] != batch:
+        raise ShapeError(f"expected teacher_image [{batch}, 3, H, W], got {tuple(teacher_image.shape)}")
+    if view_boxes is None and teacher_image.shape[2:] != views[0].shape[2:]:
+        raise ShapeError(
+            f"views of {tuple(views[0].shape[2:])} pixels and a teacher_image of {tuple(teacher_image.shape[2:])} "
+            "cannot be the same crop: give view_boxes and teacher_boxes (MultiViewCrop makes them)"
+        )
