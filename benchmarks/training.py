@@ -54,11 +54,9 @@ def build(args: Any) -> Any:
         "layers": args.layers, "width": args.width, "head_width": 64, "patch_size": 16, "image_size": args.image,
     }  # fmt: skip
     text: Any = {
-        "context_length": CONTEXT,
-        "width": args.text_width,
-        "heads": args.text_width // 64,
-        "layers": args.layers,
-    }
+        "layers": args.layers, "width": args.text_width, "heads": args.text_width // 64, "context_length": CONTEXT,
+        "vocab_size": args.vocabulary,
+    }  # fmt: skip
     return CLIP(args.text_width, vision, text, output_dict=True)
 
 
@@ -73,7 +71,7 @@ class Trainer:
         self.model.train()
         views = [torch.randn(args.batch, 3, args.image, args.image, device=device) for _ in range(setting.views)]
         self.images = views if setting.views > 1 else views[0]
-        self.text = torch.randint(1, 49405, (args.batch, CONTEXT), device=device)
+        self.text = torch.randint(args.vocabulary, (args.batch, CONTEXT), device=device)
         self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad])
         if masked and self.model.mode != "random":  # which has no use for a teacher
             self.model.attach_ema(self.optimiser)
@@ -201,7 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--text-width", type=int, default=256, help="of the text tower, a multiple of 64")
     top.add_argument("--image", type=int, default=224, help="side in pixels, a multiple of 64")
     top.add_argument("--batch", type=int, default=4)
-    args = parse(top, argv, {"layers": 4, "width": 64, "text_width": 64, "image": 128, "batch": 2, "rounds": 2})
+    top.add_argument("--vocabulary", type=int, default=49408, help="token ids of the text tower")
+    small = {"layers": 4, "width": 64, "text_width": 64, "image": 128, "vocabulary": 500, "batch": 2, "rounds": 2}
+    args = parse(top, argv, small)
     device = begin(args)
     rows = measure(args, device)
     show(rows, args, device)

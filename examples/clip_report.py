@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 
 def summary(
     rows: Sequence[Mapping[str, Any]], steps: Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -53,9 +56,6 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 def plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy against the multiply-adds of the whole training, a panel per task, a line per setting."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks = list(dict.fromkeys(row["task"] for row in table))
     figure = Figure(figsize=(5.5 * len(tasks), 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
