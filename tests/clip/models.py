@@ -41,6 +41,7 @@ def trunk_clip(trunk: nn.Module, seed: int = 1) -> Any:
 def wrap(model: Any = None, **options: Any) -> vtoken.AttentiveMaskCLIP:
     """Wrapped with single patches as units and small heads, in train mode."""
     small = {"block": 1, "hidden_dim": 24, "out_dim": 8}
+    torch.manual_seed(1)  # for the heads
     return vtoken.AttentiveMaskCLIP(clip() if model is None else model, **(small | options)).train()
 
 

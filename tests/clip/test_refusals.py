@@ -1,0 +1,180 @@
+"""What cannot be trained with attentive masks is refused by name, before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import open_clip
+import pytest
+import timm
+import torch
+
+import vtoken
+from tests.clip.models import TEXT, VISION, batch, clip, timm_clip, trunk_clip, wrap
+from tests.helpers import assert_same, distilled, eva, naflex, randomise_, vit
+
+
+def trunk(name: str, **options: Any) -> Any:
+    """A CLIP whose timm trunk is replaced by another model."""
+    model = timm_clip()
+    model.visual.trunk = timm.create_model(name, num_classes=0, **options)
+    return model
+
+
+MODELS: dict[str, tuple[Any, str]] = {
+    "siglip": (lambda: trunk_clip(vit(class_token=False, global_pool="avg")), "no class token"),
+    "map": (lambda: trunk_clip(vit(class_token=False, global_pool="map", embed_dim=64)), "no class token"),
+    "registers only": (
+        lambda: trunk_clip(vit(class_token=False, global_pool="avg", reg_tokens=2)),
+        "no class token",
+    ),
+    "eva": (lambda: trunk_clip(eva(use_rot_pos_emb=True, ref_feat_shape=(8, 8))), "rotates queries and keys"),
+    "absolute eva": (lambda: trunk_clip(eva()), "its timm trunk is a Eva"),
+    "naflex": (lambda: trunk_clip(naflex(class_token=True)), "its timm trunk is a NaFlexVit"),
+    "distilled": (lambda: trunk_clip(distilled()), "VisionTransformerDistilled"),
+    "hybrid": (lambda: trunk("vit_tiny_r_s16_p8_224"), "patches come from a Hybrid"),
+    "swin": (lambda: trunk("swin_tiny_patch4_window7_224", embed_dim=24, depths=(1, 1, 1, 1)), "windows"),
+    "convnext": (lambda: trunk("test_convnext"), "ConvNeXt"),
+    "resnet": (lambda: clip(layers=(1, 1, 1, 1), width=16, image_size=64), "ModifiedResNet"),
+    "coca": (
+        lambda: open_clip.CoCa(16, TEXT | {"layers": 2}, TEXT, vision_cfg=VISION),
+        r"CoCa is not a CLIP that it knows",
+    ),
+    "bare tower": (lambda: clip().visual, "is not a CLIP that it knows"),
+    "timm model": (vit, "is not a CLIP that it knows"),
+    "tokens": (lambda: clip(output_tokens=True), "output_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_models(name: str) -> None:
+    build, said = MODELS[name]
+    model = build()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    with pytest.raises(vtoken.UnsupportedModelError, match=said):
+        vtoken.AttentiveMaskCLIP(model, block=1, freeze_patch_embed=True)
+    assert_same("weights", before, model.state_dict())
+    assert next(model.parameters()).requires_grad
+
+
+def test_wrapped_and_compiled_models() -> None:
+    with pytest.raises(vtoken.UnsupportedModelError, match="OptimizedModule"):
+        wrap(torch.compile(clip()))
+    with pytest.raises(vtoken.UnsupportedModelError, match="AttentiveMaskCLIP is not a CLIP"):
+        wrap(wrap())
+
+
+def test_own_patch_dropout() -> None:
+    with pytest.raises(vtoken.ConfigError, match=r"drops patches itself \(patch_dropout=0\.5"):
+        wrap(clip(patch_dropout=0.5))
+    with pytest.raises(vtoken.ConfigError, match=r"drops patches itself \(patch_drop_rate=0\.25"):
+        wrap(trunk_clip(vit(embed_dim=64, patch_drop_rate=0.25, num_classes=0)))
+
+
+@pytest.mark.parametrize("timm_tower", [False, True])
+def test_towers_that_carry_a_method(timm_tower: bool) -> None:
+    """Refused while training; in eval mode the method works, and on what comes out in the end."""
+    x, t = batch(4, 160 if timm_tower else 32)
+    build = timm_clip if timm_tower else clip
+    method = vtoken.PiToMe(ratio=0.8)
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"carries a method.*vtoken\.remove\(model\)"):
+        wrap(vtoken.apply(build(), method))
+    wrapper = wrap(build())
+    expected = vtoken.apply(build(), method).eval()(x, t)
+    assert not torch.equal(expected["image_features"], wrapper.eval()(x, t)["image_features"])
+    vtoken.apply(wrapper.model, method)
+    assert_same("merged in eval mode", expected, wrapper.eval()(x, t))
+    assert wrapper.score(x).shape[0] == 4
+    with pytest.raises(vtoken.UnsupportedModelError, match="carries a method"):
+        wrapper.train()(x, t)
+    vtoken.remove(wrapper.model)
+    wrapper(x, t)
+    average = vtoken.apply(wrapper.unwrap(ema=True), method)
+    assert vtoken.is_applied(average)
+    assert not vtoken.is_applied(wrapper.model)
+
+
+def test_methods_are_not_applied_to_the_wrapper_itself() -> None:
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"use model\.model"):
+        vtoken.apply(wrap(), vtoken.PiToMe(ratio=0.9))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"keep_ratio": 0}, "keep_ratio=0"),
+        ({"mode": "best"}, "mode='best'"),
+        ({"block": 3}, "block=3 does not divide the grid of 8 x 8"),
+        ({"block": "auto"}, "nothing can be masked"),
+        ({"layers": "first"}, "layers='first'"),
+        ({"layers": [0, 3]}, r"layers=\[0, 3\]"),
+        ({"layers": []}, r"layers=\[\]"),
+        ({"top_fraction": 2.0}, "top_fraction=2.0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"teacher_scale": 0.0}, "teacher_scale=0.0"),
+        ({"teacher_scale": 2.0}, "teacher_scale=2.0"),
+        ({"simclr_weight": -1.0}, "simclr_weight=-1.0"),
+        ({"byol_weight": -1.0}, "byol_weight=-1.0"),
+        ({"hidden_dim": 0}, "hidden_dim=0"),
+        ({"head_norm": "group"}, "head_norm='group'"),
+    ],
+)
+def test_settings(options: dict[str, Any], said: str) -> None:
+    model = clip()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(vtoken.ConfigError, match=said):
+        wrap(model, **options)
+    assert_same("weights", before, model.state_dict())
+
+
+def test_calls() -> None:
+    wrapper, (x, t) = wrap(), batch()
+    boxes = torch.tensor([[[0, 0, 32, 32]]] * 4)
+    cases: list[tuple[Any, dict[str, Any], type, str]] = [
+        (x, {"view_boxes": boxes}, vtoken.ConfigError, "view_boxes without teacher_boxes"),
+        (x, {"teacher_boxes": boxes[:, 0]}, vtoken.ConfigError, "teacher_boxes without view_boxes"),
+        (x, {"view_boxes": boxes, "teacher_boxes": boxes}, vtoken.ShapeError, r"teacher_boxes \[4, 4\]"),
+        (x, {"teacher_image": x[:, :, ::2, ::2]}, vtoken.ShapeError, "give view_boxes and teacher_boxes"),
+        (x, {"teacher_image": x[:2]}, vtoken.ShapeError, r"teacher_image \[4, 3, H, W\]"),
+        ([x, x[:, :, :16]], {}, vtoken.ShapeError, "of one shape"),
+        ([x, x[:2]], {}, vtoken.ShapeError, "of one shape"),
+        ([], {}, vtoken.ShapeError, "of one shape"),
+        (x[:, :, :16, :16], {}, vtoken.ShapeError, r"views are \(16, 16\) pixels, the image tower takes \(32, 32\)"),
+    ]
+    for image, options, error, said in cases:
+        with pytest.raises(error, match=said):
+            wrapper(image, t, **options)
+    with pytest.raises(vtoken.InputError, match="2 views in eval mode"):
+        wrapper.eval()([x, x], t)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_simclr_needs_two_views(views: int) -> None:
+    x, t = batch()
+    with pytest.raises(vtoken.ConfigError, match=f"simclr_weight > 0 compares two views, but {views} were given"):
+        wrap(simclr_weight=1.0)([x] * views, t)
+
+
+def test_teacher_images_of_broken_patches() -> None:
+    x, t = batch()
+    with pytest.raises(vtoken.ShapeError, match=r"\(10, 10\) pixels with teacher_scale=0\.3.*patch size \(4, 4\)"):
+        wrap(teacher_scale=0.3)(x, t)
+    with pytest.raises(vtoken.ShapeError, match="multiples of the patch size"):
+        wrap().score(x[:, :, :30])
+
+
+def test_towers_without_pooling() -> None:
+    x, t = batch()
+    model = clip()
+    model.visual.pool_type = "none"
+    with pytest.raises(vtoken.ShapeError, match=r"features \(4, 33, 16\); CLIP training needs \[B, E\]"):
+        wrap(model)(x, t)
+
+
+def test_replaced_attention() -> None:
+    model = clip()
+    model.visual.transformer.resblocks[1].attn = torch.nn.Identity()
+    with pytest.raises(vtoken.UnsupportedModelError, match="resblocks.1"):
+        wrap(randomise_(model, 0))
