@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import open_clip
@@ -50,6 +51,13 @@ def zero_shot(wrapper: Any, images: Tensor, labels: Tensor) -> float:
         return float((wrapper.encode_image(images, normalize=True) @ texts.T).argmax(1).eq(labels).float().mean())
 
 
+def batches(seed: int) -> Iterator[Tensor]:
+    """Indices of training images, without end: a new order for every pass, its last incomplete batch left out."""
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(TRAIN, generator=rng).split(BATCH)[: TRAIN // BATCH]
+
+
 def train(seed: int, **options: Any) -> float:
     """Zero-shot accuracy on the held-out digits after 150 steps."""
     images, labels = load()
@@ -60,11 +68,11 @@ def train(seed: int, **options: Any) -> float:
     optimizer = torch.optim.AdamW([p for p in wrapper.parameters() if p.requires_grad], lr=RATE, weight_decay=0.05)
     wrapper.attach_ema(optimizer)
     loss = vtoken.AttentiveMaskLoss()
-    order = torch.Generator().manual_seed(seed)
+    order = batches(seed)
     for step in range(STEPS):
         cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * max(0, step - WARM_UP) / (STEPS - WARM_UP))) / 2
         optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARM_UP, cosine)
-        chosen = torch.randint(TRAIN, (BATCH,), generator=order)
+        chosen = next(order)
         optimizer.zero_grad()
         loss(**wrapper(images[chosen], captions(labels[chosen]))).backward()
         optimizer.step()

@@ -162,7 +162,7 @@ def test_unwrap(custom: bool) -> None:
                  (theirs.token_embedding.weight, text.token_embedding.weight),
                  (theirs.positional_embedding, text.positional_embedding)):  # fmt: skip
         assert_close("average", b - 0.996, a, 1e-5)
-    assert float(average.logit_scale) == 3.0
+    assert average.logit_scale.item() == 3.0
     assert average.visual.proj.requires_grad
     x, t = batch()
     with torch.no_grad():

@@ -176,5 +176,5 @@ def test_towers_without_pooling() -> None:
 def test_replaced_attention() -> None:
     model = clip()
     model.visual.transformer.resblocks[1].attn = torch.nn.Identity()
-    with pytest.raises(vtoken.UnsupportedModelError, match="resblocks.1"):
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"resblocks\.1"):
         wrap(randomise_(model, 0))
