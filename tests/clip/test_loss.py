@@ -141,6 +141,8 @@ def test_errors(made: dict[str, Any]) -> None:
         vtoken.AttentiveMaskLoss()(**given | {"simclr": torch.zeros(6, 3, 7)})
     with pytest.raises(vtoken.ShapeError, match="byol_target"):
         vtoken.AttentiveMaskLoss()(**given | {"byol_target": torch.zeros(6, 8)})
+    with pytest.raises(vtoken.InputError, match="belong together"):
+        vtoken.AttentiveMaskLoss()(**{name: value for name, value in given.items() if name != "byol_target"})
     for bad in ({"simclr_weight": -1.0}, {"byol_weight": -1.0}, {"temperature": 0.0}):
         with pytest.raises(vtoken.ConfigError, match=next(iter(bad))):
             vtoken.AttentiveMaskLoss(**bad)

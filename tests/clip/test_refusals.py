@@ -50,7 +50,7 @@ MODELS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", list(MODELS))
 def test_models(name: str) -> None:
     build, said = MODELS[name]
-    model = build()
+    model = randomise_(build(), 0)
     before = {n: v.clone() for n, v in model.state_dict().items()}
     with pytest.raises(vtoken.UnsupportedModelError, match=said):
         vtoken.AttentiveMaskCLIP(model, block=1, freeze_patch_embed=True)

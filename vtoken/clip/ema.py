@@ -9,11 +9,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vtoken.core.errors import ConfigError, VTokenError
 
 
-def momentum(n: int, start: float, total_steps: int | None) -> float:
+def momentum_after(n: int, start: float, total_steps: int | None) -> float:
     """Weight of the old average after optimiser step n: from `start` to 1 by a half cosine, constant without a total.
 
     Source: attentive_clip.md 8.
@@ -35,9 +36,6 @@ class EmaTeacher(nn.Module):
         for name, part in parts.items():
             setattr(self, name, _frozen(part))
         self.train(False)
-
-    def __getattr__(self, name: str) -> Any:  # parts are looked up by name, whatever they are
-        return super().__getattr__(name)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode."""
@@ -113,3 +111,20 @@ def check_schedule(momentum: float, total_steps: int | None) -> None:
         raise ConfigError(f"momentum={momentum} must be in [0, 1]; 0.996 is the published start")
     if total_steps is not None and total_steps < 1:
         raise ConfigError(f"total_steps={total_steps} is the number of optimiser steps planned: from 1 on, or None")
+
+
+def attach(
+    optimizer: torch.optim.Optimizer, module: nn.Module, after_step: Callable[[torch.optim.Optimizer, Any, Any], None]
+) -> RemovableHandle:
+    """Call a method of `module` after each step of the optimizer that trains it.
+
+    Raises:
+        ConfigError: if it does not train it, or does so already.
+    """
+    mine = {id(p) for p in module.parameters() if p.requires_grad}
+    if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        raise ConfigError("the optimizer holds no trainable parameter of this model, so its steps are not this model's")
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    if any(getattr(hook, "__self__", None) is module for hook in hooks):
+        raise ConfigError("attach_ema was called twice with one optimizer, which would update the teacher twice")
+    return optimizer.register_step_post_hook(after_step)

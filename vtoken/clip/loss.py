@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.core.errors import ConfigError, InputError, ShapeError
 from vtoken.ops.rows import full_precision
 
 
@@ -81,6 +81,8 @@ class AttentiveMaskLoss(nn.Module):
         terms = {"contrastive_loss": per_view.mean()}
         if simclr is not None:
             terms["simclr_loss"] = self.simclr_weight * self._simclr_loss(simclr)
+        if (byol is None) != (byol_target is None):
+            raise InputError("byol and byol_target belong together: the student's prediction and the teacher's target")
         if byol is not None and byol_target is not None:
             terms["byol_loss"] = self.byol_weight * byol_loss(byol, byol_target)
         return terms if output_dict else torch.stack(list(terms.values())).sum()

@@ -12,19 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vtoken.clip import cost, heads
-from vtoken.clip.ema import EmaTeacher, check_schedule, momentum
-from vtoken.clip.mapping import map_scores
-from vtoken.clip.select import Selection, kept_units, patches_of, unit_scores
-from vtoken.clip.settings import (
-    Image,
-    Layers,
-    check_numbers,
-    check_teacher,
-    check_views,
-    resolve_layers,
-    single,
-)
+from vtoken.clip import cost, heads, settings
+from vtoken.clip.ema import EmaTeacher, attach, check_schedule, momentum_after
+from vtoken.clip.masking import by_view, scores_of_units, shrunk, token_rows
+from vtoken.clip.select import Selection, patches_of
+from vtoken.clip.settings import Image, Layers
 from vtoken.core.errors import ConfigError, ShapeError
 
 
@@ -72,7 +64,7 @@ class AttentiveMaskCLIP(nn.Module):
     """
 
     ema_step: Tensor
-    teacher: EmaTeacher
+    teacher: Any
 
     def __init__(
         self,
@@ -104,7 +96,7 @@ class AttentiveMaskCLIP(nn.Module):
         self._selection = Selection(
             keep_ratio=keep_ratio, mode=mode, block=block, top_fraction=top_fraction, temperature=temperature
         )
-        check_numbers(
+        settings.check_numbers(
             teacher_scale=teacher_scale, warmup_steps=warmup_steps, simclr_weight=simclr_weight,
             byol_weight=byol_weight, hidden_dim=hidden_dim, out_dim=out_dim,
         )  # fmt: skip
@@ -119,8 +111,9 @@ class AttentiveMaskCLIP(nn.Module):
         self.generator = generator
         visual: Any = model.visual
         self._patch_size = self._tower.patch_size(visual)
-        if self._spec.fixed_size:
-            self._selection.block_of(self._spec.grid, max(self._patch_size))
+        self._image_size = self._tower.image_size(visual)
+        if self._image_size is not None:
+            self._block_of(self._spec.grid)
 
         like = next(visual.parameters())
         sizes: dict[str, Any] = {"hidden": hidden_dim, "out": out_dim, "norm": head_norm}
@@ -160,7 +153,7 @@ class AttentiveMaskCLIP(nn.Module):
 
     @layers.setter
     def layers(self, value: Layers) -> None:
-        self._layers = resolve_layers(value, self._spec.depth)
+        self._layers = settings.resolve_layers(value, self._spec.depth)
 
     @property
     def output_dict(self) -> bool:
@@ -208,12 +201,11 @@ class AttentiveMaskCLIP(nn.Module):
             ShapeError, ConfigError: if views, teacher image and boxes do not fit each other or the settings.
         """
         if image is None or not self.training:
-            return self.model(single(image), text)
+            return self.model(settings.single(image), text)
         views = [image] if isinstance(image, Tensor) else list(image)
         self._tower.refuse_patched(self.model.visual)
-        size = self._spec.grid[0] * self._patch_size[0], self._spec.grid[1] * self._patch_size[1]
-        check_views(views, size if self._spec.fixed_size else None)
-        check_teacher(views, teacher_image, view_boxes, teacher_boxes)
+        settings.check_views(views, self._image_size, self._patch_size)
+        settings.check_teacher(views, teacher_image, view_boxes, teacher_boxes)
         if self.simclr_head is not None and len(views) != 2:
             raise ConfigError(f"simclr_weight > 0 compares two views, but {len(views)} were given")
         rows, target = self._look(views, teacher_image, view_boxes, teacher_boxes)
@@ -227,16 +219,16 @@ class AttentiveMaskCLIP(nn.Module):
     def _output(self, views: int, pooled: Tensor, projected: Tensor, text: Tensor | None, target: Tensor | None) -> Any:
         features = F.normalize(projected, dim=-1)
         out = {
-            "image_features": features if views == 1 else _by_view(features, views),
+            "image_features": features if views == 1 else by_view(features, views),
             "text_features": text,
             "logit_scale": self.model.logit_scale.exp(),
         }
         if self.model.logit_bias is not None:
             out["logit_bias"] = self.model.logit_bias
         if self.simclr_head is not None:
-            out["simclr"] = _by_view(self.simclr_head(pooled), views)
+            out["simclr"] = by_view(self.simclr_head(pooled), views)
         if self.byol_predictor is not None and self.byol_projector is not None:
-            out["byol"] = _by_view(self.byol_predictor(self.byol_projector(pooled)), views)
+            out["byol"] = by_view(self.byol_predictor(self.byol_projector(pooled)), views)
             out["byol_target"] = target
         plain = views == 1 and self.simclr_head is None and self.byol_projector is None
         return tuple(out.values()) if plain and not self.model.output_dict else out
@@ -259,30 +251,24 @@ class AttentiveMaskCLIP(nn.Module):
             target = self.teacher.byol_projector(pooled) if byol else None
         if not masked:
             return None, target
-        height, width = views[0].shape[2:]
-        grid = height // self._patch_size[0], width // self._patch_size[1]
-        block = self._selection.block_of(grid, max(self._patch_size))
-        if scores is None:
+        grid = self._grid_of(views[0])
+        block = self._block_of(grid)
+        if scores is None:  # random: only the shape counts
             units = torch.empty(len(views) * len(views[0]), grid[0] * grid[1] // block**2, device=views[0].device)
         else:
-            units = _units(scores, grid, block, len(views), view_boxes, teacher_boxes)
-        kept = patches_of(self._selection.choose(units, self.generator), grid, block)
-        num_prefix = self._spec.num_prefix
-        prefix = torch.arange(num_prefix, device=kept.device).expand(len(kept), -1)
-        return torch.cat([prefix, kept + num_prefix], 1), target
+            units = scores_of_units(scores, grid, block, len(views), view_boxes, teacher_boxes)
+        return token_rows(self._selection.choose(units, self.generator), grid, block, self._spec.num_prefix), target
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[2] // self._patch_size[0], images.shape[3] // self._patch_size[1]
+
+    def _block_of(self, grid: tuple[int, int]) -> int:
+        return self._selection.block_of(grid, max(self._patch_size))
 
     def _teach(self, image: Tensor, layers: Collection[int], *, stop: bool) -> tuple[Tensor | None, Tensor]:
         """Relevance [B, h, w] of the patches that the teacher sees, and its pooled features."""
-        image = image.float()
-        if self.teacher_scale != 1:
-            size = [round(side * self.teacher_scale) for side in image.shape[2:]]
-            image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
-        grid = [side // patch for side, patch in zip(image.shape[2:], self._patch_size, strict=True)]
-        if [n * patch for n, patch in zip(grid, self._patch_size, strict=True)] != list(image.shape[2:]):
-            raise ShapeError(
-                f"the teacher's image is {tuple(image.shape[2:])} pixels with teacher_scale={self.teacher_scale}; both "
-                f"sides must be multiples of the patch size {self._patch_size}"
-            )
+        image = shrunk(image.float(), self.teacher_scale, self._patch_size, self._image_size)
+        grid = self._grid_of(image)
         reader, pooled = self._tower.teacher(self.teacher.visual, image, layers, stop=stop)
         return reader.scores()[:, self._spec.num_prefix :].unflatten(1, grid) if layers else None, pooled
 
@@ -299,9 +285,9 @@ class AttentiveMaskCLIP(nn.Module):
     @torch.no_grad()
     def select(self, scores: Tensor) -> Tensor:
         """The patches that the settings keep for relevance maps [B, h, w], ascending indices [B, K]."""
-        grid = self._spec.grid if self._spec.fixed_size else (scores.shape[1], scores.shape[2])
-        block = self._selection.block_of(grid, max(self._patch_size))
-        return patches_of(self._selection.choose(_units(scores, grid, block), self.generator), grid, block)
+        grid = self._spec.grid if self._image_size is not None else (scores.shape[1], scores.shape[2])
+        block = self._block_of(grid)
+        return patches_of(self._selection.choose(scores_of_units(scores, grid, block), self.generator), grid, block)
 
     def encode_image(self, image: Tensor, normalize: bool = False, *, ema: bool = False) -> Tensor:
         """Image features [B, E], nothing masked: of the wrapped model, or of the teacher without gradient."""
@@ -317,15 +303,7 @@ class AttentiveMaskCLIP(nn.Module):
         Raises:
             ConfigError: if it does not train this model, or is attached already.
         """
-        mine = {id(p) for p in self.parameters() if p.requires_grad}
-        if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-            raise ConfigError(
-                "the optimizer holds no trainable parameter of this model, so its steps are not this model's"
-            )
-        hooks = optimizer._optimizer_step_post_hooks.values()
-        if any(getattr(hook, "__self__", None) is self for hook in hooks):
-            raise ConfigError("attach_ema was called twice with one optimizer, which would update the teacher twice")
-        return optimizer.register_step_post_hook(self._after_step)
+        return attach(optimizer, self, self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimisers are stepped by the scaler in any case and told whether to do nothing.
@@ -341,7 +319,7 @@ class AttentiveMaskCLIP(nn.Module):
 
     def momentum_at(self, n: int) -> float:
         """Weight of the old average in the update after optimiser step n = 1, 2, ..."""
-        return momentum(n, self.momentum, self.total_steps)
+        return momentum_after(n, self.momentum, self.total_steps)
 
     def unwrap(self, ema: bool = False) -> Any:
         """The wrapped model; or a copy of it with the teacher's image tower (and text tower with `ema_text`)."""
@@ -373,18 +351,16 @@ class AttentiveMaskCLIP(nn.Module):
 
         Source: attentive_clip.md 12.
         """
-        how = replace(self._selection, keep_ratio=keep_ratio or self.keep_ratio, mode=mode or self.mode)
-        visual, prefix = self.model.visual, self._spec.num_prefix
-        blocks, embed = self._tower.blocks(visual), self._tower.patch_embed(visual)
-        height, width = self._spec.grid
-        block = how.block_of(self._spec.grid, max(self._patch_size))
-        kept = kept_units(height * width // block**2, how.keep_ratio) * block**2
-        total = views * (3 * cost.blocks_macs(blocks, prefix + kept) + 2 * cost.embed_macs(embed, height * width))
-        if self.byol_projector is not None or (how.keep_ratio < 1 and how.mode != "random"):
-            scale = teacher_scale or self.teacher_scale
-            seen = round(height * scale) * round(width * scale)
-            total += cost.blocks_macs(blocks, prefix + seen) + cost.embed_macs(embed, seen)
-        return batch * (total + 3 * cost.text_macs(self.model))
+        how = self._selection if keep_ratio is None else replace(self._selection, keep_ratio=keep_ratio)
+        how = how if mode is None else replace(how, mode=mode)
+        scale = self.teacher_scale if teacher_scale is None else teacher_scale
+        teacher = self.byol_projector is not None or (how.keep_ratio < 1 and how.mode != "random")
+        kept = how.num_kept(self._spec.grid, max(self._patch_size))
+        image = cost.image_macs(
+            self._tower.blocks(self.model.visual), self._tower.patch_embed(self.model.visual), self._spec.grid,
+            self._spec.num_prefix, views=views, kept=kept, teacher_scale=scale if teacher else None,
+        )  # fmt: skip
+        return batch * (image + 3 * cost.text_macs(self.model))
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As of any module, but the teacher (and a frozen patch embedding) stays frozen."""
@@ -418,24 +394,3 @@ class AttentiveMaskCLIP(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._count_steps(int(self.ema_step))
-
-
-def _by_view(rows: Tensor, views: int) -> Tensor:
-    """[V*B, D] of views behind each other -> [B, V, D]."""
-    return rows.unflatten(0, (views, -1)).transpose(0, 1)
-
-
-def _units(
-    scores: Tensor,
-    grid: tuple[int, int],
-    block: int,
-    views: int = 1,
-    view_boxes: Tensor | None = None,
-    teacher_boxes: Tensor | None = None,
-) -> Tensor:
-    """Scores of the units of all views, [V*B, n], by those of the teacher's patches, [B, h, w]."""
-    if view_boxes is None and scores.shape[1:] == (grid[0] // block, grid[1] // block):
-        return scores.flatten(1).repeat(views, 1)  # a small teacher's patches are the units
-    mapped = map_scores(scores, grid, view_boxes, teacher_boxes)  # [B, V, h, w]
-    mapped = mapped.expand(-1, views, -1, -1).transpose(0, 1).flatten(0, 1)
-    return unit_scores(mapped, block)

@@ -60,6 +60,11 @@ class Selection:
             )
         return block
 
+    def num_kept(self, grid: tuple[int, int], patch_size: int) -> int:
+        """Patches that are kept of a grid."""
+        block = self.block_of(grid, patch_size)
+        return kept_units(grid[0] * grid[1] // block**2, self.keep_ratio) * block**2
+
     def choose(self, scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Kept units of each row, ascending, [B, k] int64.
 

@@ -56,12 +56,18 @@ def single(image: Image | None) -> Tensor | None:
     return image[0]
 
 
-def check_views(views: Sequence[Tensor], size: tuple[int, int] | None) -> None:
-    """Raise ShapeError unless all views have one shape [B, 3, H, W], of the size that the tower takes (None: any)."""
+def check_views(views: Sequence[Tensor], size: tuple[int, int] | None, patch_size: tuple[int, int]) -> None:
+    """Raise ShapeError unless all views are [B, 3, H, W] of one shape, and of the size that the tower takes.
+
+    Args:
+        size: None if it takes any whole number of patches.
+    """
     if not views or any(x.dim() != 4 or x.shape != views[0].shape for x in views):
         raise ShapeError(f"expected views [B, 3, H, W] of one shape, got {[tuple(x.shape) for x in views]}")
     if size is not None and tuple(views[0].shape[2:]) != size:
         raise ShapeError(f"views are {tuple(views[0].shape[2:])} pixels, the image tower takes {size}")
+    if size is None and any(side % patch for side, patch in zip(views[0].shape[2:], patch_size, strict=True)):
+        raise ShapeError(f"views are {tuple(views[0].shape[2:])} pixels; both sides must be multiples of {patch_size}")
 
 
 def check_teacher(

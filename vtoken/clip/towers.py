@@ -96,6 +96,10 @@ class Tower:
         """Height and width in pixels."""
         raise NotImplementedError
 
+    def image_size(self, visual: Any) -> tuple[int, int] | None:
+        """Height and width of the images that it takes; None: any."""
+        raise NotImplementedError
+
     def features(self, visual: Any) -> int:
         """Width of the pooled features, before the projection."""
         raise NotImplementedError
@@ -139,6 +143,9 @@ class BuiltinTower(Tower):
 
     def patch_size(self, visual: Any) -> tuple[int, int]:
         return int(visual.patch_size[0]), int(visual.patch_size[1])
+
+    def image_size(self, visual: Any) -> tuple[int, int] | None:
+        return int(visual.image_size[0]), int(visual.image_size[1])
 
     def features(self, visual: Any) -> int:
         return int(visual.ln_post.normalized_shape[0])
@@ -191,6 +198,12 @@ class TrunkTower(Tower):
 
     def patch_size(self, visual: Any) -> tuple[int, int]:
         height, width = visual.trunk.patch_embed.patch_size
+        return int(height), int(width)
+
+    def image_size(self, visual: Any) -> tuple[int, int] | None:
+        if visual.trunk.dynamic_img_size:
+            return None
+        height, width = visual.trunk.patch_embed.img_size
         return int(height), int(width)
 
     def features(self, visual: Any) -> int:
