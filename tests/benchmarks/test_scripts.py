@@ -154,7 +154,10 @@ def test_training(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         row = rows[name]
         assert row["gmacs"] == pytest.approx(expected, rel=1e-9)
-        assert row["gmacs_counted"] == pytest.approx(expected, rel=0.05)
+        # The teacher's last block is looked at, but not run.
+        seen = {"CLIP": 0, "random 50 %": 0}.get(name, 17 if "half-size" in name else 65)
+        spared = 2 * (blocks[seen] / 4 if seen else 0) / 1e9
+        assert row["gmacs_counted"] == pytest.approx(expected - spared, rel=0.01)
         assert row["mac_ratio"] == pytest.approx(expected / macs(1, 65, 0), rel=1e-9)
         assert row["time_ratio"] == pytest.approx(row["milliseconds"] / rows["CLIP"]["milliseconds"])
         assert 0 < row["gradients_milliseconds_min"] < row["milliseconds_min"] <= row["milliseconds"]
