@@ -40,13 +40,13 @@ def show(table: Sequence[Mapping[str, Any]]) -> None:
     """One line per setting: accuracy at equal steps and at equal multiply-adds (steps in brackets), cost of a step."""
     for task in dict.fromkeys(row["task"] for row in table):
         print(f"\n{task}: zero-shot accuracy, mean +- deviation over seeds (steps); a masked step's share of CLIP's")
-        print(f"{'':<34}{'equal steps':>22}{'equal multiply-adds':>22}{'time':>7}{'(min)':>7}{'MACs':>7}")
+        print(f"{'':<38}{'equal steps':>22}{'equal multiply-adds':>22}{'time':>7}{'(min)':>7}{'MACs':>7}")
         for setting in dict.fromkeys(row["setting"] for row in table if row["task"] == task):
             cells = {row["budget"]: row for row in table if (row["task"], row["setting"]) == (task, setting)}
             texts = [_cell(cells[budget]) if budget in cells else "" for budget in ("steps", "FLOPs")]
             row = next(iter(cells.values()))
             cost = f"{row['step_time']:>7.2f}{row['step_time_min']:>7.2f}{row['step_macs']:>7.2f}"
-            print(f"{setting:<34}{texts[0]:>22}{texts[1]:>22}{cost}")
+            print(f"{setting:<38}{texts[0]:>22}{texts[1]:>22}{cost}")
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -57,6 +57,7 @@ def _cell(row: Mapping[str, Any]) -> str:
 def plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy against the multiply-adds of the whole training, a panel per task, a line per setting."""
     tasks = list(dict.fromkeys(row["task"] for row in table))
+    colours = {setting: f"C{n}" for n, setting in enumerate(dict.fromkeys(row["setting"] for row in table))}
     figure = Figure(figsize=(5.5 * len(tasks), 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
@@ -69,7 +70,8 @@ def plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
             # At equal multiply-adds all points would lie on each other.
             x = [row["relative_macs"] + 0.008 * (number - len(settings) / 2) for row in line]
             y, spread = [row["accuracy_mean"] for row in line], [row["accuracy_sd"] or 0 for row in line]
-            axes.errorbar(x, y, yerr=spread, marker="*" if setting == "CLIP" else "o", capsize=3, label=setting)
+            marker = "*" if setting == "CLIP" else "o"
+            axes.errorbar(x, y, yerr=spread, marker=marker, color=colours[setting], capsize=3, label=setting)
         axes.set_title(task)
         axes.set_xlabel("multiply-adds of the training, plain CLIP = 1")
         axes.set_ylabel("zero-shot accuracy, mean and deviation over seeds")
