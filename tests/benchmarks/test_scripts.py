@@ -25,7 +25,7 @@ from vtoken.methods.merging import Merging
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "benchmarks" / "README.md").read_text()
-SCRIPTS = ("flops", "throughput", "merge_step", "sparse_attention", "gpu", "mllm", "video", "quality")
+SCRIPTS = ("flops", "throughput", "merge_step", "sparse_attention", "gpu", "mllm", "video", "training", "quality")
 COMMANDS = re.findall(r"^python benchmarks/(.+)$", README, re.MULTILINE)
 
 
@@ -153,6 +153,58 @@ def test_gpu_sparse_attention_that_is_wrong_is_not_timed(monkeypatch: pytest.Mon
         sparse.time_sparse(
             sparse.SparseShape(1, 4, 2, 0.5), 1, torch.device("cpu"), torch.float32, 1, lambda: None
         )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_training(tmp_path: Path) -> None:
+    values, text = run(tmp_path, "training", "--small", "--rounds", "1")
+    rows = {row["name"]: row for row in values["rows"]}
+    assert list(rows) == list(script("training").SETTINGS)
+    # attentive_clip.md 12: 4 blocks of width 64, 64 patches of 16 pixels in units of 2 x 2, 77 text tokens, batch 2.
+    blocks = {n: 4 * (12 * n * 64**2 + 2 * n * n * 64) for n in (65, 33, 17, 77)}
+    embed, text_tower = 64 * 3 * 16**2 * 64, 3 * blocks[77]
+
+    def macs(views: int, tokens: int, teacher: float) -> float:
+        return 2 * (views * (3 * blocks[tokens] + 2 * embed) + teacher + text_tower) / 1e9
+
+    full, half = blocks[65] + embed, blocks[17] + embed / 4
+    for name, expected in {
+        "CLIP": macs(1, 65, 0), "random 50 %": macs(1, 33, 0),
+        "1 x 50 %": macs(1, 33, full), "1 x 50 %, half-size teacher": macs(1, 33, half),
+        "2 x 50 %": macs(2, 33, full), "2 x 50 %, half-size teacher": macs(2, 33, half), "1 x 25 %": macs(1, 17, full),
+    }.items():  # fmt: skip
+        row = rows[name]
+        assert row["gmacs"] == pytest.approx(expected, rel=1e-9)
+        assert row["gmacs_counted"] == pytest.approx(expected, rel=0.01)
+        assert row["mac_ratio"] == pytest.approx(expected / macs(1, 65, 0), rel=1e-9)
+        assert row["time_ratio"] == pytest.approx(row["milliseconds"] / rows["CLIP"]["milliseconds"])
+        assert 0 < row["gradients_milliseconds_min"] < row["milliseconds_min"] <= row["milliseconds"]
+        held = row["held_bytes"] + row["step_bytes"]
+        assert row["memory_ratio"] == pytest.approx(held / (rows["CLIP"]["held_bytes"] + rows["CLIP"]["step_bytes"]))
+        assert name in text
+    # The teacher is one more image tower; random drop has one too, though it never looks at it.
+    assert rows["1 x 50 %"]["held_bytes"] == rows["random 50 %"]["held_bytes"] > rows["CLIP"]["held_bytes"]
+    assert rows["1 x 50 %, half-size teacher"]["target"] == 0.70
+
+
+def test_a_training_step_that_counts_wrong_gets_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    training, out = script("training"), tmp_path / "training.json"
+    stock = vtoken.AttentiveMaskCLIP.step_macs
+
+    def wrong(self: Any, **options: Any) -> int:
+        return int(stock(self, **options) * (1.1 if self.mode == "random" else 1))
+
+    monkeypatch.setattr(vtoken.AttentiveMaskCLIP, "step_macs", wrong)
+    options = ["--small", "--rounds", "1", "--setting", "random 50 %", "1 x 50 %", "--out", str(out)]
+    assert training.main(options) == 1
+    _, random, sound = json.loads(out.read_text())["rows"]
+    assert random["refused"].startswith("counts ")
+    assert "milliseconds" not in random
+    assert not sound["refused"]
+    assert sound["milliseconds"] > 0
+    assert "no time, the check failed" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -88,15 +88,20 @@ class Layout:
     side: int
 
 
-def draw_layout(garments: Tensor, total: int, generator: torch.Generator, side: int = SIDE) -> Layout:
+def draw_layout(
+    garments: Tensor, total: int, generator: torch.Generator, side: int = SIDE, pieces: int | None = None
+) -> Layout:
     """A random layout for the chosen images; pieces come from any of the `total` images but the garment's own.
+
+    Args:
+        pieces: how many; None means as many for the canvas's area as on a whole one, which has sixteen.
 
     Raises:
         ConfigError: if the garment does not fit the canvas, or there is no second image to cut pieces from.
     """
     if side < GARMENT or total < 2:
         raise ConfigError(f"side={side}, {total} images: a canvas needs {GARMENT} pixels and two images")
-    count, pieces = len(garments), round(_DENSITY * side**2)
+    count, pieces = len(garments), round(_DENSITY * side**2) if pieces is None else pieces
 
     def draw(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator)
