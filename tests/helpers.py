@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,15 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """torch's counter, with attention as plain products: some releases count the fused form on a CPU as nothing."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
 
 
 def assert_close(name: str, ref: Tensor, got: Tensor, rtol: float) -> None:

@@ -82,10 +82,14 @@ def attention_fwd_kernel(
         total = total * fade + tl.sum(p, 1)
         v = load_heads(v_ptr, key, key_ok, v_stride_t, HEAD_DIM, BLOCK_D, UPCAST)
         out = tl.dot(p.to(v.dtype), v, out * fade[:, None], input_precision=PRECISION)
+    # A query all of whose keys have a bias of -inf gives zeros; its infinite lse takes it out of the backward pass.
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
     # [B, T, H, D] in memory, which is what the output projection reads.
     out_at = out_ptr + (image * num_queries * heads + head) * HEAD_DIM
     store_heads(out_at, out / total[:, None], query, query_ok, heads * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + pair * num_queries + query, top + tl.log2(total), mask=query_ok)
+    lse = tl.where(some, top + tl.log2(total), float("inf"))
+    tl.store(lse_ptr + pair * num_queries + query, lse, mask=query_ok)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import json
 import pytest
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
+from tests.helpers import counted
 
 
 def meta_model(name: str, **options: object) -> torch.nn.Module:
@@ -70,16 +70,16 @@ def test_matching_is_what_the_counter_sees_beyond_narrowing(config: vtoken.Metho
     """The closed form of the matching equals the counted FLOPs less those of the model at the same token counts."""
     model = timm.create_model("vit_tiny_patch16_224", depth=4).eval()
     cost = vtoken.report(model, config)
-    with vtoken.applied(model, config), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with vtoken.applied(model, config), torch.no_grad(), counted() as counter:
         model(torch.randn(1, 3, 224, 224))
-    counted = counter.get_total_flops()
-    assert cost.flops_after == counted
+    flops = counter.get_total_flops()
+    assert cost.flops_after == flops
     tokens = list(cost.tokens)
     if config.place == "after":
         plain = sum(12 * t * 192**2 + 2 * t * t * 192 for t in tokens[:-1]) + 196 * 192 * 768 + 192 * 1000
     else:
         plain = formula(tokens, 192, 196, 16, 1000)
-    assert counted / 2 - plain == pytest.approx(cost.matching_macs, rel=1e-6)
+    assert flops / 2 - plain == pytest.approx(cost.matching_macs, rel=1e-6)
 
 
 def test_report_of_a_patched_model_and_as_dict() -> None:

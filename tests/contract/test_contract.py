@@ -11,7 +11,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
 from tests.contract.table import (
@@ -27,7 +26,7 @@ from tests.contract.table import (
     snapshot,
     traced,
 )
-from tests.helpers import Host, assert_close, assert_same
+from tests.helpers import Host, assert_close, assert_same, counted
 from vtoken.core.patch import PREDICTOR
 
 
@@ -97,7 +96,7 @@ def test_report_agrees_with_torchs_counter(host: Host, method: MethodRow) -> Non
     for config in (None, method.reduces):
         if config is not None:
             vtoken.apply(model, config)
-        with FlopCounterMode(display=False) as counter, gradients():
+        with counted() as counter, gradients():
             forward(model, x)
         counts.append(counter.get_total_flops())
     before, after = counts

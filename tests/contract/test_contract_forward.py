@@ -29,7 +29,7 @@ from tests.contract.table import (
     traced,
 )
 from tests.contract.table import host as host_row
-from tests.helpers import Host, assert_close, assert_same, images
+from tests.helpers import Host, assert_all_close, assert_close, assert_same, images
 from vtoken.core.state import TokenState
 
 
@@ -161,7 +161,8 @@ def test_functional_call(host: Host, method: MethodRow) -> None:
     args, kwargs = arguments(model, x)
     with torch.no_grad():
         found = main(torch.func.functional_call(model, state, args, kwargs))
-        assert_same("with other weights", run(other, x), found)
+        # Not to the bit: how a product is summed up depends on where the copied weights lie in memory.
+        assert_all_close("with other weights", run(other, x), found, 1e-6)
     assert snapshot(model) == before
     assert_same("with its own weights again", out, run(model, x))
 

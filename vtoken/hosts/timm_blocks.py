@@ -156,12 +156,13 @@ def with_sizes(
 ) -> Any:  # fmt: skip
     """What is called for the block's attention `host`: `attn`, or a stand-in whose core kernels serve.
 
-    The host's own call takes sizes as a mask, which keeps fused attention but not its fastest kernel.
+    The host's own call takes sizes as a mask, which keeps fused attention but not its fastest kernel. A mask of the
+    caller's stays the host's: with nothing merged, every bit is as it was.
     """
     own = base_of(type(host)).forward is Attention.forward  # type: ignore[attr-defined]
     if attn_mask is None or is_causal or not own or not host.fused_attn or tap.acts_in(host):
         return attn
-    if not is_bias_per_key(attn_mask) or not use_triton("auto", x, lambda: ""):
+    if not tap.has_sizes or not is_bias_per_key(attn_mask) or not use_triton("auto", x, lambda: ""):
         return attn
     return view_as(SizedAttention, attn)
 

@@ -108,6 +108,11 @@ class Tap:
             return False
         return not attention.is_stock(self._layer) or maps is not None or self._wanted == "cls"
 
+    @property
+    def has_sizes(self) -> bool:
+        """Whether tokens have merged before, so that a mask of the attention is the term of their sizes."""
+        return self._state.slots[self._layer].size is not None
+
     @classmethod
     def alone(cls, attn: Any, tokens: int) -> Tap:
         """For an attention that is called by itself, outside a forward of its model."""

@@ -113,6 +113,12 @@ class Sparsifiner(MethodConfig):
         check_choice(owner, "mode", self.mode, MODES)
         check_choice(owner, "phase", self.phase, PHASES)
         check_choice(owner, "backend", self.backend, BACKENDS)
+        if (self.backend == "grouped") != (self.mode == "grouped") and self.backend in ("grouped", "sparse"):
+            why = "groups of queries share their keys" if self.mode == "grouped" else "every query has keys of its own"
+            raise ConfigError(
+                f"{owner}(mode={self.mode!r}, backend={self.backend!r}): {why}, which that backend does not serve; use "
+                'backend="auto"'
+            )
         for name in ("layers", "prune_after"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, schedule.whole_numbers(owner, name, getattr(self, name)))
@@ -127,7 +133,7 @@ class Sparsifiner(MethodConfig):
 
     def counted(self) -> MethodConfig:
         """With dense attention: kept keys depend on the image."""
-        return self.replace(keep_ratio=1.0, mode="exact")
+        return self.replace(keep_ratio=1.0, mode="exact", backend="auto")
 
     def build(self, depth: int) -> tuple[Method, ...]:
         """Sparse attention, and the pruning of tokens if it is asked for."""
@@ -211,13 +217,15 @@ class SparseAttention(AttentionMethod):
                 q, k, v, attn_mask=call.mask, dropout_p=call.dropout, scale=call.scale
             )
         with full_precision(q):  # masks must not depend on autocast
-            connections = self.connect(q, k, predictor, call)
+            connections = self.connect(q, k, v, predictor, call)
         if call.record is not None:
             self._record(q, k, predictor, connections, call)
         return sparse_attention(q, k, v, connections, scale=call.scale, num_prefix=call.num_prefix, attn_mask=call.mask,
-                                dropout_p=call.dropout, backend=self._backend(connections))  # fmt: skip
+                                dropout_p=call.dropout, backend=self.config.backend)  # fmt: skip
 
-    def connect(self, q: Tensor, k: Tensor, predictor: ConnectivityPredictor, call: AttentionCall) -> Connections:
+    def connect(
+        self, q: Tensor, k: Tensor, v: Tensor, predictor: ConnectivityPredictor, call: AttentionCall
+    ) -> Connections:
         """The keys that every query keeps."""
         config, ratio, original = self.config, self._ratios[call.layer], call.slot.embedded
         if config.mode == "random":
@@ -227,7 +235,7 @@ class SparseAttention(AttentionMethod):
         fast = config.mode == "grouped"
         coefficients = predictor.coefficients(q.detach(), k.detach(), live=live, grid=grid, reorder=fast).detach()
         basis = predictor.basis(live=live, grid=grid)
-        if config.mode != "grouped" and self._by_kernels(q, k, coefficients, basis, call):
+        if config.mode != "grouped" and self._by_kernels(q, k, v, coefficients, basis, call):
             return self._listed(coefficients, basis, predictor, call)
         if config.mode == "threshold":
             return select_threshold(coefficients, basis, predictor.get_buffer("threshold"))
@@ -239,12 +247,14 @@ class SparseAttention(AttentionMethod):
         return select_grouped(coefficients, basis, ratio, grid=shape, group_size=config.query_group, live=live,
                               num_original=original)  # fmt: skip
 
-    def _by_kernels(self, q: Tensor, k: Tensor, coefficients: Tensor, basis: Tensor, call: AttentionCall) -> bool:
+    def _by_kernels(
+        self, q: Tensor, k: Tensor, v: Tensor, coefficients: Tensor, basis: Tensor, call: AttentionCall
+    ) -> bool:
         """Whether kernels both select and attend; else connections are in a form that any backend takes."""
 
         def reason() -> str:
             bias = LogitBias.of(None, call.mask, (*q.shape[:3], q.shape[2]))
-            return select_reason(coefficients, basis) or lists.reason(q, k, k, bias, call.dropout)
+            return select_reason(coefficients, basis) or lists.reason(q, k, v, bias, call.dropout)
 
         wanted = self.config.backend
         return wanted in ("auto", "triton") and use_triton(wanted, q, reason)
@@ -261,11 +271,6 @@ class SparseAttention(AttentionMethod):
             return lists.select(coefficients, basis, threshold=predictor.get_buffer("threshold"), order=order)
         kept = num_kept(self._ratios[call.layer], basis.shape[-1], call.slot.embedded)
         return lists.select(coefficients, basis, kept=kept, order=order)
-
-    def _backend(self, connections: Connections) -> str:
-        wanted = self.config.backend
-        misfit = (wanted == "grouped") != (connections.form == "grouped") and wanted in ("grouped", "sparse")
-        return "auto" if misfit else wanted
 
     def _record(
         self, q: Tensor, k: Tensor, predictor: ConnectivityPredictor, connections: Connections, call: AttentionCall
@@ -358,7 +363,9 @@ def _weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         logits = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
         if mask is not None:
             logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.to(dtype)
-        return logits.softmax(-1)
+        # Queries from which the mask took all keys attend to nothing, as in `attention_map`.
+        empty = (logits == -math.inf).all(-1, keepdim=True)
+        return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
 def _random(q: Tensor, ratio: float, original: int, seed: int, num_prefix: int) -> Connections:

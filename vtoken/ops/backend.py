@@ -136,7 +136,8 @@ def attention_reason(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
         return f"heads are {q.shape[3]} wide; kernels take 16 to 128"
     if k.shape[2] == 0:
         return "there are no keys"
-    if not q.dtype == k.dtype == v.dtype:
+    # Autocast leaves norms of queries and keys in float32; whoever calls the kernels casts all three to its dtype.
+    if not q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type):
         return "q, k and v differ in dtype"
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "the bias needs a gradient"

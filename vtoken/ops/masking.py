@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtoken.core.errors import ShapeError
 from vtoken.ops.connections import Connections
+from vtoken.ops.rows import full_precision
 
 _INF = float("inf")
 
@@ -64,10 +65,15 @@ def _pick(x: Tensor, connections: Connections) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, keep: Tensor, bias: LogitBias, scale: float) -> Tensor:
-    """Softmax of the logits over the pairs that `keep` [B, H, N, N] allows, in the order of the definition."""
-    logits = q @ k.transpose(-1, -2) * scale
+    """Softmax of the logits over the pairs that `keep` [B, H, N, N] allows, in the order of the definition.
+
+    At least in float32 and outside autocast: logits of half types overflow or lose what tells keys apart.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with full_precision(q):
+        logits = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
     if bias.added is not None:
-        logits = logits + bias.added.to(logits.dtype)
+        logits = logits + bias.added.to(dtype)
     if bias.allowed is not None:
         keep = keep & bias.allowed
     logits = logits.masked_fill(~keep, -_INF)

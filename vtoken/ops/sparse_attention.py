@@ -20,7 +20,7 @@ from vtoken.ops.connections import Connections
 from vtoken.ops.edges import edge_attention
 from vtoken.ops.largest import branch_free
 from vtoken.ops.masking import LogitBias, attention_weights, fused_attention
-from vtoken.ops.rows import take_rows
+from vtoken.ops.rows import full_precision, take_rows
 
 BACKENDS = ("auto", "dense_masked", "masked", "sparse", "grouped", "triton")
 #: Numbers gathered at one time by "grouped": 1 MB of keys and 1 MB of values.
@@ -74,7 +74,9 @@ def sparse_attention(
         keep = None if connections.keeps_all else connections.mask()
         return fused_attention(q, k, v, keep, bias, scale, dropout_p, guard=connections.index is None)
     if backend == "dense_masked":
-        return F.dropout(attention_weights(q, k, connections.mask(), bias, scale), dropout_p) @ v
+        weights = F.dropout(attention_weights(q, k, connections.mask(), bias, scale), dropout_p)
+        with full_precision(q):
+            return (weights @ v.to(weights.dtype)).to(q.dtype)
     if backend in ("sparse", "grouped"):
         return _by_head(q, k, v, connections, bias, scale, dropout_p, backend)
     if backend == "triton":
@@ -92,7 +94,7 @@ def attention_map(
     key_bias: Tensor | None = None,
     attn_mask: Tensor | None = None,
 ) -> Tensor:
-    """The whole attention matrix of `sparse_attention`, [B, H, N, N]: for pictures and losses, not for speed."""
+    """The whole attention matrix of `sparse_attention`, [B, H, N, N], at least float32; for pictures, not for speed."""
     bias = _checked(q, k, k, connections, None, key_bias, attn_mask)
     return attention_weights(q, k, connections.mask(), bias, scale)
 

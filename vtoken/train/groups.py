@@ -31,7 +31,8 @@ def backbone_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def set_phase(model: nn.Module, phase: str) -> None:
     """Switch a model with Sparsifiner to a training phase and freeze the part that does not learn in it.
 
-    "recon": attention runs dense and only the predictors learn; "sparse": the masks are live, only the backbone learns.
+    "recon": attention runs dense and only the predictors learn; "sparse": the masks are live, only the backbone learns,
+    all of it: freeze what is to stay frozen after the call.
 
     Raises:
         ConfigError: for another phase.

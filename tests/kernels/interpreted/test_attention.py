@@ -80,6 +80,18 @@ def test_keys_that_are_masked_out() -> None:
         assert grad.isfinite().all()
 
 
+def test_queries_without_keys_give_zeros() -> None:
+    q, k, v = (t.requires_grad_() for t in draw_qkv(14, 40, 16))
+    bias = draw(15, 2, 1, 1, 40)
+    bias[0] = float("-inf")
+    out = attention_with_bias(q, k, v, bias, backend="triton")
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    assert_close("the other image", exact(q, k, v, bias)[1], out[1], 2e-6)
+    expected = torch.autograd.grad(exact(q[1:], k[1:], v[1:], bias[1:]).square().sum(), (q, k, v))
+    for a, b in zip(expected, torch.autograd.grad(out.square().sum(), (q, k, v)), strict=True):
+        assert_close("gradient", a, b, 4e-6)
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = draw_qkv(11, 40, 16)
     out = attention_with_bias(100 * q, 100 * k, v, None, backend="triton")
