@@ -89,3 +89,13 @@ def test_boxes_come_in_pairs_and_shapes() -> None:
         check_boxes(torch.zeros(2, 1, 4), torch.zeros(2, 4), 2, 3)
     with pytest.raises(vtoken.ShapeError, match=r"teacher_boxes \[2, 4\]"):
         check_boxes(torch.zeros(2, 1, 4), torch.zeros(1, 4), 2, 1)
+
+
+def test_boxes_of_no_height_or_width_give_scores() -> None:
+    """Not NaN, which would choose any patches: the teacher's nearest score."""
+    scores = torch.rand(1, 4, 4)
+    for size in ([0, 8], [8, 0], [0, 0]):
+        teacher = torch.tensor([[2, 2, *size]])
+        for view in ([2, 2, 8, 8], [2, 2, 0, 0], [0, 0, 4, 4]):
+            found = map_scores(scores, (8, 8), torch.tensor([[view]]), teacher)
+            assert bool(((found >= scores.min() - 1e-6) & (found <= scores.max() + 1e-6)).all())
