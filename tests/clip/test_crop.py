@@ -114,7 +114,7 @@ def test_batches_go_into_the_wrapper() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"views": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.6, 0.5)}, {"scale": (0.5, 1.5)}, {"ratio": (0.0, 1.0)},
-     {"size": 0}, {"teacher_size": (4, -1)}],
+     {"size": 0}, {"size": 2.5}, {"size": (1, 2, 3)}, {"size": "8"}, {"teacher_size": (4, -1)}],
 )  # fmt: skip
 def test_bad_values(options: dict[str, object]) -> None:
     with pytest.raises(vtoken.ConfigError, match="size" if "size" in next(iter(options)) else next(iter(options))):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import vtoken
-from vtoken.clip.mapping import check_boxes, map_scores
+from vtoken.clip.mapping import _places, check_boxes, map_scores
 
 
 def slow(scores: Tensor, grid: tuple[int, int], view: list[int], teacher: list[int]) -> Tensor:
@@ -89,3 +89,16 @@ def test_boxes_come_in_pairs_and_shapes() -> None:
         check_boxes(torch.zeros(2, 1, 4), torch.zeros(2, 4), 2, 3)
     with pytest.raises(vtoken.ShapeError, match=r"teacher_boxes \[2, 4\]"):
         check_boxes(torch.zeros(2, 1, 4), torch.zeros(1, 4), 2, 1)
+
+
+def test_boxes_of_no_height_or_width_have_places() -> None:
+    """Not NaN, of which grid_sample makes something else on every device."""
+    scores = torch.rand(1, 4, 4)
+    for size in ([0, 8], [8, 0], [0, 0]):
+        teacher = torch.tensor([[2, 2, *size]])
+        for view in ([2, 2, 8, 8], [2, 2, 0, 0], [0, 0, 4, 4]):
+            boxes = torch.tensor([[view]])
+            for axis in (0, 1):
+                assert bool(_places(boxes, teacher, axis, 8).isfinite().all())
+            found = map_scores(scores, (8, 8), boxes, teacher)
+            assert bool(((found >= scores.min() - 1e-6) & (found <= scores.max() + 1e-6)).all())

@@ -156,6 +156,15 @@ def test_warm_up_shows_everything() -> None:
         wrapper.update_ema()
 
 
+def test_another_warm_up_counts_at_once() -> None:
+    x, t = batch()
+    wrapper, bare = wrap(), clip().train()
+    wrapper.update_ema()
+    for steps, masked in ((2, False), (1, True)):
+        wrapper.warmup_steps = steps
+        assert masked is not torch.equal(wrapper(x, t)["image_features"], bare(x, t)["image_features"])
+
+
 def calls_of_the_teacher(wrapper: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls = []
     for index, block in enumerate(wrapper.teacher.visual.transformer.resblocks):

@@ -110,6 +110,13 @@ def test_methods_are_not_applied_to_the_wrapper_itself() -> None:
         ({"layers": "first"}, "layers='first'"),
         ({"layers": [0, 3]}, r"layers=\[0, 3\]"),
         ({"layers": []}, r"layers=\[\]"),
+        ({"layers": 1}, "layers=1 must be"),
+        ({"layers": [0.5]}, r"layers=\[0\.5\] must be"),
+        ({"keep_ratio": "a"}, "keep_ratio='a' must be a number"),
+        ({"warmup_steps": "a"}, "warmup_steps='a'"),
+        ({"momentum": "a"}, "momentum='a'"),
+        ({"total_steps": 0}, "total_steps=0"),
+        ({"teacher_scale": 0.3}, r"teacher_scale=0\.3 makes images of \(10, 10\) pixels.*patch size \(4, 4\)"),
         ({"top_fraction": 2.0}, "top_fraction=2.0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
@@ -127,6 +134,51 @@ def test_settings(options: dict[str, Any], said: str) -> None:
     with pytest.raises(vtoken.ConfigError, match=said):
         wrap(model, **options)
     assert_same("weights", before, model.state_dict())
+
+
+CHANGES: dict[str, Any] = {
+    "keep_ratio": 0.25, "mode": "mix", "block": 2, "layers": "last", "top_fraction": 0.25, "temperature": 2.0,
+    "warmup_steps": 3, "teacher_scale": 0.5, "momentum": 0.9, "total_steps": 7,
+}  # fmt: skip
+FIXED: dict[str, Any] = {
+    "simclr_weight": 0.5, "byol_weight": 2.0, "hidden_dim": 16, "out_dim": 4, "head_norm": "layer", "ema_text": True,
+    "freeze_patch_embed": True,
+}  # fmt: skip
+
+
+def test_settings_change_between_steps_and_are_checked() -> None:
+    wrapper, built = wrap(), wrap(**CHANGES)
+    for name, value in CHANGES.items():
+        setattr(wrapper, name, value)
+        assert getattr(wrapper, name) == getattr(built, name) == ((2,) if name == "layers" else value)
+    scores = wrapper.score(batch()[0])
+    assert torch.equal(scores, built.score(batch()[0]))
+    wrapper.mode = built.mode = "topk"
+    assert torch.equal(wrapper.select(scores), built.select(scores))
+    for name, value in {
+        "keep_ratio": 0, "mode": "best", "block": 3, "layers": [3], "top_fraction": 2.0, "temperature": 0.0,
+        "warmup_steps": -1, "teacher_scale": 0.3, "momentum": 1.5, "total_steps": 0,
+    }.items():  # fmt: skip
+        before = getattr(wrapper, name)
+        with pytest.raises(vtoken.ConfigError, match=name):
+            setattr(wrapper, name, value)
+        assert getattr(wrapper, name) == before
+
+
+@pytest.mark.parametrize("name", list(FIXED))
+def test_settings_of_what_is_built_once(name: str) -> None:
+    wrapper = wrap(**FIXED)
+    assert getattr(wrapper, name) == FIXED[name]
+    with pytest.raises(vtoken.ConfigError, match=f"{name} is used when AttentiveMaskCLIP is built"):
+        setattr(wrapper, name, FIXED[name])
+
+
+def test_maps_and_step_costs() -> None:
+    with pytest.raises(vtoken.ShapeError, match=r"relevance maps \[B, h, w\], got \(8, 8\)"):
+        wrap().select(torch.rand(8, 8))
+    for name in ("views", "batch"):
+        with pytest.raises(vtoken.ConfigError, match=f"{name}=0"):
+            wrap().step_macs(**{name: 0})
 
 
 def test_calls() -> None:
@@ -159,8 +211,11 @@ def test_simclr_needs_two_views(views: int) -> None:
 
 def test_teacher_images_of_broken_patches() -> None:
     x, t = batch()
-    with pytest.raises(vtoken.ShapeError, match=r"\(10, 10\) pixels with teacher_scale=0\.3.*patch size \(4, 4\)"):
-        wrap(teacher_scale=0.3)(x, t)
+    boxes = torch.tensor([[[0, 0, 32, 32]]] * 4)
+    with pytest.raises(vtoken.ShapeError, match=r"\(10, 10\) pixels with teacher_scale=0\.5.*patch size \(4, 4\)"):
+        wrap(teacher_scale=0.5)(
+            x, t, teacher_image=x[:, :, :20, :20], view_boxes=boxes, teacher_boxes=boxes[:, 0]
+        )  # fmt: skip
     with pytest.raises(vtoken.ShapeError, match="multiples of the patch size"):
         wrap().score(x[:, :, :30])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,20 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 
 @pytest.mark.parametrize(
     ("budget", "tokens"),
-    [(7, 7), (1, 1), (1.0, 100), (0.5, 50), (0.015, 2), (0.004, 1), (None, 4 * 81), (10_000, 4 * 81), ([33], 33)],
+    [
+        (np.int64(7), 7),
+        (np.float32(0.5), 50),
+        ([np.int32(33)], 33),
+        (7, 7),
+        (1, 1),
+        (1.0, 100),
+        (0.5, 50),
+        (0.015, 2),
+        (0.004, 1),
+        (None, 4 * 81),
+        (10_000, 4 * 81),
+        ([33], 33),
+    ],
 )
 def test_budgets_are_spent_to_the_token(budget: Any, tokens: int) -> None:
     given = one_video("onevision")
@@ -56,8 +70,12 @@ def test_bounds_per_frame() -> None:
     assert (gone.tokens_per_frame, gone.frames_kept) == ((0, 20, 0, 0), 1)
     even = vtoken.QuotaVideoModel(model, budget=22, power=0).prepare(**given, frame_scores=SCORES).reports[0]
     assert sorted(even.tokens_per_frame) == [5, 5, 6, 6]
-    with pytest.raises(ValueError, match=r"too few for 4 frames with min_tokens=3: use fewer frames, min_tokens=0"):
+    with pytest.raises(ValueError, match=r"of 11 tokens is too few for 4 frames with min_tokens=3: use fewer frames"):
         vtoken.QuotaVideoModel(model, budget=11, min_tokens=3)(**given, frame_scores=SCORES)
+    with pytest.raises(ValueError, match=r"leaves 11 beside the separators, too few for 4 frames with min_tokens=3"):
+        vtoken.QuotaVideoModel(model, budget=12, min_tokens=3, count_separators=True)(**given, frame_scores=SCORES)
+    with pytest.raises(ValueError, match=r"min_tokens=82 is more than the 9 x 9 features of a frame .* most is 81"):
+        vtoken.QuotaVideoModel(model, budget=400, min_tokens=82)(**given, frame_scores=SCORES)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama3"])
@@ -103,12 +121,52 @@ def test_budget_lists_and_settings_are_checked() -> None:
     for wrong in (
         {"budget": 0}, {"budget": 1.5}, {"budget": 0.0}, {"budget": True}, {"budget": "9"}, {"budget": [3, -1]},
         {"mode": "nearest"}, {"min_tokens": -1}, {"max_tokens": 0}, {"vision_chunk": 0}, {"min_tokens": 1.5},
-        {"count_separators": 1}, {"adapter": "llava"},
+        {"count_separators": 1}, {"adapter": "llava"}, {"power": -3}, {"power": float("nan")}, {"power": "2"},
+        {"budget": np.int64(0)}, {"budget": np.float32(1.5)}, {"budget": float("nan")}, {"min_tokens": True},
     ):  # fmt: skip
         with pytest.raises(vtoken.ConfigError, match=next(iter(wrong))):
             vtoken.QuotaVideoModel(model, **wrong)
     with pytest.raises(vtoken.ConfigError, match="at least min_tokens=9"):
-        vtoken.QuotaVideoModel(model, budget=50, min_tokens=9, max_tokens=5)(**given, frame_scores=SCORES)
+        vtoken.QuotaVideoModel(model, budget=50, min_tokens=9, max_tokens=5)
+
+
+def test_settings_change_between_calls_and_are_checked() -> None:
+    model, given = build("onevision"), one_video("onevision")
+    quota = vtoken.QuotaVideoModel(model)
+    assert (quota.mode, quota.min_tokens, quota.max_tokens, quota.power) == ("bilinear", None, None, 2.0)
+    assert (quota.count_separators, quota.vision_chunk, quota.budget) == (False, 32, None)
+    changes: dict[str, Any] = {
+        "budget": 40, "mode": "pool", "min_tokens": 3, "max_tokens": 20, "power": 1.0, "count_separators": True,
+        "vision_chunk": 2,
+    }  # fmt: skip
+    for name, value in changes.items():
+        setattr(quota, name, value)
+        assert getattr(quota, name) == value
+    with torch.no_grad():
+        built = vtoken.QuotaVideoModel(model, **changes)(**given, frame_scores=SCORES).logits
+        assert torch.equal(quota(**given, frame_scores=SCORES).logits, built)
+    wrong: dict[str, Any] = {
+        "budget": 0, "mode": "bogus", "min_tokens": 21, "max_tokens": 2, "power": -3, "count_separators": 1,
+        "vision_chunk": 0, "adapter": "auto",
+    }  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(vtoken.ConfigError, match=name):
+            setattr(quota, name, value)
+        assert getattr(quota, name) == changes.get(name, quota.adapter)
+    with pytest.raises(vtoken.ConfigError, match=r"adapter is used when QuotaVideoModel is built"):
+        quota.adapter = quota.adapter
+    own = vtoken.QuotaVideoModel(build("qwen3"), min_tokens=0)
+    own.budget, own.min_tokens = 5, None
+    report = own.prepare(**one_video("qwen3"), frame_scores=[0, 1, 0, 0]).reports[0]
+    assert report.tokens_per_frame == (1, 2, 1, 1), "None is the model's own floor"
+
+
+def test_a_scorer_set_later_is_no_part_of_the_state() -> None:
+    quota = vtoken.QuotaVideoModel(build("onevision"))
+    before = list(quota.state_dict())
+    quota.scorer = torch.nn.Linear(2, 2)
+    assert list(quota.state_dict()) == before
+    assert isinstance(quota.scorer, torch.nn.Linear)
 
 
 def test_runs_that_the_processor_shortened() -> None:

@@ -209,16 +209,18 @@ def test_questions_and_frames_per_video() -> None:
 
 
 def test_without_scores_the_budget_is_spread_evenly_and_said_once() -> None:
-    from vtoken.video.model import _warn_uniform
-
-    quota, given = vtoken.QuotaVideoModel(build("onevision"), budget=21), one_video("onevision")
-    _warn_uniform.cache_clear()
-    with pytest.warns(UserWarning, match="neither frame_scores nor a scorer"):
-        report = quota.prepare(**given).reports[0]
-    assert report.tokens_per_frame == (6, 5, 5, 5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        quota.prepare(**given)
+    """Once for every wrapper, whatever others have said before."""
+    model, given = build("onevision"), one_video("onevision")
+    for _ in range(2):
+        quota = vtoken.QuotaVideoModel(model, budget=21)
+        state = list(quota.state_dict())
+        with pytest.warns(UserWarning, match="neither frame_scores nor a scorer"):
+            report = quota.prepare(**given).reports[0]
+        assert report.tokens_per_frame == (6, 5, 5, 5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quota.prepare(**given)
+        assert list(quota.state_dict()) == state
 
 
 def test_features_in_place_of_pixels() -> None:

@@ -48,6 +48,12 @@ def replying(*replies: str) -> Any:
             ("dög", "猫"),
         ),
         ("Step 1: yes\nStep 3: ('dog', ['cat'])", ("cat",)),
+        ('Step-1: yes\nStep-2: ["x"]\nStep-3: ["dog"]', ("dog",)),
+        ('Step - 1: yes\nStep - 2: ["x"]\n**Step-3**: ["dog"]', ("dog",)),
+        ('Step 1: yes\nStep 2: ["x"]\nStep 3 (null if nothing is left): ["dog"]', ("dog",)),
+        ('Step 1: yes\nStep 2: ["x"]\nStep 3: None of these is a place: ["dog"]', ("dog",)),
+        ('Step 1: yes\nStep 2: ["x"]\nStep 3: what is left, none removed: ["dog"]', ("dog",)),
+        ('Step 1: yes\nStep 3: ["dog", "\\ud800", "a\ud800", "\\ud83d\\ude00"]', ("dog", "\U0001f600")),
         ('Step 1: yes, 3 of them.\nStep 2: ["left"]\nStep 3: ["dog"]', ("dog",)),
     ],
 )
@@ -63,6 +69,9 @@ def test_replies_with_objects(reply: str, items: tuple[str, ...]) -> None:
         'Step 1: no\nStep 2: null\nStep 3: ["dog"]',
         'Step 1: yes\nStep 2: ["x"]\nStep 3: null',
         'Step 1: yes\nStep 2: ["x"]\nStep 3: None, as ["x"] is no thing',
+        'Step 1: yes\nStep 2: ["x"]\n**Step 3**: null.\n\nQuestion: next?\nStep 1: yes\nStep 3: ["cat"]',
+        'Step-1: yes\nStep-2: ["x"]\nStep-3: null',
+        'Step 1: yes\nStep 3: ["\\ud800"]',
         'Step 1: yes\nStep 2: ["x"]\nStep 3: []',
         'Step 1: yes\nStep 2: ["x"]',
         'Step 2: ["x"]\nStep 3: ["dog"]',
@@ -96,7 +105,7 @@ def test_events() -> None:
     for reply in ("a dog carries a shoe", "Event: a dog carries a shoe.", '\n**Event:** "a dog carries a shoe"\nmore'):
         clue = CoTDecoupler(replying(reply), mode="event").decouple(QUESTION)
         assert clue == Clue("event", ("a dog carries a shoe",), QUESTION)
-    for reply in ("null", "None.", "", " \n", "Event: null"):
+    for reply in ("null", "None.", "", " \n", "Event: null", "Event: a dog \ud800"):
         assert CoTDecoupler(replying(reply), mode="event").decouple(QUESTION) == Clue("query", (), QUESTION)
     model = replying("x")
     CoTDecoupler(model, mode="event").decouple(QUESTION)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -87,10 +88,10 @@ def _up_to(last: int) -> int:
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ConfigError(f"size={size} must be positive")
-    return int(height), int(width)
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, Integral) and side >= 1 for side in sides):
+        raise ConfigError(f"size={size!r} must be positive: pixels of both sides, or (height, width)")
+    return int(sides[0]), int(sides[1])
 
 
 def _crop(image: Any, box: Box, size: tuple[int, int], transform: Callable[[Any], Any] | None) -> Tensor:

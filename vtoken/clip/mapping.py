@@ -59,4 +59,5 @@ def _places(view_boxes: Tensor, teacher_boxes: Tensor, axis: int, count: int) ->
     view, teacher = view_boxes.float(), teacher_boxes.float().unsqueeze(1)
     share = (torch.arange(count, device=view.device) + 0.5) / count
     inside = view[..., axis, None] - teacher[..., axis, None] + share * view[..., axis + 2, None]
-    return 2 * inside / teacher[..., axis + 2, None] - 1
+    # A box of no height or width would give 0 / 0, and NaN is no place; now views see its edges.
+    return 2 * inside / teacher[..., axis + 2, None].clamp_min(1e-6) - 1

@@ -18,6 +18,7 @@ from vtoken.clip.masking import by_view, scores_of_units, shrunk, token_rows
 from vtoken.clip.select import Selection, patches_of
 from vtoken.clip.settings import Image, Layers
 from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.core.options import checked, fixed, held
 
 
 class AttentiveMaskCLIP(nn.Module):
@@ -26,7 +27,8 @@ class AttentiveMaskCLIP(nn.Module):
     In train mode each image is looked at by the teacher, a moving average of the image tower; the class token's
     attention there says which patches the student gets. In eval mode it is the wrapped model. Call
     `attach_ema(optimizer)` once (or `update_ema()` after each optimiser step): without it the teacher stays what the
-    tower was at the start. Wrap first, then DDP or compile. Unknown attributes are those of the wrapped model.
+    tower was at the start. Wrap first, then DDP or compile. Unknown attributes are those of the wrapped model. Settings
+    up to `total_steps` and the generator may be changed between steps; the others refuse.
 
     On cluttered images, trained from scratch, the attention of the first steps means nothing and "topk" can lock in on
     the background: give `warmup_steps`, or use mode "mix".
@@ -35,14 +37,14 @@ class AttentiveMaskCLIP(nn.Module):
         model: an open_clip CLIP or CustomTextCLIP, not copied, that stays usable on its own. Image towers: open_clip's
             VisionTransformer and timm VisionTransformer trunks, with a class token.
         keep_ratio: share of the patches that the student sees, in (0, 1]; of n units ceil(n * keep_ratio) are kept.
-            1 masks nothing and runs no teacher (unless `byol_weight` needs it). May be changed between steps.
+            1 masks nothing and runs no teacher (unless `byol_weight` needs it).
         mode: "topk" keeps the most attended units; "random" any; "sample" draws them with probability ~
             score^(1/temperature); "mix" keeps the best `top_fraction` of those kept and any others; "lowest" keeps the
-            least attended, for ablations. May be changed between steps.
+            least attended, for ablations.
         block: side in patches of the square units that are kept or masked; "auto": 32 pixels, or 1 patch where that
             does not divide the grid.
         layers: blocks of the teacher whose attention counts, with equal weight: "all", "last" or indices, negative
-            ones too. May be changed between steps.
+            ones too.
         top_fraction, temperature: of modes "mix" and "sample".
         warmup_steps: optimiser steps without masking at the start.
         teacher_scale: factor on the sides of the teacher's image; 0.5 is the efficient variant.
@@ -65,6 +67,20 @@ class AttentiveMaskCLIP(nn.Module):
 
     ema_step: Tensor
     teacher: Any
+
+    keep_ratio = held("_selection", "keep_ratio", lambda self, how: self._check_units(how))
+    mode = held("_selection", "mode")
+    block = held("_selection", "block", lambda self, how: self._check_units(how))
+    top_fraction = held("_selection", "top_fraction")
+    temperature = held("_selection", "temperature")
+    teacher_scale = checked(
+        "teacher_scale", lambda self, value: settings.check_scale(value, self._image_size, self._patch_size)
+    )
+    momentum = checked("momentum", lambda _, value: check_schedule(value, None))
+    total_steps = checked("total_steps", lambda _, value: check_schedule(1.0, value))
+    simclr_weight, byol_weight = fixed("simclr_weight"), fixed("byol_weight")
+    hidden_dim, out_dim, head_norm = fixed("hidden_dim"), fixed("out_dim"), fixed("head_norm")
+    ema_text, freeze_patch_embed = fixed("ema_text"), fixed("freeze_patch_embed")
 
     def __init__(
         self,
@@ -96,24 +112,23 @@ class AttentiveMaskCLIP(nn.Module):
         self._selection = Selection(
             keep_ratio=keep_ratio, mode=mode, block=block, top_fraction=top_fraction, temperature=temperature
         )
-        settings.check_numbers(
-            teacher_scale=teacher_scale, warmup_steps=warmup_steps, simclr_weight=simclr_weight,
-            byol_weight=byol_weight, hidden_dim=hidden_dim, out_dim=out_dim,
-        )  # fmt: skip
-        check_schedule(momentum, total_steps)
+        settings.check_least(0, simclr_weight=simclr_weight, byol_weight=byol_weight)
+        settings.check_least(1, hidden_dim=hidden_dim, out_dim=out_dim)
+        self._fixed = {
+            "simclr_weight": simclr_weight, "byol_weight": byol_weight, "hidden_dim": hidden_dim, "out_dim": out_dim,
+            "head_norm": head_norm, "ema_text": ema_text, "freeze_patch_embed": freeze_patch_embed,
+        }  # fmt: skip
+        visual: Any = model.visual
+        self._patch_size = self._tower.patch_size(visual)
+        self._image_size = self._tower.image_size(visual)
+        self._check_units(self._selection)
+        self._steps = 0
         self.layers = layers
         self.warmup_steps = warmup_steps
         self.teacher_scale = teacher_scale
         self.momentum = momentum
         self.total_steps = total_steps
-        self.ema_text = ema_text
-        self.freeze_patch_embed = freeze_patch_embed
         self.generator = generator
-        visual: Any = model.visual
-        self._patch_size = self._tower.patch_size(visual)
-        self._image_size = self._tower.image_size(visual)
-        if self._image_size is not None:
-            self._block_of(self._spec.grid)
 
         like = next(visual.parameters())
         sizes: dict[str, Any] = {"hidden": hidden_dim, "out": out_dim, "norm": head_norm}
@@ -125,26 +140,23 @@ class AttentiveMaskCLIP(nn.Module):
         self.byol_predictor = heads.byol_predictor(**sizes).to(**made) if byol_weight else None
         self.teacher = EmaTeacher(**self._averaged())
         self.register_buffer("ema_step", torch.zeros((), dtype=torch.int64, device=like.device))
-        self._count_steps(0)
         self._freeze()
 
-    @property
-    def keep_ratio(self) -> float:
-        """Share of the patches that the student sees."""
-        return self._selection.keep_ratio
-
-    @keep_ratio.setter
-    def keep_ratio(self, value: float) -> None:
-        self._selection = replace(self._selection, keep_ratio=value)
+    def _check_units(self, how: Selection) -> None:
+        """Raise ConfigError if the units do not fit the patches of a tower that takes one size only."""
+        if self._image_size is not None:
+            how.block_of(self._spec.grid, max(self._patch_size))
 
     @property
-    def mode(self) -> str:
-        """How they are chosen."""
-        return self._selection.mode
+    def warmup_steps(self) -> int:
+        """Optimiser steps without masking at the start; a change counts from the step that has been reached."""
+        return self._warmup_steps
 
-    @mode.setter
-    def mode(self, value: str) -> None:
-        self._selection = replace(self._selection, mode=value)
+    @warmup_steps.setter
+    def warmup_steps(self, value: int) -> None:
+        settings.check_least(0, warmup_steps=value)
+        self._warmup_steps = value
+        self._count_steps(self._steps)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -285,6 +297,8 @@ class AttentiveMaskCLIP(nn.Module):
     @torch.no_grad()
     def select(self, scores: Tensor) -> Tensor:
         """The patches that the settings keep for relevance maps [B, h, w], ascending indices [B, K]."""
+        if scores.dim() != 3:
+            raise ShapeError(f"expected relevance maps [B, h, w], got {tuple(scores.shape)}")
         grid = self._spec.grid if self._image_size is not None else (scores.shape[1], scores.shape[2])
         block = self._block_of(grid)
         return patches_of(self._selection.choose(scores_of_units(scores, grid, block), self.generator), grid, block)
@@ -351,6 +365,7 @@ class AttentiveMaskCLIP(nn.Module):
 
         Source: attentive_clip.md 12.
         """
+        settings.check_least(1, batch=batch, views=views)
         how = self._selection if keep_ratio is None else replace(self._selection, keep_ratio=keep_ratio)
         how = how if mode is None else replace(how, mode=mode)
         scale = self.teacher_scale if teacher_scale is None else teacher_scale

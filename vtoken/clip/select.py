@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ class Selection:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("keep_ratio", "top_fraction", "temperature"):
+            if not isinstance(getattr(self, name), Real):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
         if not 0 < self.keep_ratio <= 1:
             raise ConfigError(f"keep_ratio={self.keep_ratio} is the share of patches kept and must be in (0, 1]")
         if self.mode not in MODES:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -23,24 +24,31 @@ def resolve_layers(layers: Layers, depth: int) -> tuple[int, ...]:
         if layers not in ("all", "last"):
             raise ConfigError(f'layers={layers!r} must be "all", "last" or block indices')
         return tuple(range(depth)) if layers == "all" else (depth - 1,)
+    if not isinstance(layers, Collection) or not all(isinstance(index, Integral) for index in layers):
+        raise ConfigError(f'layers={layers!r} must be "all", "last" or a list of block indices')
     found = sorted({index % depth for index in layers if -depth <= index < depth})
     if not found or any(not -depth <= index < depth for index in layers):
         raise ConfigError(f"layers={list(layers)} must name blocks of a tower that has {-depth} to {depth - 1}")
     return tuple(found)
 
 
-def check_numbers(
-    *, teacher_scale: float, warmup_steps: int, simclr_weight: float, byol_weight: float, hidden_dim: int, out_dim: int
-) -> None:
-    """Raise ConfigError for numbers out of range."""
-    if not 0 < teacher_scale <= 1:
-        raise ConfigError(f"teacher_scale={teacher_scale} shrinks the teacher's image and must be in (0, 1]")
-    if warmup_steps < 0:
-        raise ConfigError(f"warmup_steps={warmup_steps} must not be negative")
-    if min(simclr_weight, byol_weight) < 0:
-        raise ConfigError(f"simclr_weight={simclr_weight} and byol_weight={byol_weight} must not be negative")
-    if min(hidden_dim, out_dim) < 1:
-        raise ConfigError(f"hidden_dim={hidden_dim} and out_dim={out_dim} must be at least 1")
+def check_least(least: float, **numbers: float) -> None:
+    """Raise ConfigError unless all are numbers from `least` on."""
+    for name, value in numbers.items():
+        if not isinstance(value, Real) or not value >= least:
+            raise ConfigError(f"{name}={value!r} must be a number from {least} on")
+
+
+def check_scale(scale: float, size: tuple[int, int] | None, patch_size: tuple[int, int]) -> None:
+    """Raise ConfigError unless `teacher_scale` shrinks images of `size` (None: of any) to a whole number of patches."""
+    if not isinstance(scale, Real) or not 0 < scale <= 1:
+        raise ConfigError(f"teacher_scale={scale!r} shrinks the teacher's image and must be a number in (0, 1]")
+    seen = size if size is None else tuple(round(side * scale) for side in size)
+    if seen != size and seen and any(side < 1 or side % patch for side, patch in zip(seen, patch_size, strict=True)):
+        raise ConfigError(
+            f"teacher_scale={scale} makes images of {seen} pixels for the teacher; both sides must be multiples of the "
+            f"patch size {patch_size}"
+        )
 
 
 def single(image: Image | None) -> Tensor | None:

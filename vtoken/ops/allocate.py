@@ -78,12 +78,18 @@ def checked_scores(scores: Sequence[float] | Tensor) -> list[float]:
     Raises:
         InputError: if they are not one per frame, there are none, or one is negative or not finite.
     """
-    found: Any = scores.tolist() if hasattr(scores, "tolist") else list(scores)
+    try:
+        found: Any = scores.tolist() if hasattr(scores, "tolist") else list(scores)
+    except TypeError as error:
+        raise InputError(f"scores are one number per frame, got {scores!r}") from error
     if not isinstance(found, list) or any(isinstance(value, list) for value in found):
         raise InputError(f"scores are one number per frame, got shape {tuple(getattr(scores, 'shape', ()))}")
     if not found:
         raise InputError("scores are empty: there is no frame to give tokens to")
-    values = [float(value) for value in found]
+    try:
+        values = [float(value) for value in found]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"scores are one number per frame: {error}") from error
     wrong = [i for i, value in enumerate(values) if not (math.isfinite(value) and value >= 0)]
     if wrong:
         raise InputError(
@@ -113,6 +119,8 @@ def _bounds(frames: int, budget: int, min_tokens: int, max_tokens: int | None) -
 
 
 def _whole(name: str, value: int) -> int:
+    if isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} must be a whole number")
     try:
         return operator.index(value)
     except TypeError as error:

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -27,14 +28,33 @@ class Spending:
 
     Args:
         newline: separators of the model, "none", "video" or "row".
+        floor: what `min_tokens=None` stands for.
+
+    Raises:
+        ConfigError: for values that no model, or not this one, could serve.
     """
 
     mode: str
-    min_tokens: int
+    min_tokens: int | None
     max_tokens: int | None
     power: float
     count_separators: bool
     newline: str
+    floor: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self.mode, self.min_tokens, self.max_tokens, self.power, self.count_separators)
+        if self.max_tokens is not None and self.max_tokens < self.least:
+            raise ConfigError(f"max_tokens={self.max_tokens} must be at least min_tokens={self.least}")
+        if self.mode in ("merge", "stride") and self.newline == "row":
+            raise ConfigError(
+                f"mode={self.mode!r} has no rows, which the newlines of this model need; use bilinear or pool"
+            )
+
+    @property
+    def least(self) -> int:
+        """Tokens that every cell gets."""
+        return self.floor if self.min_tokens is None else operator.index(self.min_tokens)
 
     def grid(self, layout: VideoLayout) -> tuple[int, int]:
         """What is resampled: merging starts from the model's own smaller grid."""
@@ -63,56 +83,72 @@ class Spending:
         return int(self.newline == "video")
 
     def _allocated(self, scores: Sequence[float], content: int, budget: int, layout: VideoLayout) -> list[int]:
-        if content < 1 or content < self.min_tokens * layout.cells:
+        least = self.least
+        if content < 1 or content < least * layout.cells:
+            left = f"leaves {max(content, 0)} beside the separators," if self.count_separators else "is"
             raise ConfigError(
-                f"a budget of {budget} tokens leaves {max(content, 0)} beside the separators, too few for "
-                f"{layout.cells} frames with min_tokens={self.min_tokens}: use fewer frames, min_tokens=0 or a larger "
-                "budget"
+                f"a budget of {budget} tokens {left} too few for {layout.cells} frames with min_tokens={least}: "
+                "use fewer frames, min_tokens=0 or a larger budget"
             )
         height, width = self.grid(layout)
+        if least > height * width:
+            raise ConfigError(
+                f"min_tokens={least} is more than the {height} x {width} features of a frame with mode={self.mode!r}; "
+                f"the most is {height * width}"
+            )
         most = height * width if self.max_tokens is None else min(self.max_tokens, height * width)
         return allocate_tokens(
-            scores, content, min_tokens=self.min_tokens, max_tokens=most, power=self.power, rounding="exact"
+            scores, content, min_tokens=least, max_tokens=most, power=float(self.power), rounding="exact"
         )
 
 
 def check_settings(
-    mode: str, min_tokens: int | None, max_tokens: int | None, count_separators: bool, vision_chunk: int | None
+    mode: str, min_tokens: int | None, max_tokens: int | None, power: float, count_separators: bool
 ) -> None:
     """Raise ConfigError for settings that no model could serve."""
     if mode not in MODES:
         raise ConfigError(f"QuotaVideoModel(mode={mode!r}): unknown; supported: {', '.join(MODES)}")
-    for name, value, least in (
-        ("min_tokens", min_tokens, 0), ("max_tokens", max_tokens, 1), ("vision_chunk", vision_chunk, 1),
-    ):  # fmt: skip
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ConfigError(f"QuotaVideoModel({name}={value!r}): must be None or a whole number from {least} on")
+    check_whole("min_tokens", min_tokens, 0)
+    check_whole("max_tokens", max_tokens, 1)
+    if not (_is_a(power, Real) and math.isfinite(power) and power >= 0):
+        raise ConfigError(f"QuotaVideoModel(power={power!r}): scores are raised to a finite power of at least 0")
     if not isinstance(count_separators, bool):
         raise ConfigError(f"QuotaVideoModel(count_separators={count_separators!r}): must be True or False")
 
 
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raise ConfigError unless it is None or a whole number from `least` on."""
+    if value is not None and (not _is_a(value, Integral) or value < least):
+        raise ConfigError(f"QuotaVideoModel({name}={value!r}): must be None or a whole number from {least} on")
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether it is such a number, NumPy's too; not True or False, which are whole numbers to Python."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_budget(budget: Budget | Sequence[Budget]) -> None:
     """Raise ConfigError unless it is tokens, a share, None, or a list of those."""
-    each = budget if isinstance(budget, (list, tuple)) else [budget]
+    each: Sequence[Any] = budget if isinstance(budget, (list, tuple)) else [budget]
     for value in each:
         if value is None:
             continue
-        number = not isinstance(value, bool) and isinstance(value, (int, float))
-        if not number or (isinstance(value, float) and not 0 < value <= 1) or (isinstance(value, int) and value < 1):
+        whole = _is_a(value, Integral)
+        if not _is_a(value, Real) or not (value >= 1 if whole else 0 < value <= 1):
             raise ConfigError(
                 f"budget={value!r}: must be tokens of a video (a whole number from 1 on), a share of its default "
                 f"tokens (a float in (0, 1]), or None for {DEFAULT_CELLS} frames' worth of default tokens"
             )
 
 
-def budgets(budget: Budget | Sequence[Budget], layouts: Sequence[VideoLayout]) -> list[int]:
-    """Tokens of every video.
+def budgets(budget: Any, layouts: Sequence[VideoLayout]) -> list[int]:
+    """Tokens of every video, from one budget for each or one for all.
 
     Raises:
         InputError: if a list does not have one budget per video.
     """
     check_budget(budget)
-    if budget is None or isinstance(budget, (int, float)):
+    if not isinstance(budget, (list, tuple)):
         return [_tokens(budget, layout) for layout in layouts]
     if len(budget) != len(layouts):
         raise InputError(f"{len(budget)} budgets for {len(layouts)} video(s); give one each, or one for all")
@@ -122,9 +158,9 @@ def budgets(budget: Budget | Sequence[Budget], layouts: Sequence[VideoLayout]) -
 def _tokens(budget: Budget, layout: VideoLayout) -> int:
     if budget is None:
         return DEFAULT_CELLS * layout.default_tokens
-    if isinstance(budget, float):
-        return max(1, math.floor(budget * layout.cells * layout.default_tokens + 0.5))
-    return operator.index(budget)
+    if isinstance(budget, Integral):
+        return operator.index(budget)
+    return max(1, math.floor(float(budget) * layout.cells * layout.default_tokens + 0.5))
 
 
 def scores_by_video(frame_scores: Any, count: int) -> list[list[float]]:

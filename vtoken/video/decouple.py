@@ -136,12 +136,16 @@ class CoTDecoupler:
 
 
 def _step(number: int) -> re.Pattern[str]:
-    """ "Step 1:", "1.", "(1)", "**Step 1**:" and the like."""
+    """ "Step 1:", "Step-1:", "1.", "(1)", "**Step 1**:" and the like."""
     word = ("one", "two", "three")[number - 1]
-    return re.compile(rf"\bstep[ \t]*\(?(?:{number}|{word})\b|(?:^|(?<=\s))\W{{0,3}}{number}[ \t]?[.:)]", re.I | re.M)
+    named, bare = rf"\bstep[ \t]*-?[ \t]*\(?(?:{number}|{word})\b", rf"(?:^|(?<=\s))\W{{0,3}}{number}[ \t]?[.:)]"
+    return re.compile(f"{named}|{bare}", re.I | re.M)
 
 
 _STEPS = {number: _step(number) for number in (1, 2, 3)}
+# Right behind the mark and no part of a sentence such as "None of these is a place".
+_NOTHING = re.compile(r"[^\w\[]*(?:null|none)\b(?![ \t]+\w)", re.I)
+_SURROGATE = re.compile("[\\ud800-\\udfff]")  # no text: a tokenizer could not encode it
 _LONGEST_LIST = 4000  # characters
 _DEEPEST_LIST = 16  # brackets within brackets; far below what any parser's stack can take
 
@@ -160,11 +164,11 @@ def parse_objects(reply: str) -> tuple[str, ...]:
         return ()
     rest = reply[third.end() :]
     start = rest.find("[")
-    if start < 0 or re.search(r"\b(null|none)\b", rest[:start], re.I):
+    if start < 0 or _NOTHING.match(rest):
         return ()
     found = _literal_list(rest[start : start + _LONGEST_LIST])
     stripped = (item.strip() for item in found if isinstance(item, str))
-    return tuple(dict.fromkeys(item for item in stripped if item))
+    return tuple(dict.fromkeys(item for item in stripped if item and not _SURROGATE.search(item)))
 
 
 def parse_event(reply: str) -> tuple[str, ...]:
@@ -172,7 +176,8 @@ def parse_event(reply: str) -> tuple[str, ...]:
     for line in reply.splitlines():
         phrase = re.sub(r"^\W*event\W*:", "", line.strip(), flags=re.I).strip(" \t\"'`*.")
         if phrase:
-            return () if phrase.lower() in ("null", "none", "no") else (phrase[:200].strip(),)
+            nothing = phrase.lower() in ("null", "none", "no") or _SURROGATE.search(phrase)
+            return () if nothing else (phrase[:200].strip(),)
     return ()
 
 

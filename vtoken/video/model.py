@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 
 from vtoken.core.errors import ConfigError, InputError
 from vtoken.core.host import find_adapter
+from vtoken.core.options import checked, fixed, held
 from vtoken.core.prompt import VideoRecord
 from vtoken.core.trace import current_trace
 from vtoken.hosts import prompt_calls as calls
 from vtoken.hosts.video import VideoAdapter, VideoFeatures, VideoLayout
-from vtoken.video.budget import Budget, Spending, budgets, check_budget, check_settings, per_cell, scores_by_video
+from vtoken.video.budget import Budget, Spending, budgets, check_budget, check_whole, per_cell, scores_by_video
 from vtoken.video.decouple import Decoupler, IdentityDecoupler
 from vtoken.video.prompt import PreparedPrompt, build, check_call, check_placeholders
 from vtoken.video.reporting import reports
@@ -33,7 +33,8 @@ class QuotaVideoModel(nn.Module):
     Holds the model as `model`; every attribute that it does not have itself is the model's. Calls without a video go
     straight to the model. `forward` returns logits of the rebuilt prompt [B, L', V]; `generate` returns the ids that
     the caller passed, followed by the new tokens. Who wants to know what a call did asks for it:
-    `with vtoken.tracing(quota) as record: ...`, then `record.video`.
+    `with vtoken.tracing(quota) as record: ...`, then `record.video`. Settings are attributes, and all but the adapter
+    may be changed between calls.
 
     Args:
         model: transformers LlavaOnevision, LlavaNextVideo, Qwen2VL, Qwen2_5_VL, Qwen3VL or VideoLlama3
@@ -60,6 +61,15 @@ class QuotaVideoModel(nn.Module):
 
     _vtoken_records = True
 
+    budget = checked("budget", lambda _, value: check_budget(value))
+    vision_chunk = checked("vision_chunk", lambda _, value: check_whole("vision_chunk", value, 1))
+    mode = held("spending", "mode")
+    min_tokens = held("spending", "min_tokens")
+    max_tokens = held("spending", "max_tokens")
+    power = held("spending", "power")
+    count_separators = held("spending", "count_separators")
+    adapter = fixed("adapter")
+
     def __init__(
         self,
         model: nn.Module,
@@ -76,20 +86,23 @@ class QuotaVideoModel(nn.Module):
         vision_chunk: int | None = 32,
     ) -> None:
         super().__init__()
-        check_settings(mode, min_tokens, max_tokens, count_separators, vision_chunk)
-        check_budget(budget)
-        self.model = model
         self.budget = budget
         self.vision_chunk = vision_chunk
-        self.adapter = _adapter(model, adapter)
-        floor = 1 if self.adapter.runs == "per_frame" else 0
-        low = floor if min_tokens is None else min_tokens
-        self.spending = Spending(mode, low, max_tokens, power, count_separators, self.adapter.newline)
-        if mode in ("merge", "stride") and self.adapter.newline == "row":
-            raise ConfigError(f"mode={mode!r} has no rows, which the newlines of this model need; use bilinear or pool")
+        known = _adapter(model, adapter)
+        self._fixed = {"adapter": known}
+        floor = 1 if known.runs == "per_frame" else 0
+        self.spending = Spending(mode, min_tokens, max_tokens, power, count_separators, known.newline, floor)
+        self.model = model
+        self.scorer: Any = scorer
+        self.decoupler = IdentityDecoupler() if decoupler is None else decoupler
+        self._warned = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
         # Past nn.Module: a scorer that is a module is not part of the model's state.
-        object.__setattr__(self, "scorer", scorer)
-        object.__setattr__(self, "decoupler", IdentityDecoupler() if decoupler is None else decoupler)
+        if name in ("scorer", "decoupler"):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -265,11 +278,20 @@ class QuotaVideoModel(nn.Module):
         """Scores of the cells of every video."""
         if frame_scores is None:
             if self.scorer is None:
-                _warn_uniform()
+                self._warn_uniform()
                 return [[1.0] * layout.cells for layout in layouts]
             frame_scores = self._scored(len(layouts), query, frames)
         found = scores_by_video(frame_scores, len(layouts))
         return [per_cell(s, layout, i) for i, (s, layout) in enumerate(zip(found, layouts, strict=True))]
+
+    def _warn_uniform(self) -> None:
+        """Once for every wrapper."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "QuotaVideoModel has neither frame_scores nor a scorer: the budget is spread evenly over the frames",
+                stacklevel=3,
+            )
 
     def _scored(self, count: int, query: Any, frames: Any) -> list[Tensor]:
         if frames is None or query is None:
@@ -303,11 +325,3 @@ def _holds_videos(frames: Any) -> bool:
     """Whether these are videos, not frames: lists of images, or arrays of more dimensions than an image has."""
     first = frames[0] if len(frames) else None
     return isinstance(first, (list, tuple)) or getattr(first, "ndim", 0) > 3
-
-
-@functools.cache
-def _warn_uniform() -> None:
-    warnings.warn(
-        "QuotaVideoModel has neither frame_scores nor a scorer: the budget is spread evenly over the frames",
-        stacklevel=2,
-    )
