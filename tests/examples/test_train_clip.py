@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib
 import importlib.util
 import json
@@ -22,19 +21,6 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     return importlib.import_module("train_clip")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of the Fashion-MNIST format, filled with noise."""
-    folder, draw = tmp_path_factory.mktemp("data"), torch.Generator().manual_seed(0)
-    for split, count in (("train", 60), ("t10k", 30)):
-        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
-            high = 256 if kind.startswith("images") else 10
-            head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
-            values = torch.randint(high, shape, generator=draw).to(torch.uint8).numpy().tobytes()
-            (folder / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + values))
-    return folder
 
 
 def call(example: ModuleType, data: Path, out: Path, *options: str) -> dict[str, Any]:
