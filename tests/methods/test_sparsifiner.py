@@ -552,3 +552,19 @@ def test_the_module_refuses_what_does_not_fit() -> None:
         vtoken.nn.SparseAttention(16, 3, grid=GRID)
     with pytest.raises(vtoken.ShapeError, match="25"):
         vtoken.nn.SparseAttention(16, 2, grid=GRID)(torch.randn(1, 26, 16))
+
+
+@pytest.mark.parametrize(("mode", "backend"), [("exact", "grouped"), ("threshold", "grouped"), ("grouped", "sparse")])
+def test_a_backend_that_does_not_serve_the_mode_is_refused(mode: str, backend: str) -> None:
+    with pytest.raises(vtoken.ConfigError, match="does not serve"):
+        vtoken.Sparsifiner(mode=mode, backend=backend)
+
+
+def test_the_map_of_queries_whose_keys_a_mask_took_is_zero() -> None:
+    host = HOSTS["registers"]
+    model = sparse(host.model(), vtoken.Sparsifiner(keep_ratio=1.0))
+    mask = torch.zeros(1, 1, 1, vtoken.plan(model).tokens[0], dtype=torch.bool)
+    with vtoken.tracing(model, maps=("attention",)) as record, torch.no_grad():
+        model.forward_features(host.images(), attn_mask=mask)
+    assert record.attention is not None
+    assert all(bool((a.attention == 0).all()) for a in record.attention)

@@ -339,3 +339,16 @@ def test_errors() -> None:
         sparse_attention(q, k, v, connections, scale=1.0, backend="grouped")
     with pytest.raises(ConfigError, match="takes connections per query"):
         sparse_attention(q, k, v, grouped, scale=1.0, backend="sparse")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dense_reference_does_not_overflow_in_half_precision(dtype: torch.dtype) -> None:
+    connections = connect("topk", 1, 2, (6, 6), 1, 0.3)
+    q, k, v = draw(1, 2, 37, 64, dtype)
+    q, k = 60 * q, 60 * k  # q k^T passes 65504, the scaled logits do not
+    exact = sparse_attention(q.double(), k.double(), v.double(), connections, scale=0.125, backend="dense_masked")
+    assert float((q.double() @ k.double().transpose(-1, -2)).abs().max()) > 65504
+    out = sparse_attention(q, k, v, connections, scale=0.125, backend="dense_masked")
+    assert out.dtype == dtype
+    assert_close("out", exact, out, 4e-3)
+    assert attention_map(q, k, connections, scale=0.125).isfinite().all()

@@ -95,6 +95,16 @@ def test_nothing_merged_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(vtoken.apply(model, vtoken.PiToMe(ratio=1.0))(x), expected)
 
 
+def test_a_mask_of_the_callers_is_no_token_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "FORCED", "triton")
+    model, x = randomise_(_small(), 0).eval(), images(SHAPE)
+    mask = torch.randn(x.shape[0], 1, 1, vtoken.plan(model, vtoken.ToMe(r=0)).tokens[0])
+    with torch.no_grad():
+        stock = model.forward_features(x, attn_mask=mask)
+        vtoken.apply(model, vtoken.ToMe(r=0))
+        assert torch.equal(model.forward_features(x, attn_mask=mask), stock)
+
+
 def test_hooks_and_replaced_projections_still_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "FORCED", "triton")
     model = vtoken.apply(randomise_(_small(), 0).eval(), vtoken.ToMe(r=5))
