@@ -65,10 +65,9 @@ def patched_class(cls: type) -> type | None:
 
 def base_of(cls: type) -> type:
     """What `cls` would be had it never been patched: later subclasses kept, the mixin taken out."""
-    patched = patched_class(cls)
-    if patched is None:
+    if not hasattr(cls, "_vtoken_base"):  # asked several times a block: the usual answers come first
         return cls
-    if cls is patched:
+    if "_vtoken_base" in cls.__dict__:
         base: type = cls.__dict__["_vtoken_base"]
         return base
     if cls not in _stripped:
@@ -102,10 +101,11 @@ def view(module: nn.Module, **parts: Any) -> Any:
 def view_as(cls: type, module: nn.Module, **parts: Any) -> Any:
     """A view of another class, one whose `forward` serves in place of the module's."""
     stand_in: Any = object.__new__(cls)
-    stand_in.__dict__.update(module.__dict__)
-    if "forward" in module.__dict__:
+    own = stand_in.__dict__
+    own.update(module.__dict__)
+    if "forward" in own:
         _follow_hooks(stand_in, module)
-    stand_in.__dict__.update(parts)
+    own.update(parts)
     return stand_in
 
 

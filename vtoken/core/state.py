@@ -52,7 +52,9 @@ class Slot:
             dest = plan.dest if dest is None else plan.dest.gather(1, dest)
         if protect is not None:
             protect = plan.dest.gather(1, protect + num_prefix) - num_prefix
-        return replace(self, size=size, anchor=anchor, dest=dest, protect=protect)
+        return Slot(
+            size, anchor, dest, protect, self.embedded, self.dropped, self.track_anchor, self.track_dest
+        )  # fmt: skip
 
     def keep(self, rows: Tensor) -> Slot:
         """What is known when only `rows` [B, T'] (ascending, with the prefix) go on and the others are dropped."""
@@ -179,9 +181,9 @@ class TokenState:
             self.first = replace(self.first, embedded=x.shape[1])
             self.slots = {layer: self.first}  # not 0 if the blocks before it were cut off
 
-    def removes(self, layer: int, num_tokens: int) -> bool:
-        """Whether block `layer` takes anything away from `num_tokens` tokens."""
-        return self.method.num_removed(layer, num_tokens - self.num_prefix, self.first.embedded - self.num_prefix) > 0
+    def removed(self, layer: int, num_tokens: int) -> int:
+        """How many of `num_tokens` tokens block `layer` takes away."""
+        return self.method.num_removed(layer, num_tokens - self.num_prefix, self.first.embedded - self.num_prefix)
 
     def bias(self, layer: int, dtype: torch.dtype) -> Tensor | None:
         """The size term of block `layer`'s attention, [B, 1, 1, T]; None (not zeros) before the first merge."""
@@ -202,7 +204,7 @@ class TokenState:
         """Block `layer` removes nothing: what was known before it is known after it."""
         self.slots[layer + 1] = self.slots[layer]
 
-    def on_block(self, layer: int, x: Tensor, metric: Tensor) -> Tensor:
-        """Remove tokens [B, T, C] at block `layer`, choosing by `metric` [B, T, d]."""
-        x, self.slots[layer + 1] = self.method.on_block(layer, x, metric, self.slots[layer], self.num_prefix)
+    def on_block(self, layer: int, x: Tensor, metric: Tensor, r: int) -> Tensor:
+        """Remove `r` of the tokens [B, T, C] at block `layer`, choosing by `metric` [B, T, d]."""
+        x, self.slots[layer + 1] = self.method.on_block(layer, x, metric, self.slots[layer], self.num_prefix, r)
         return x

@@ -9,7 +9,8 @@ from typing import Any
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from vtoken.core.errors import InputError
 from vtoken.core.method import AttentionMethod
@@ -18,6 +19,18 @@ from vtoken.core.state import TokenState
 from vtoken.hosts.tower import Tap, gather_rope, given, merged_block, stock_with
 from vtoken.ops.attention import is_bias_per_key, masked_attention
 from vtoken.ops.backend import use_triton
+
+
+def through(module: Any, x: Tensor) -> Tensor:
+    """`module(x)`, without the call where it is an identity that nobody listens to."""
+    if type(module) is nn.Identity and not (module._forward_hooks or module._forward_pre_hooks or _global_hooks()):
+        return x
+    result: Tensor = module(x)
+    return result
+
+
+def _global_hooks() -> bool:
+    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
 
 
 class BlockMixin:
@@ -33,7 +46,7 @@ class BlockMixin:
         vtoken_state: TokenState | None = None,
     ) -> Tensor:
         stock: Any = super().forward  # type: ignore[misc]
-        attention = given(attn_mask=attn_mask, is_causal=is_causal)
+        attention = {} if attn_mask is None and not is_causal else given(attn_mask=attn_mask, is_causal=is_causal)
         if vtoken_state is None:  # called outside a patched model
             return stock(x, **attention)
         return merged_block(self, vtoken_state, x, functools.partial(self._vtoken_stock, stock), **attention)
@@ -45,11 +58,15 @@ class BlockMixin:
         return view(self, attn=attn).forward(x, **attention)
 
     def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
-        attn = with_sizes(self.attn, tap.on(self.attn, "k_norm"), x, tap, **attention)
-        return self.drop_path1(self.ls1(attn(self.norm1(x), **attention)))
+        own = self._modules
+        attn = tap.on(own["attn"], "k_norm")
+        if attention:
+            attn = with_sizes(own["attn"], attn, x, tap, **attention)
+        return through(own["drop_path1"], through(own["ls1"], attn(own["norm1"](x), **attention)))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
-        return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        own = self._modules
+        return through(own["drop_path2"], through(own["ls2"], own["mlp"](own["norm2"](x))))
 
 
 class ResPostBlockMixin(BlockMixin):
@@ -159,10 +176,12 @@ def with_sizes(
     The host's own call takes sizes as a mask, which keeps fused attention but not its fastest kernel. A mask of the
     caller's stays the host's: with nothing merged, every bit is as it was.
     """
-    own = base_of(type(host)).forward is Attention.forward  # type: ignore[attr-defined]
-    if attn_mask is None or is_causal or not own or not host.fused_attn or tap.acts_in(host):
+    if attn_mask is None or not use_triton("auto", x, lambda: ""):
         return attn
-    if not tap.has_sizes or not is_bias_per_key(attn_mask) or not use_triton("auto", x, lambda: ""):
+    own = base_of(type(host)).forward is Attention.forward  # type: ignore[attr-defined]
+    if is_causal or not own or not host.fused_attn or tap.acts_in(host):
+        return attn
+    if not tap.has_sizes or not is_bias_per_key(attn_mask):
         return attn
     return view_as(SizedAttention, attn)
 

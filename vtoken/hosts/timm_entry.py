@@ -32,6 +32,13 @@ class TimmMixin:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runs: Runs = []
+        if _forward_is_stock(self):  # which runs the blocks by forward_features only
+            stand_in = view(
+                self,
+                forward_features=functools.partial(_features, self, runs, not pool_kind(self)),
+                **_pool_parts(self, functools.partial(_slot_of, runs, None)),
+            )
+            return base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
         state = _begin(self, raster=True, images=_images(args, kwargs))  # for code that runs `self.blocks` itself
         stand_in = view(
             self,
@@ -101,10 +108,10 @@ def _features(model: Any, runs: Runs, raster: bool, *args: Any, **kwargs: Any) -
     return out | {"patches": rows} if isinstance(out, dict) else rows  # a dict: NaFlex
 
 
-def _slot_of(runs: Runs, state: TokenState, x: Tensor) -> Slot:
+def _slot_of(runs: Runs, state: TokenState | None, x: Tensor) -> Slot:
     """What is known of the rows of `x`: of the features it is, else of the only ones there are."""
     if not runs:
-        return state.last
+        return Slot() if state is None else state.last
     for features, slot in runs:
         if features is x:
             return slot
@@ -119,8 +126,12 @@ def _slot_of(runs: Runs, state: TokenState, x: Tensor) -> Slot:
 
 def _leaves_as_tokens(model: Any) -> bool:
     """Whether token rows may leave `model(x)`: without pooling they do, and a user's own forward may use them."""
-    stock = any(base_of(type(model)).forward is known.forward for known in MODELS)  # type: ignore[attr-defined]
-    return not stock or not pool_kind(model)
+    return not _forward_is_stock(model) or not pool_kind(model)
+
+
+def _forward_is_stock(model: Any) -> bool:
+    own = base_of(type(model)).forward  # type: ignore[attr-defined]
+    return any(own is known.forward for known in MODELS)  # type: ignore[attr-defined]
 
 
 def _begin(model: Any, *, raster: bool = False, dense: bool = False, images: Any = None) -> TokenState:

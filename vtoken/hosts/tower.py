@@ -95,7 +95,7 @@ class Tap:
 
     def on(self, attn: Any, norm: str) -> Any:
         """The attention with this tap: behind its key norm, the module called `norm`, or inside its own method."""
-        if self.acts_in(attn):
+        if self._state.attention is not None and self.acts_in(attn):
             return functools.partial(attn, vtoken_tap=self)
         if self._wanted in ("key", "key_concat"):
             return view(attn, **{norm: functools.partial(self._keep, getattr(attn, norm))})
@@ -180,8 +180,9 @@ def merged_block(
     """
     layer: int = block._vtoken_index
     state.enter(layer, x)
-    removes = state.removes(layer, x.shape[1])
-    if removes or state.slots[layer] is not state.first:
+    r = state.removed(layer, x.shape[1])
+    removes = r > 0
+    if attention and (removes or state.slots[layer] is not state.first):
         _refuse_mask(attention)
     bias = state.bias(layer, x.dtype)
     if bias is not None:
@@ -196,10 +197,10 @@ def merged_block(
         early = None if state.method.metric == "hidden" else tap.metric(x)
         del tap
         x = x + block._vtoken_mlp(x)
-        return state.on_block(layer, x, x if early is None else early)
+        return state.on_block(layer, x, x if early is None else early, r)
     metric = tap.metric(x)
     del tap
-    x = state.on_block(layer, x, metric)
+    x = state.on_block(layer, x, metric, r)
     return x + block._vtoken_mlp(x)
 
 

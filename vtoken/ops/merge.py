@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from vtoken.ops.backend import rows_reason, use_triton
 from vtoken.ops.rows import flat_index, full_precision, take_rows
 
 REDUCTIONS = ("wavg", "mean", "amax", "prune")
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,7 +31,42 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1.
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    return size.to(compute).log().to(dtype)[:, None, None, :]
+    bias = (size if size.dtype == compute else size.to(compute)).log()
+    return (bias if compute == dtype else bias.to(dtype)).unsqueeze(1).unsqueeze(1)
+
+
+class OneImage(NamedTuple):
+    """A plan for a batch of one: at that size the number of operations is what costs, not the rows.
+
+    Args:
+        rows: all T input rows: first those that stay, in the order of the output, then those that go.
+        slot: output row that each of the latter goes to, [r].
+        num_out: how many stay.
+    """
+
+    rows: Tensor
+    slot: Tensor
+    num_out: int
+
+    def merge(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`MergePlan.apply` of x [1, T, C] in float32 or float64, by "wavg", without gradient."""
+        rows, slot, num_out = self
+        sizes = rows.new_ones(rows.shape, dtype=x.dtype) if size is None else size.reshape(-1).index_select(0, rows)
+        moved = x[0].index_select(0, rows)
+        new_size, added, out, src = sizes[:num_out], sizes[num_out:], moved[:num_out], moved[num_out:]
+        new_size.index_add_(0, slot, added)
+        share = added / new_size.index_select(0, slot)
+        out.index_add_(0, slot, src.sub_(out.index_select(0, slot)).mul_(share.unsqueeze(1)))
+        return out.unsqueeze(0), new_size.unsqueeze(0)
+
+
+def _is_plain(x: Tensor, size: Tensor | None) -> bool:
+    """Whether `OneImage` may merge x."""
+    if x.dtype != torch.float32 or (size is not None and (size.dtype != torch.float32 or size.dim() != 2)):
+        return False
+    if x.requires_grad and torch.is_grad_enabled():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +84,7 @@ class MergePlan:
         num_dest: how many trailing output rows may receive others; the rows before them are copied untouched.
         groups: what kernels made along the way: `dest`, and the sources of every destination (start, member; see
             `vtoken_kernels.layout.group_sources`). None from torch.
+        image: of a batch of one, the same plan in the form that merges it in the fewest operations.
     """
 
     keep: Tensor
@@ -57,6 +93,20 @@ class MergePlan:
     num_tokens_in: int
     num_dest: int
     groups: tuple[Tensor, Tensor, Tensor] | None = None
+    image: OneImage | None = None
+
+    @classmethod
+    def of(cls, parts: list[Tensor], src: Tensor, partner: Tensor) -> MergePlan:
+        """From the parts of `keep`, the last of which are the destinations that `partner` counts among."""
+        # One tensor of all rows: at batch 1 one gather then serves what stays and what goes.
+        rows = torch.cat([*parts, src], dim=1)
+        batch, num_in = rows.shape
+        num_out = num_in - src.shape[1]
+        num_dest = parts[-1].shape[1]
+        slot = partner + (num_out - num_dest)
+        one = not torch.compiler.is_compiling() and batch == 1 and rows.device.type == "cpu"
+        image = OneImage(rows.view(-1), slot.view(-1), num_out) if one else None
+        return cls(rows[:, :num_out], rows[:, num_out:], slot, num_in, num_dest, None, image)
 
     @classmethod
     def identity(cls, batch: int, num_tokens: int, device: torch.device) -> MergePlan:
@@ -107,11 +157,21 @@ class MergePlan:
             ConfigError: if the reduction or the backend is unknown, or kernels are asked for that cannot serve x.
         """
         _check_apply(self, x, size, reduction)
+        return self.merged(x, size, reduction, backend)
+
+    def merged(
+        self, x: Tensor, size: Tensor | None, reduction: str = "wavg", backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """`apply` for arguments that are known to fit."""
         if self.removed == 0:
             return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
+        if self.image is not None and reduction == "wavg" and _is_plain(x, size):
+            return self.image.merge(x, size)
         if use_triton(backend, x, lambda: rows_reason(x)):
             return kernels.merge(self, x, size, reduction)
-        flat = None if size is None else size.reshape(x.shape[:2]).to(torch.float32)
+        flat = size
+        if flat is not None and (flat.dim() == 3 or flat.dtype != torch.float32):
+            flat = flat.reshape(x.shape[:2]).to(torch.float32)
         src_share = None
         if reduction == "prune":
             new_size = torch.ones(self.keep.shape, device=x.device) if flat is None else flat.gather(1, self.keep)
@@ -124,7 +184,9 @@ class MergePlan:
             rows = take_rows(x, self.keep).scatter_reduce(1, index, take_rows(x, self.src), "amax", include_self=True)
         else:
             rows = _merge_rows(self, x, src_share)
-        return rows, new_size if size is None else new_size.reshape(*new_size.shape, *size.shape[2:])
+        if size is not None and size.dim() == 3:
+            new_size = new_size.unsqueeze(2)
+        return rows, new_size
 
     def unmerge(self, y: Tensor) -> Tensor:
         """Spread output rows [B, T', C] back to all input rows [B, T, C]: every row gets its group's value."""
@@ -159,7 +221,7 @@ class MergePlan:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in _HALF else x.dtype
+    return torch.float32 if x.dtype in HALF else x.dtype
 
 
 def _check_apply(plan: MergePlan, x: Tensor, size: Tensor | None, reduction: str) -> None:

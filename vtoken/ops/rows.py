@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+_AS_IT_IS: AbstractContextManager[object] = contextlib.nullcontext()
+
 
 def flat_index(index: Tensor, num_rows: int) -> Tensor:
     """Row numbers [B, K] inside each image -> row numbers [B*K] of the [B*num_rows, C] view."""
@@ -30,4 +32,4 @@ def full_precision(like: Tensor) -> AbstractContextManager[object]:
     kind = like.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS
