@@ -17,6 +17,7 @@ from vtoken.core.errors import (
     ShapeError,
     UnsupportedModelError,
     VTokenError,
+    VTokenWarning,
 )
 from vtoken.core.host import HostAdapter, HostSpec, register_adapter
 from vtoken.core.plan import Plan
@@ -63,6 +64,7 @@ __all__ = [
     "Trace",
     "UnsupportedModelError",
     "VTokenError",
+    "VTokenWarning",
     "applied",
     "apply",
     "calibrate_threshold",
