@@ -13,7 +13,17 @@ from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll, Method
-from vtoken.core.patch import PREDICTOR, additions, is_patched, mixin_of, patch, unpatch, wraps_patched_forward
+from vtoken.core.patch import (
+    PREDICTOR,
+    is_patched,
+    mixin_of,
+    patch,
+    remembered,
+    restore,
+    unpatch,
+    unpatch_all,
+    wraps_patched_forward,
+)
 from vtoken.core.plan import Plan, count_tokens
 
 Config = MethodConfig | str | Sequence[MethodConfig]
@@ -65,10 +75,10 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
             f"{type(model).__name__} already carries {names or 'a method on a submodule'}; "
             "call vtoken.remove(model) first, use vtoken.configure to change settings, or pass replace=True"
         )
-    previous = [(m, mixin_of(type(m)), additions(m)) for m in carriers]
-    for module in carriers:
-        unpatch(module)
+    previous = remembered(carriers)
     try:
+        for module in carriers:
+            unpatch(module)
         targets = []
         for (adapter, group), methods in zip(parts, built, strict=True):
             found = adapter.targets(model, methods)
@@ -76,7 +86,7 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
             targets += found
         patch(targets)
     except BaseException:
-        patch(previous)
+        restore(previous)
         raise
     return model
 
@@ -293,8 +303,7 @@ def _leave(carriers: list[nn.Module]) -> None:
             "cannot remove: a wrapper on the instance holds the patched forward (accelerate's mixed precision does); "
             "take it off first: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
         )
-    for module in carriers:
-        unpatch(module)
+    unpatch_all(carriers)
 
 
 def _part(module: nn.Module) -> str:

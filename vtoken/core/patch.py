@@ -92,10 +92,17 @@ def is_patched(module: nn.Module) -> bool:
 def view(module: nn.Module, **parts: Any) -> Any:
     """A stand-in of the unpatched class that shares everything with `module` except `parts`.
 
-    Parameters, buffers, hooks and settings are the module's own. It lets the host's code run for one call with some
-    attributes replaced, without writing to the model. Attributes that the host's code writes to it are lost.
+    Parameters, buffers and settings are the module's own. It lets the host's code run for one call with some attributes
+    replaced, without writing to the model; see `forward_with`. It is never called itself, so hooks and compiled calls
+    are those of the modules in the model. Attributes that the host's code writes to it are lost.
     """
     return view_as(base_of(type(module)), module, **parts)
+
+
+def forward_with(module: nn.Module, parts: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """The `forward` of the module's unpatched class, run on a view of it with `parts` in place of its own."""
+    cls: Any = base_of(type(module))
+    return cls.forward(view(module, **parts), *args, **kwargs)
 
 
 def view_as(cls: type, module: nn.Module, **parts: Any) -> Any:
@@ -103,6 +110,7 @@ def view_as(cls: type, module: nn.Module, **parts: Any) -> Any:
     stand_in: Any = object.__new__(cls)
     own = stand_in.__dict__
     own.update(module.__dict__)
+    own.pop("_compiled_call_impl", None)  # it would run the module
     if "forward" in own:
         _follow_hooks(stand_in, module)
     own.update(parts)
@@ -164,9 +172,7 @@ def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
         for module, mixin, attributes in targets:
             done.append(module)
             _become(module, derive(type(module), mixin))
-            children = {name: value for name, value in attributes.items() if isinstance(value, nn.Module)}
-            module.__dict__.update({name: value for name, value in attributes.items() if name not in children})
-            module._modules.update(children)
+            _add(module, attributes)
     except BaseException:
         for module in done:
             unpatch(module)
@@ -174,17 +180,51 @@ def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
 
 
 def unpatch(module: nn.Module) -> None:
-    """Give one module its own class back and drop what `patch` added to it."""
-    _become(module, base_of(type(module)))
+    """Drop what `patch` added to one module and give it its own class back, in this order.
+
+    Until the last step it counts as patched, so that whoever was interrupted finds it again.
+    """
     for name in additions(module):
         (module._modules if name == PREDICTOR else module.__dict__).pop(name)
+    _become(module, base_of(type(module)))
+
+
+def unpatch_all(modules: Iterable[nn.Module]) -> None:
+    """`unpatch` every module; all of them or, if that is interrupted, none."""
+    before = remembered(modules)
+    try:
+        for module, _, _ in before:
+            unpatch(module)
+    except BaseException:
+        restore(before)
+        raise
+
+
+def remembered(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    """What `restore` needs to give patched modules back what they are now."""
+    return [(module, type(module), additions(module)) for module in modules]
+
+
+def restore(before: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
+    """Make modules what they were, whatever became of them since."""
+    for module, cls, attributes in before:
+        for name in additions(module):
+            (module._modules if name == PREDICTOR else module.__dict__).pop(name)
+        _become(module, cls)
+        _add(module, attributes)
+
+
+def _add(module: nn.Module, attributes: dict[str, Any]) -> None:
+    children = {name: value for name, value in attributes.items() if isinstance(value, nn.Module)}
+    module.__dict__.update({name: value for name, value in attributes.items() if name not in children})
+    module._modules.update(children)  # last: `_vtoken_method`, now there, tells that the learned part is ours
 
 
 def additions(module: nn.Module) -> dict[str, Any]:
     """What `patch` added to a patched module, by name."""
     found: dict[str, Any] = {name: value for name, value in module.__dict__.items() if name.startswith("_vtoken")}
-    if "_vtoken_method" in found:  # only an attention method brings a learned part
-        found[PREDICTOR] = module._modules[PREDICTOR]
+    if "_vtoken_method" in found and PREDICTOR in module._modules:  # only an attention method brings a learned part
+        found = {PREDICTOR: module._modules[PREDICTOR], **found}  # first: what comes last tells that it is ours
     return found
 
 

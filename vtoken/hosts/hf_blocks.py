@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtoken.core.errors import InputError
 from vtoken.core.state import TokenState
-from vtoken.hosts.tower import Tap, merged_block
+from vtoken.hosts.tower import Tap, TappedMixin, alone, merged_block
 from vtoken.ops.attention import masked_attention
 
 
@@ -28,7 +28,8 @@ class LayerMixin:
         **options: Any,
     ) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
-        if vtoken_state is None:  # called outside a patched tower
+        if vtoken_state is None:
+            alone(self)
             return stock(hidden_states, *([attention_mask] if self._vtoken_takes_mask else []), **options)
         run = functools.partial(self._vtoken_stock, stock)
         return merged_block(self, vtoken_state, hidden_states, run, attn_mask=attention_mask, **options)
@@ -50,10 +51,16 @@ class LayerMixin:
     ) -> Tensor:  # fmt: skip
         """Normed tokens [B, T, C] through the host's attention, its keys into the tap."""
         attn = attention_of(self)
-        out: Tensor = tap.on(attn, "k_proj")(x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
+        out: Tensor = tap.attend(attn, x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
         if tap.keys is not None:
             tap.keys = tap.keys.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # [B, H, T, D]
         return out
+
+
+class AttentionMixin(TappedMixin):
+    """What the layers' attentions share."""
+
+    _vtoken_keys = "k_proj"
 
 
 class ClipLayerMixin(LayerMixin):

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtoken.core.errors import InputError
-from vtoken.core.patch import base_of, view
+from vtoken.core.patch import base_of, forward_with, is_patched, view
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import current_trace
-from vtoken.hosts.tower import BoundBlocks, begin, block_method
+from vtoken.hosts.tower import BoundBlocks, begin, block_method, bound, changed
 from vtoken.ops import size_bias
 from vtoken.ops.rows import take_rows
 
@@ -26,7 +26,9 @@ class TowerMixin:
     #: Attributes that lead from the tower to its list of layers.
     _vtoken_path: ClassVar[tuple[str, ...]]
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, vtoken_weighed: bool = False, **kwargs: Any) -> Any:
+        if vtoken_weighed:
+            return _weighed(self, args, kwargs)
         return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
         out = run_tower(self, args, kwargs)[0]
         return out if return_dict else out.to_tuple()
@@ -76,7 +78,7 @@ class SiglipTowerMixin(TowerMixin):
     def _vtoken_stand_in(self: Any, state: TokenState, masked: bool) -> Any:
         stand_in = _bind(self, self._vtoken_path, state, masked)
         if self.use_head:
-            stand_in.__dict__["head"] = functools.partial(_sized_head, self.head, state)
+            stand_in.__dict__["head"] = functools.partial(_sized, self.head, state)
         return stand_in
 
 
@@ -111,7 +113,7 @@ class DinoBackboneMixin(DinoTowerMixin):
         state = begin(self, num_prefix(self), anchor=False, dest=True)
         given = self._vtoken_arguments(args, kwargs)
         maybe_install_capturing_hooks(self.encoder)
-        encoder = _bind(self.encoder, ("layer",), state, _masked(given))
+        encoder = _encoder(self.encoder, state, _masked(given))
         stand_in = view(self, encoder=functools.partial(_dense_encoder, encoder, state))
         out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
         _refuse_attentions(_asked(self, given, "output_attentions"), state)
@@ -130,8 +132,7 @@ class MeanHeadMixin:
         stock = base_of(type(self)).forward  # type: ignore[attr-defined]
         if "_vtoken" not in tower.__dict__:  # removed from the tower alone
             return stock(self, *args, **kwargs)
-        # Through the tower's own call, so that hooks which the user put on it run.
-        weighed = view(tower, forward=functools.partial(_weighed_tower, tower))
+        weighed = functools.partial(tower, vtoken_weighed=True)
         return stock(view(self, **{self._vtoken_tower: weighed}), *args, **kwargs)
 
 
@@ -263,10 +264,18 @@ def _bind(module: Any, path: tuple[str, ...], state: TokenState, masked: bool) -
     """The module with the layers at the end of `path` bound to one forward's state."""
     name, *rest = path
     child = getattr(module, name)
-    if rest:
-        return view(module, **{name: _bind(child, tuple(rest), state, masked)})
-    layers = list(child) if masked else [functools.partial(_unmasked, layer) for layer in child]
-    return view(module, **{name: BoundBlocks(child, layers, state)})
+    return view(module, **{name: _encoder(child, state, masked) if rest else _layers(child, state, masked)})
+
+
+def _encoder(encoder: Any, state: TokenState, masked: bool) -> Any:
+    """The encoder, whose call is given one forward's state."""
+    if not is_patched(encoder):
+        raise changed("the encoder", encoder)
+    return functools.partial(encoder, vtoken_state=state, vtoken_masked=masked)
+
+
+def _layers(layers: Any, state: TokenState, masked: bool) -> BoundBlocks:
+    return bound(layers, state, None if masked else [functools.partial(_unmasked, layer) for layer in layers])
 
 
 def _unmasked(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -275,20 +284,59 @@ def _unmasked(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None =
     return rows
 
 
-def _sized_head(head: Any, state: TokenState, x: Tensor, *args: Any) -> Tensor:
-    """SigLIP's attention pool over merged tokens."""
+class EncoderMixin:
+    """A module between the tower and its list of layers."""
+
+    _vtoken_list: ClassVar[str] = "layers"
+
+    def forward(
+        self: Any, *args: Any, vtoken_state: TokenState | None = None, vtoken_masked: bool = True, **kwargs: Any
+    ) -> Any:  # fmt: skip
+        if vtoken_state is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        layers = _layers(getattr(self, self._vtoken_list), vtoken_state, vtoken_masked)
+        return forward_with(self, {self._vtoken_list: layers}, *args, **kwargs)
+
+
+class DinoEncoderMixin(EncoderMixin):
+    """DINOv2's calls its list otherwise."""
+
+    _vtoken_list = "layer"
+
+
+class SizedHeadMixin:
+    """SigLIP's attention pool over tokens that merged."""
+
+    def forward(self: Any, hidden_state: Tensor, *args: Any, vtoken_size: Tensor | None = None) -> Any:
+        if vtoken_size is None:
+            return super().forward(hidden_state, *args)  # type: ignore[misc]
+        # A float key_padding_mask [B, T] is added to the logits of the keys.
+        bias = size_bias(vtoken_size, hidden_state.dtype)[:, 0, 0]
+        attention = functools.partial(self.attention, key_padding_mask=bias)
+        return forward_with(self, {"attention": attention}, hidden_state, *args)
+
+
+def tower_targets(tower: Any, path: tuple[str, ...]) -> list[tuple[Any, type, dict[str, Any]]]:
+    """What `patch` needs for the modules around the layers."""
+    found: list[tuple[Any, type, dict[str, Any]]] = []
+    if len(path) > 1:
+        found.append((getattr(tower, path[0]), DinoEncoderMixin if path[1] == "layer" else EncoderMixin, {}))
+    if getattr(tower, "use_head", False):
+        found.append((tower.head, SizedHeadMixin, {}))
+    return found
+
+
+def _sized(head: Any, state: TokenState, x: Tensor, *args: Any) -> Tensor:
+    """SigLIP's attention pool, told the sizes."""
     size = state.last.size
-    if size is None:
-        return head(x, *args)
-    # A float key_padding_mask [B, T] is added to the logits of the keys.
-    bias = size_bias(size, x.dtype)[:, 0, 0]
-    return view(head, attention=functools.partial(head.attention, key_padding_mask=bias))(x, *args)
+    return head(x, *args) if size is None else head(x, *args, vtoken_size=size)
 
 
-def _weighed_tower(tower: Any, *args: Any, vtoken_mask: Tensor | None = None, **kwargs: Any) -> Any:
+def _weighed(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The tower's output with rows scaled so that their plain mean is the mean over all patches."""
-    if vtoken_mask is not None:
-        kwargs["pixel_attention_mask"] = vtoken_mask  # taken away from the head, which would average by it
+    mask = kwargs.pop("vtoken_mask", None)
+    if mask is not None:
+        kwargs["pixel_attention_mask"] = mask  # taken away from the head, which would average by it
     out, slot = run_tower(tower, args, kwargs)
     if slot.size is not None:
         rows, first = out.last_hidden_state, num_prefix(tower)

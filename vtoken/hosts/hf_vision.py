@@ -13,7 +13,7 @@ from vtoken.core.method import Method
 from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.core.plan import Plan
 from vtoken.hosts.class_rows import ClassRows
-from vtoken.hosts.hf_blocks import LAYERS, MasklessDinoLayerMixin, attention_of, refuse_flash
+from vtoken.hosts.hf_blocks import LAYERS, AttentionMixin, MasklessDinoLayerMixin, attention_of, refuse_flash
 from vtoken.hosts.hf_entry import (
     ClipTowerMixin,
     DinoBackboneMixin,
@@ -28,8 +28,10 @@ from vtoken.hosts.hf_entry import (
     grid_of,
     num_prefix,
     pair,
+    tower_targets,
 )
 from vtoken.hosts.hf_watch import watched_tower
+from vtoken.hosts.tower import block_targets
 
 Key = tuple[str, str]  # module of transformers.models, class name
 
@@ -152,9 +154,10 @@ class HFAdapter(HostAdapter):
         tower: Any = self.tower(model)
         if methods["on_block"].has_bias():  # type: ignore[attr-defined]
             refuse_flash(tower.config)
+        path = _mixin(tower)._vtoken_path
         found: list[tuple[nn.Module, type, dict[str, Any]]] = [(tower, _mixin(tower), {})]
-        for index, (_, layer) in enumerate(self.blocks(model)):
-            found.append((layer, _layer_mixin(layer), {"_vtoken_index": index}))
+        found += tower_targets(tower, path)
+        found += block_targets(methods, self.spec(model), tower.get_submodule(".".join(path)), _parts)
         held = _known(type(model), HOLDERS)
         head = None if held is None else HOLDERS[held][1]
         return found if head is None else [*found, (model, head, {})]
@@ -214,6 +217,11 @@ def _layer_mixin(layer: Any) -> type:
     key = _known(type(layer), LAYERS)
     assert key is not None
     return MasklessDinoLayerMixin if hasattr(attention_of(layer), "attention") else LAYERS[key]
+
+
+def _parts(layer: Any) -> tuple[type, Any, type]:
+    """The mixin of a layer, its attention and the mixin of that."""
+    return _layer_mixin(layer), attention_of(layer), AttentionMixin
 
 
 def _own_forward(module: nn.Module, table: dict[Key, Any]) -> str | None:

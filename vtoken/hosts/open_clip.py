@@ -20,19 +20,24 @@ from torch import Tensor, nn
 from vtoken.core.errors import InputError, ShapeError, UnsupportedModelError
 from vtoken.core.host import HostAdapter, HostSpec, find_adapter
 from vtoken.core.method import AttentionMethod, Method
-from vtoken.core.patch import base_of, forward_is_replaced, view, view_as
+from vtoken.core.patch import base_of, forward_is_replaced, forward_with, is_patched, view
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import DROPPED, current_trace
 from vtoken.hosts.class_rows import ClassRows, RowTap
 from vtoken.hosts.pooling import weighted_mean
 from vtoken.hosts.tower import (
-    BoundBlocks,
     Tap,
+    TappedMixin,
+    alone,
     begin,
     block_method,
     block_targets,
+    bound,
+    changed,
     merged_block,
+    mixin_for,
     stock_with,
+    through,
 )
 from vtoken.ops import size_bias
 from vtoken.ops.attention import masked_attention
@@ -52,8 +57,8 @@ class OpenClipTowerMixin:
         state = _begin(self, x, raster=raster)
         whole = isinstance(self.patch_dropout, nn.Identity) or not self.training
         num_tokens = self.positional_embedding.shape[0] if whole else None
-        bound = BoundTransformer(self.transformer, state, raster=raster, num_tokens=num_tokens)
-        out = base_of(type(self)).forward(_stand_in(self, bound), x)  # type: ignore[attr-defined]
+        transformer = BoundTransformer(self.transformer, state, raster=raster, num_tokens=num_tokens)
+        out = base_of(type(self)).forward(_stand_in(self, transformer), x)  # type: ignore[attr-defined]
         _record(self, state, x)
         return out
 
@@ -69,10 +74,10 @@ class OpenClipTowerMixin:
     ) -> Any:
         dense = output_fmt == "NCHW"
         state = _begin(self, x, raster=True, dense=dense)
-        bound = BoundTransformer(self.transformer, state, raster=True, dense=dense)
+        transformer = BoundTransformer(self.transformer, state, raster=True, dense=dense)
         out = base_of(type(self)).forward_intermediates(  # type: ignore[attr-defined]
-            _stand_in(self, bound), x, indices, stop_early, normalize_intermediates, intermediates_only, output_fmt,
-            output_extra_tokens,
+            _stand_in(self, transformer), x, indices, stop_early, normalize_intermediates, intermediates_only,
+            output_fmt, output_extra_tokens,
         )  # fmt: skip
         _record(self, state, x)
         return out
@@ -92,8 +97,9 @@ class BoundTransformer:
     def __init__(
         self, transformer: Any, state: TokenState, *, raster: bool, dense: bool = False, num_tokens: int | None = None
     ) -> None:
-        blocks = BoundBlocks(transformer.resblocks, list(transformer.resblocks), state)
-        self._inner = view(transformer, resblocks=blocks)
+        if not is_patched(transformer):
+            raise changed("the transformer", transformer)
+        self._transformer = transformer
         self._state = state
         self._raster = raster and state.method.order == "raster"
         self._dense = dense
@@ -105,14 +111,14 @@ class BoundTransformer:
         if self._num_tokens is not None and torch.compiler.is_compiling():
             # compile(dynamic=True) makes symbols of the image's sides; token counts as terms of those take minutes.
             x = x.narrow(1, 0, self._num_tokens)
-        x = self._inner(x)
-        return self._finish(x)
+        return self._finish(self._transformer(x, vtoken_state=self._state))
 
     def forward_intermediates(self, x: Tensor, indices: Any = None, stop_early: bool = False) -> Any:
         from timm.models._features import feature_take_indices
 
-        layers = sorted(set(feature_take_indices(len(self._inner.resblocks), indices)[0]))
-        x, found = self._inner.forward_intermediates(x, indices=indices, stop_early=stop_early)
+        inner = view(self._transformer, **_with_state(self._transformer, self._state))
+        layers = sorted(set(feature_take_indices(len(inner.resblocks), indices)[0]))
+        x, found = inner.forward_intermediates(x, indices=indices, stop_early=stop_early)
         slots = [self._state.slots[layer + 1] for layer in layers]
         # The host reshapes what it gets to its patch grid, so it must get every patch.
         hand_out = self._spread if self._dense else self._ordered
@@ -134,6 +140,21 @@ class BoundTransformer:
         return rows if slot.dest is None else take_rows(rows, slot.dest)
 
 
+class TransformerMixin:
+    """`Transformer`: the list of blocks."""
+
+    def forward(
+        self: Any, x: Tensor, attn_mask: Tensor | None = None, vtoken_state: TokenState | None = None
+    ) -> Tensor:
+        if vtoken_state is None:
+            return super().forward(x, attn_mask)  # type: ignore[misc]
+        return forward_with(self, _with_state(self, vtoken_state), x, attn_mask)
+
+
+def _with_state(transformer: Any, state: TokenState) -> dict[str, Any]:
+    return {"resblocks": bound(transformer.resblocks, state)}
+
+
 class BlockMixin:
     """`ResidualAttentionBlock`: nn.MultiheadAttention with packed weights, batch first or not."""
 
@@ -149,6 +170,7 @@ class BlockMixin:
     ) -> Tensor:
         stock: Any = super().forward  # type: ignore[misc]
         if vtoken_state is None:
+            alone(self)
             return stock(q_x, k_x, v_x, attn_mask)
         if self.attn.batch_first:
             return merged_block(self, vtoken_state, q_x, functools.partial(self._vtoken_stock, stock))
@@ -164,10 +186,16 @@ class BlockMixin:
         return rows if self.attn.batch_first else rows.transpose(0, 1)
 
     def _vtoken_attn(self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None) -> Tensor:
-        return self.ls_1(packed_attention(self.attn, self.ln_1(x), tap, attn_mask))
+        attn = self.attn
+        if not is_patched(_plain_attention(attn) or attn):
+            raise changed(f"the attention of block {self._vtoken_index}", attn)
+        x = self.ln_1(x)
+        rows = x if attn.batch_first else x.transpose(0, 1)
+        out = attn(rows, rows, rows, need_weights=False, vtoken_tap=tap, vtoken_mask=attn_mask)[0]
+        return through(self.ls_1, out if attn.batch_first else out.transpose(0, 1))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
-        return self.ls_2(self.mlp(self.ln_2(x)))
+        return through(self.ls_2, self.mlp(self.ln_2(x)))
 
 
 class CustomBlockMixin:
@@ -180,52 +208,33 @@ class CustomBlockMixin:
     ) -> Tensor:
         stock: Any = super().forward  # type: ignore[misc]
         if vtoken_state is None:
+            alone(self)
             return stock(x, attn_mask=attn_mask)
-        return merged_block(self, vtoken_state, x, functools.partial(stock_with, self, stock, "attn", "ln_k"))
+        return merged_block(self, vtoken_state, x, functools.partial(stock_with, self, stock, "attn"))
 
     def _vtoken_attn(self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None) -> Tensor:
-        return self.ls_1(self.ln_attn(tap.on(self.attn, "ln_k")(self.ln_1(x), attn_mask=attn_mask)))
+        return self.ls_1(self.ln_attn(tap.attend(self.attn, self.ln_1(x), attn_mask=attn_mask)))
 
     _vtoken_mlp = BlockMixin._vtoken_mlp
 
 
-class PackedAttention(nn.MultiheadAttention):
-    """What stands in for the attention of a block during one call: self-attention that shows its keys.
+def packed_attention(attn: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None) -> Tensor:
+    """Self-attention [B, T, C] with the packed weights of `nn.MultiheadAttention`, kept fused; its keys go to the tap.
 
     nn.MultiheadAttention itself would expand a mask to every head and query, and gives no keys.
     """
-
-    vtoken_tap: Tap | None
-    vtoken_mask: Tensor | None
-
-    def forward(self, query: Tensor, *_: Any, **unused: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Rows [B, T, C] attend to themselves, whatever `batch_first` says."""
-        packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = packed.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        tap, dropout = self.vtoken_tap, self.dropout if self.training else 0.0
-        if tap is not None and tap.acts_in(self):
-            call = tap.call(self.head_dim**-0.5, self.vtoken_mask, dropout)
-            out = self._vtoken_method.attend(q, k, v, self.predictor, call)  # type: ignore[union-attr, operator, arg-type]
-            tap.done(call, k)
-        else:
-            if tap is not None:
-                tap.keys = k
-            out = masked_attention(q, k, v, self.vtoken_mask, dropout_p=dropout)
-        return self.out_proj(out.transpose(1, 2).flatten(2)), None
-
-
-def packed_attention(attn: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None) -> Tensor:
-    """Self-attention [B, T, C] with the packed weights of `attn`, kept fused; hooks on it run as they always do."""
-    packed: Any = _plain_attention(attn)
-    if packed is None:
-        raise UnsupportedModelError(
-            f"the attention was replaced by a {type(attn).__module__}.{type(attn).__qualname__} after vtoken.apply; "
-            "merging would bypass it. Call vtoken.remove(model)"
-        )
-    stand_in = view_as(PackedAttention, packed, vtoken_tap=tap, vtoken_mask=attn_mask)
-    if packed is not attn:  # an adapter puts its weights into those of its base layer while it runs that
-        stand_in = view(attn, base_layer=stand_in)
-    projected: Tensor = stand_in(x, x, x, need_weights=False)[0]
+    packed = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+    q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    dropout = attn.dropout if attn.training else 0.0
+    if tap is not None and tap.acts_in(attn):
+        call = tap.call(attn.head_dim**-0.5, attn_mask, dropout)
+        out = attn._vtoken_method.attend(q, k, v, attn.predictor, call)
+        tap.done(call, k)
+    else:
+        if tap is not None:
+            tap.keys = k
+        out = masked_attention(q, k, v, attn_mask, dropout_p=dropout)
+    projected: Tensor = attn.out_proj(out.transpose(1, 2).flatten(2))
     return projected
 
 
@@ -237,26 +246,54 @@ def _plain_attention(attn: Any) -> nn.MultiheadAttention | None:
     return attn if base_of(type(attn)).forward is nn.MultiheadAttention.forward else None  # type: ignore[attr-defined]
 
 
-class PackedMethodMixin:
-    """nn.MultiheadAttention whose core is an attention method's; inside a patched tower PackedAttention runs it."""
+class PackedMixin:
+    """nn.MultiheadAttention that shows its keys in a patched tower, and whose core may be an attention method's."""
 
-    _vtoken_method: AttentionMethod
-    _vtoken_index: int
-
-    def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
-        if self._vtoken_method.is_stock(self._vtoken_index):
-            return super().forward(query, key, value, *args, **options)  # type: ignore[misc]
-        given = [name for name, value in options.items() if value is not None and name not in _IGNORED]
-        if query is not key or key is not value or args or given or options.get("need_weights", True):
-            raise InputError("attention with a connectivity mask is self-attention with need_weights=False and no mask")
+    def forward(
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        vtoken_tap: Tap | None = None,
+        vtoken_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        method: AttentionMethod | None = self.__dict__.get("_vtoken_method")
+        if vtoken_tap is None:
+            if method is None or method.is_stock(self._vtoken_index):
+                return super().forward(query, key, value, *args, **options)  # type: ignore[misc]
+            given = [name for name, value in options.items() if value is not None and name not in _IGNORED]
+            if query is not key or key is not value or args or given or options.get("need_weights", True):
+                raise InputError(
+                    "attention with a connectivity mask is self-attention with need_weights=False and no mask"
+                )
         x = query if self.batch_first else query.transpose(0, 1)
-        # Not through its call: hooks on this attention are running already.
-        out = view_as(PackedAttention, self, vtoken_tap=Tap.alone(self, x.shape[1]), vtoken_mask=None).forward(x)[0]
+        tap = Tap.alone(self, x.shape[1]) if vtoken_tap is None else vtoken_tap
+        out = packed_attention(self, x, tap, vtoken_mask)
         return (out if self.batch_first else out.transpose(0, 1)), None
 
 
+class OwnAttentionMixin(TappedMixin):
+    """open_clip's own `Attention`."""
+
+    _vtoken_keys = "ln_k"
+
+
+class PoolMixin:
+    """`AttentionalPooler` over tokens that merged."""
+
+    def forward(self: Any, x: Tensor, vtoken_size: Tensor | None = None) -> Any:
+        if vtoken_size is None:
+            return super().forward(x)  # type: ignore[misc]
+        # A float key_padding_mask [B, T] is added to the logits of the keys.
+        bias = size_bias(vtoken_size, x.dtype)[:, 0, 0]
+        attn = functools.partial(self.attn, key_padding_mask=bias)
+        return forward_with(self, {"attn": attn}, x)
+
+
 _IGNORED = ("need_weights", "average_attn_weights")
-ATTENTION_MIXINS: dict[type, type] = {nn.MultiheadAttention: PackedMethodMixin}
+ATTENTION_MIXINS: dict[type, type] = {nn.MultiheadAttention: PackedMixin, Attention: OwnAttentionMixin}
 BLOCKS: dict[type, type] = {
     ResidualAttentionBlock: BlockMixin,
     CustomResidualAttentionBlock: CustomBlockMixin,
@@ -270,30 +307,34 @@ def _begin(tower: Any, x: Tensor, *, raster: bool, dense: bool = False) -> Token
     return state
 
 
-def _stand_in(tower: Any, bound: BoundTransformer) -> Any:
+def _stand_in(tower: Any, transformer: BoundTransformer) -> Any:
     """The tower with one forward's transformer, and with poolings that know its sizes."""
-    parts: dict[str, Any] = {"transformer": bound}
+    parts: dict[str, Any] = {"transformer": transformer}
     if tower.attn_pool is not None:
-        parts["attn_pool"] = functools.partial(_attention_pool, tower.attn_pool, bound)
+        parts["attn_pool"] = functools.partial(_attention_pool, tower.attn_pool, transformer)
         if tower.attn_pool_contrastive is not None and tower.attn_pool_type == "parallel":
-            parts["attn_pool_contrastive"] = functools.partial(_attention_pool, tower.attn_pool_contrastive, bound)
+            parts["attn_pool_contrastive"] = functools.partial(
+                _attention_pool, tower.attn_pool_contrastive, transformer
+            )
     elif tower.pool_type == "avg":
-        parts["_global_pool"] = functools.partial(_average_pool, bound)
+        parts["_global_pool"] = functools.partial(_average_pool, transformer)
     return view(tower, **parts)
 
 
-def _average_pool(bound: BoundTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
-    size, rows = bound.slot.size, x[:, NUM_PREFIX:]
+def _average_pool(transformer: BoundTransformer, x: Tensor) -> tuple[Tensor, Tensor]:
+    size, rows = transformer.slot.size, x[:, NUM_PREFIX:]
     return rows.mean(dim=1) if size is None else weighted_mean(rows, size[:, NUM_PREFIX:]), rows
 
 
-def _attention_pool(pool: Any, bound: BoundTransformer, x: Tensor) -> Any:
-    size = bound.slot.size
-    if size is None:
-        return pool(x)
-    # A float key_padding_mask [B, T] is added to the logits of the keys.
-    bias = size_bias(size, x.dtype)[:, 0, 0]
-    return view(pool, attn=functools.partial(pool.attn, key_padding_mask=bias))(x)
+def _parts(block: Any) -> tuple[type, Any, type]:
+    """The mixin of a block, its attention, also inside peft's LoRA layer, and the mixin of that."""
+    attn = _plain_attention(block.attn) or block.attn
+    return mixin_for(block, BLOCKS), attn, mixin_for(attn, ATTENTION_MIXINS)
+
+
+def _attention_pool(pool: Any, transformer: BoundTransformer, x: Tensor) -> Any:
+    size = transformer.slot.size
+    return pool(x) if size is None else pool(x, vtoken_size=size)
 
 
 def _record(tower: Any, state: TokenState, images: Tensor) -> None:
@@ -374,10 +415,15 @@ class OpenClipAdapter(HostAdapter):
         adapter, tower = self.tower(model)
         if adapter is not self:
             return adapter.targets(tower, methods)
-        blocks = [block for _, block in self.blocks(model)]
+        container, sparse = tower.transformer.resblocks, (nn.MultiheadAttention,)
+        pools = [tower.attn_pool]
+        if pools[0] is not None and tower.attn_pool_type == "parallel":
+            pools.append(tower.attn_pool_contrastive)
         return [
             (tower, OpenClipTowerMixin, {}),
-            *block_targets(methods, self.spec(model), blocks, BLOCKS, ATTENTION_MIXINS),
+            (tower.transformer, TransformerMixin, {}),
+            *((pool, PoolMixin, {}) for pool in pools if pool is not None),
+            *block_targets(methods, self.spec(model), container, _parts, sparse),
         ]
 
     def run_image(self, model: Any, image: Tensor) -> Any:
@@ -413,7 +459,7 @@ def _block_problem(block: Any) -> str | None:
         return f"a {kind.__qualname__}, whose forward vtoken does not know"
     attn = block.attn
     if known is CustomResidualAttentionBlock:
-        if type(attn) is not Attention:
+        if base_of(type(attn)) is not Attention:
             return f"a {kind.__qualname__} with a {type(attn).__qualname__}"
         return "one with scaled cosine attention, which takes no key norm" if attn.scaled_cosine else None
     plain = _plain_attention(attn)

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
 from vtoken.core.errors import InputError
 from vtoken.core.method import AttentionMethod
-from vtoken.core.patch import base_of, view, view_as
+from vtoken.core.patch import base_of, forward_with
 from vtoken.core.state import TokenState
-from vtoken.hosts.tower import Tap, gather_rope, given, merged_block, stock_with
+from vtoken.hosts.tower import (
+    Tap,
+    TappedMixin,
+    alone,
+    gather_rope,
+    given,
+    merged_block,
+    mixin_for,
+    stock_with,
+    tapped_forward,
+    through,
+)
 from vtoken.ops.attention import is_bias_per_key, masked_attention
 from vtoken.ops.backend import use_triton
-
-
-def through(module: Any, x: Tensor) -> Tensor:
-    """`module(x)`, without the call where it is an identity that nobody listens to."""
-    if type(module) is nn.Identity and not (module._forward_hooks or module._forward_pre_hooks or _global_hooks()):
-        return x
-    result: Tensor = module(x)
-    return result
-
-
-def _global_hooks() -> bool:
-    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
 
 
 class BlockMixin:
@@ -47,22 +45,20 @@ class BlockMixin:
     ) -> Tensor:
         stock: Any = super().forward  # type: ignore[misc]
         attention = {} if attn_mask is None and not is_causal else given(attn_mask=attn_mask, is_causal=is_causal)
-        if vtoken_state is None:  # called outside a patched model
+        if vtoken_state is None:
+            alone(self)
             return stock(x, **attention)
         return merged_block(self, vtoken_state, x, functools.partial(self._vtoken_stock, stock), **attention)
 
     def _vtoken_stock(self: Any, stock: Any, x: Tensor, tap: Tap, **attention: Any) -> Any:
-        attn = with_sizes(self.attn, self.attn, x, tap, **attention)
-        if attn is self.attn:
-            return stock_with(self, stock, "attn", "k_norm", x, tap, **attention)
-        return view(self, attn=attn).forward(x, **attention)
+        if attention and adds_sizes(self.attn, x, tap, **attention):
+            return tapped_forward(self, "attn", x, tap, **attention)
+        return stock_with(self, stock, "attn", x, tap, **attention)
 
     def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
         own = self._modules
-        attn = tap.on(own["attn"], "k_norm")
-        if attention:
-            attn = with_sizes(own["attn"], attn, x, tap, **attention)
-        return through(own["drop_path1"], through(own["ls1"], attn(own["norm1"](x), **attention)))
+        out = tap.attend(own["attn"], own["norm1"](x), **attention)
+        return through(own["drop_path1"], through(own["ls1"], out))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
         own = self._modules
@@ -73,8 +69,7 @@ class ResPostBlockMixin(BlockMixin):
     """timm `ResPostBlock`: norms at the end of the branches."""
 
     def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
-        attn = with_sizes(self.attn, tap.on(self.attn, "k_norm"), x, tap, **attention)
-        return self.drop_path1(self.norm1(attn(x, **attention)))
+        return self.drop_path1(self.norm1(tap.attend(self.attn, x, **attention)))
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
         return self.drop_path2(self.norm2(self.mlp(x)))
@@ -98,14 +93,14 @@ class EvaBlockMixin:
             vtoken_state.enter(self._vtoken_index, x)
             rope = gather_rope(rope, vtoken_state.slots[self._vtoken_index], vtoken_state.num_prefix)
         attention = given(rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        if vtoken_state is None:  # called outside a patched model
+        if vtoken_state is None:
+            alone(self)
             return stock(x, **attention)
-        run = functools.partial(stock_with, self, stock, "attn", "k_norm")
+        run = functools.partial(stock_with, self, stock, "attn")
         return merged_block(self, vtoken_state, x, run, **attention)
 
     def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
-        attn = tap.on(self.attn, "k_norm")
-        out = attn(self.norm1(x), **attention)
+        out = tap.attend(self.attn, self.norm1(x), **attention)
         return self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)
 
     def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
@@ -121,10 +116,13 @@ class EvaBlockPostNormMixin(EvaBlockMixin):
 
 
 class AttentionMixin:
-    """timm `Attention` whose core is an attention method's; projections, norms and gate stay the host's."""
+    """timm `Attention` that shows its keys, and whose core may be an attention method's.
 
-    _vtoken_method: AttentionMethod
-    _vtoken_index: int
+    Projections, norms and gate stay the host's.
+    """
+
+    _vtoken_takes_tap: ClassVar[bool] = True
+    _vtoken_adds_sizes: ClassVar[bool] = True
 
     def forward(
         self: Any,
@@ -133,57 +131,70 @@ class AttentionMixin:
         is_causal: bool = False,
         vtoken_tap: Tap | None = None,
     ) -> Tensor:
-        if vtoken_tap is None and self._vtoken_method.is_stock(self._vtoken_index):
-            return super().forward(x, **given(attn_mask=attn_mask, is_causal=is_causal))  # type: ignore[misc]
-        if is_causal:
-            raise InputError("is_causal=True cannot be combined with a connectivity mask; use vtoken.remove(model)")
-        tap = Tap.alone(self, x.shape[1]) if vtoken_tap is None else vtoken_tap
+        method: AttentionMethod | None = self.__dict__.get("_vtoken_method")
+        if vtoken_tap is None:
+            if method is None or method.is_stock(self._vtoken_index):
+                return super().forward(x, **given(attn_mask=attn_mask, is_causal=is_causal))  # type: ignore[misc]
+            tap = Tap.alone(self, x.shape[1])
+        else:
+            tap = vtoken_tap
+        if vtoken_tap is None or tap.acts_in(self):
+            if is_causal:
+                raise InputError("is_causal=True cannot be combined with a connectivity mask; use vtoken.remove(model)")
+            return around(self, functools.partial(_method_core, self, tap, attn_mask), x)
+        if not self.fused_attn:
+            parts = {"k_norm": tap.behind(self.k_norm)}
+            return forward_with(self, parts, x, **given(attn_mask=attn_mask, is_causal=is_causal))
+        dropout = self.attn_drop.p if self.training else 0.0
+        if attn_mask is not None and adds_sizes(self, x, tap, attn_mask, is_causal):
+            core: Core = functools.partial(masked_attention, mask=attn_mask, dropout_p=dropout)
+        else:
+            core = functools.partial(_fused, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
+        return around(self, core, x, tap)
 
-        def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            call = tap.call(self.scale, attn_mask, self.attn_drop.p if self.training else 0.0)
-            out = self._vtoken_method.attend(q, k, v, self.predictor, call)
-            tap.done(call, k)
-            return out
 
-        return around(self, core, x)
+Core = Callable[[Tensor, Tensor, Tensor], Tensor]
+_fused = nn.functional.scaled_dot_product_attention
 
 
-def around(attn: Any, core: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-    """timm's `Attention` with another core; projections, norms and gate stay the host's."""
-    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-    out = attn.norm(core(attn.q_norm(q), attn.k_norm(k), v).transpose(1, 2).flatten(2))
-    gate = getattr(attn, "gate", None)  # older versions of timm have none
+def _method_core(attn: Any, tap: Tap, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What an attention method does with queries, keys and values."""
+    call = tap.call(attn.scale, mask, attn.attn_drop.p if attn.training else 0.0)
+    out: Tensor = attn._vtoken_method.attend(q, k, v, attn.predictor, call)
+    tap.done(call, k)
+    return out
+
+
+def around(attn: Any, core: Core, x: Tensor, tap: Tap | None = None) -> Tensor:
+    """timm's `Attention` with another core; projections, norms and gate stay the host's. A tap is left the keys."""
+    own = attn._modules
+    shape = (*x.shape[:2], 3, attn.num_heads, attn.head_dim)
+    q, k, v = own["qkv"](x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = through(own["q_norm"], q), through(own["k_norm"], k)
+    if tap is not None and tap.wants_keys:
+        tap.keys = k
+    out = through(own["norm"], core(q, k, v).transpose(1, 2).flatten(2))
+    gate = own.get("gate")  # older versions of timm have none
     if gate is not None:
         out = out * gate(x).sigmoid()
-    projected: Tensor = attn.proj_drop(attn.proj(out))
+    projected: Tensor = own["proj_drop"](own["proj"](out))
     return projected
 
 
-class SizedAttention(Attention):
-    """What stands in for timm's `Attention` during a call with token sizes that kernels may add."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Tokens [B, T, C] with a bias per key [B, 1, 1, T] attend to themselves."""
-        dropout = self.attn_drop.p if self.training else 0.0
-        return around(self, functools.partial(masked_attention, mask=attn_mask, dropout_p=dropout), x)
-
-
-def with_sizes(
-    host: Any, attn: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> Any:  # fmt: skip
-    """What is called for the block's attention `host`: `attn`, or a stand-in whose core kernels serve.
+def adds_sizes(
+    attn: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, is_causal: bool = False, **rotary: Any
+) -> bool:
+    """Whether kernels add the mask of a block's attention, the term of token sizes, to the logits.
 
     The host's own call takes sizes as a mask, which keeps fused attention but not its fastest kernel. A mask of the
     caller's stays the host's: with nothing merged, every bit is as it was.
     """
-    if attn_mask is None or not use_triton("auto", x, lambda: ""):
-        return attn
-    own = base_of(type(host)).forward is Attention.forward  # type: ignore[attr-defined]
-    if is_causal or not own or not host.fused_attn or tap.acts_in(host):
-        return attn
-    if not tap.has_sizes or not is_bias_per_key(attn_mask):
-        return attn
-    return view_as(SizedAttention, attn)
+    if attn_mask is None or rotary or not use_triton("auto", x, lambda: ""):
+        return False
+    own = base_of(type(attn)).forward is Attention.forward  # type: ignore[attr-defined]
+    if is_causal or not own or not attn.fused_attn or tap.acts_in(attn):
+        return False
+    return tap.has_sizes and is_bias_per_key(attn_mask)
 
 
 #: Mixin of every supported block class. Subclasses count if they leave `forward` alone.
@@ -195,5 +206,16 @@ BLOCKS: dict[type, type] = {
 }
 #: Attention classes whose forward calls `k_norm` on [B, H, T, D] keys before any rotation.
 ATTENTIONS: tuple[type, ...] = (Attention, AttentionRope, EvaAttention)
-#: Mixin of every attention class whose core an attention method may replace.
-ATTENTION_MIXINS: dict[type, type] = {Attention: AttentionMixin}
+#: Their mixins.
+ATTENTION_MIXINS: dict[type, type] = {
+    Attention: AttentionMixin,
+    AttentionRope: TappedMixin,
+    EvaAttention: TappedMixin,
+}
+#: Attention classes whose core an attention method may replace.
+SPARSE: tuple[type, ...] = (Attention,)
+
+
+def parts(block: Any) -> tuple[type, Any, type]:
+    """The mixin of a block, its attention and the mixin of that."""
+    return mixin_for(block, BLOCKS), block.attn, mixin_for(block.attn, ATTENTION_MIXINS)

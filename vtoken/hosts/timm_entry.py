@@ -17,7 +17,7 @@ from vtoken.core.patch import base_of, view
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import current_trace
 from vtoken.hosts.pooling import pool_kind, remember_sizes, sized_pool, sizes_for_head
-from vtoken.hosts.tower import BoundBlocks, begin, block_method, spread
+from vtoken.hosts.tower import begin, block_method, bound, spread
 from vtoken.ops.rows import take_rows
 
 MODELS: tuple[type, ...] = (VisionTransformer, Eva, NaFlexVit)
@@ -42,7 +42,7 @@ class TimmMixin:
         state = _begin(self, raster=True, images=_images(args, kwargs))  # for code that runs `self.blocks` itself
         stand_in = view(
             self,
-            blocks=BoundBlocks(self.blocks, list(self.blocks), state),
+            blocks=bound(self.blocks, state),
             forward_features=functools.partial(_features, self, runs, _leaves_as_tokens(self)),
             forward_intermediates=functools.partial(TimmMixin.forward_intermediates, self),
             **_pool_parts(self, functools.partial(_slot_of, runs, state)),
@@ -153,7 +153,7 @@ def _begin(model: Any, *, raster: bool = False, dense: bool = False, images: Any
 
 def _bind(model: Any, state: TokenState) -> Any:
     """The model with one state bound to its blocks."""
-    return view(model, blocks=BoundBlocks(model.blocks, list(model.blocks), state))
+    return view(model, blocks=bound(model.blocks, state))
 
 
 def _pool_parts(model: Any, slot_of: Callable[[Tensor], Slot]) -> dict[str, Any]:

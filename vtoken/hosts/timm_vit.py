@@ -13,7 +13,7 @@ from vtoken.core.method import Method
 from vtoken.core.patch import base_of, forward_is_replaced, view
 from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
-from vtoken.hosts.timm_blocks import ATTENTION_MIXINS, ATTENTIONS, BLOCKS
+from vtoken.hosts.timm_blocks import ATTENTIONS, BLOCKS, SPARSE, parts
 from vtoken.hosts.timm_entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
 from vtoken.hosts.timm_unsupported import reason
 from vtoken.hosts.tower import block_targets
@@ -83,8 +83,8 @@ class TimmAdapter(HostAdapter):
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, then every block with its index."""
-        blocks = [block for _, block in self.blocks(model)]
-        return [(model, TimmMixin, {}), *block_targets(methods, self.spec(model), blocks, BLOCKS, ATTENTION_MIXINS)]
+        spec, container = self.spec(model), model.blocks
+        return [(model, TimmMixin, {}), *block_targets(methods, spec, container, parts, SPARSE)]
 
     def run_watched(self, model: nn.Module, rows: ClassRows, image: Any) -> None:
         """Class attention behind the norms of queries and keys."""

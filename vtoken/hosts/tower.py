@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+import inspect
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
-from vtoken.core.errors import InputError, ShapeError, UnsupportedModelError
+from vtoken.core.errors import InputError, ShapeError, UnsupportedModelError, VTokenWarning
 from vtoken.core.host import HostSpec
 from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll
-from vtoken.core.patch import PREDICTOR, base_of, view
+from vtoken.core.patch import PREDICTOR, base_of, forward_with
 from vtoken.core.state import AttentionCall, Slot, TokenState
 from vtoken.core.trace import DROPPED, current_trace
 from vtoken.ops import key_metric
@@ -46,6 +50,89 @@ def block_method(model: Any) -> BlockMethod:
     return method
 
 
+@dataclass(eq=False)
+class Patched:
+    """What the blocks of one patched tower share.
+
+    Args:
+        depth: how many blocks there were when the method was applied.
+        reduces: whether a method takes tokens away between them.
+        told: whether somebody who ran them past the tower has been told.
+    """
+
+    depth: int
+    reduces: bool
+    told: bool = False
+
+
+def alone(block: Any) -> None:
+    """A block is called without the state of a forward: say once per tower that nothing is removed there."""
+    shared: Patched | None = block.__dict__.get("_vtoken_shared")
+    if shared is not None and shared.reduces and not shared.told:
+        _tell(shared, type(block).__name__)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tell(shared: Patched, name: str) -> None:
+    shared.told = True
+    message = (
+        f"a {name} of a patched model was called past the model's own entry methods: it removes no tokens there. Call "
+        "the model (model(...), forward_features, forward_intermediates), or vtoken.remove(model) first"
+    )
+    warnings.warn(message, VTokenWarning, stacklevel=_caller())
+
+
+def _caller() -> int:
+    """Frames up to whoever is neither torch nor vtoken, for a warning that names the line to look at."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "vtoken"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def bound(container: Any, state: TokenState, layers: list[Callable[..., Tensor]] | None = None) -> BoundBlocks:
+    """The blocks of a patched model with one forward's state, numbered by their place.
+
+    Args:
+        container: holds the blocks, in order.
+        layers: what is called in their place; None means the blocks.
+
+    Raises:
+        UnsupportedModelError: if they are not those that the method was applied to.
+    """
+    blocks = list(container)
+    for place, block in enumerate(blocks):
+        if getattr(block, "_vtoken_index", None) != place:
+            _renumber(blocks)
+            break
+    return BoundBlocks(container, blocks if layers is None else layers, state)
+
+
+def _renumber(blocks: list[Any]) -> None:
+    """Blocks were taken away since `apply`: number the others by their place."""
+    for place, block in enumerate(blocks):
+        if getattr(block, "_vtoken_index", None) is None:
+            raise changed(f"block {place}", block)
+    depth = min(block._vtoken_shared.depth for block in blocks)
+    if len({id(block) for block in blocks}) < len(blocks) or len(blocks) > depth:
+        raise UnsupportedModelError(
+            f"the model has {len(blocks)} blocks, some of them twice or from elsewhere; it had {depth} at "
+            "vtoken.apply. Call vtoken.remove(model), then vtoken.apply again"
+        )
+    for place, block in enumerate(blocks):
+        for module in block.modules():
+            if "_vtoken_index" in module.__dict__:
+                module.__dict__["_vtoken_index"] = place
+
+
+def changed(what: str, module: Any) -> UnsupportedModelError:
+    """The error for a part that was replaced since `apply`."""
+    return UnsupportedModelError(
+        f"{what} was replaced by a {type(module).__module__}.{type(module).__qualname__} after vtoken.apply; merging "
+        "would bypass it. Call vtoken.remove(model), change it, then vtoken.apply again"
+    )
+
+
 class BoundBlocks:
     """Stands where a model's `blocks` stood, for one forward: the same blocks, each called with the state."""
 
@@ -67,13 +154,51 @@ class BoundBlocks:
 
     def __call__(self, x: Tensor) -> Tensor:
         # Through the container's own call, so that hooks which the user put on it run.
-        result: Tensor = view(self._container, forward=self._run)(x)
-        return result
+        container: Any = self._container
+        if hasattr(type(container), "_vtoken_base"):
+            result: Tensor = container(x, vtoken_blocks=self)
+            return result
+        if is_heard(container):
+            raise changed("the container of the blocks", container)
+        return self.run(x)
 
-    def _run(self, x: Tensor) -> Tensor:
-        for block in self:
-            x = block(x)
+    def run(self, x: Tensor) -> Tensor:
+        """The blocks one after the other."""
+        for block in self._blocks:
+            x = block(x, vtoken_state=self._state)
         return x
+
+
+class ContainerMixin:
+    """`nn.Sequential` that holds the blocks."""
+
+    def forward(self, input: Any, vtoken_blocks: BoundBlocks | None = None) -> Any:
+        if vtoken_blocks is None:
+            return super().forward(input)  # type: ignore[misc]
+        return vtoken_blocks.run(input)
+
+
+def is_heard(module: nn.Module) -> bool:
+    """Whether calling the module does more than run its forward: hooks, also global ones, or a compiled call."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl
+        or _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def through(module: Any, x: Tensor) -> Tensor:
+    """`module(x)`, without the call where it is an identity that nobody listens to."""
+    if type(module) is nn.Identity and not is_heard(module):
+        return x
+    result: Tensor = module(x)
+    return result
 
 
 class Tap:
@@ -89,17 +214,21 @@ class Tap:
         self._state = state
         self._layer = layer
         self._wanted = state.method.metric if removes else "hidden"
+        #: Whether keys are to be left here.
+        self.wants_keys = self._wanted == "key" or self._wanted == "key_concat"
         #: Keys [B, H, T, D], once the attention has run.
         self.keys: Tensor | None = None
         self._cls: Tensor | None = None
 
-    def on(self, attn: Any, norm: str) -> Any:
-        """The attention with this tap: behind its key norm, the module called `norm`, or inside its own method."""
-        if self._state.attention is not None and self.acts_in(attn):
-            return functools.partial(attn, vtoken_tap=self)
-        if self._wanted in ("key", "key_concat"):
-            return view(attn, **{norm: functools.partial(self._keep, getattr(attn, norm))})
-        return view(attn) if PREDICTOR in attn._modules else attn
+    def attend(self, attn: Any, x: Tensor, **options: Any) -> Any:
+        """Call the attention `attn` of the block on normed tokens [B, T, C], with this tap if it has anything to do."""
+        if self.wants_keys or self.acts_in(attn):
+            if not getattr(attn, "_vtoken_takes_tap", False):
+                raise changed(f"the attention of block {self._layer}", attn)
+            return attn(x, vtoken_tap=self, **options)
+        if options and getattr(attn, "_vtoken_adds_sizes", False) and self.has_sizes:
+            return attn(x, vtoken_tap=self, **options)
+        return attn(x, **options)
 
     def acts_in(self, attn: Any) -> bool:
         """Whether the method that `attn` carries must run because plain attention is not, to the bit, what it does."""
@@ -129,12 +258,18 @@ class Tap:
     def done(self, call: AttentionCall, keys: Tensor) -> None:
         """Take over what the attention method left."""
         self._cls = call.cls
-        if self._wanted in ("key", "key_concat"):
+        if self.wants_keys:
             self.keys = keys
 
+    def behind(self, norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What stands where a key norm or projection stood: it is called, and what it makes is kept here."""
+        return functools.partial(self._keep, norm)
+
     def _keep(self, norm: Callable[[Tensor], Tensor], keys: Tensor) -> Tensor:
-        self.keys = norm(keys)
-        return self.keys
+        keys = norm(keys)
+        if self.wants_keys:
+            self.keys = keys
+        return keys
 
     def metric(self, x: Tensor) -> Tensor:
         """What the method chooses by, [B, T, d]; `x` are the tokens that it will choose among."""
@@ -149,6 +284,20 @@ class Tap:
         if self._wanted == "key":
             return key_metric(self.keys)
         return self.keys.detach().transpose(1, 2).flatten(2)
+
+
+class TappedMixin:
+    """An attention that shows its keys: its own forward runs with a tap behind the module that makes them."""
+
+    _vtoken_takes_tap: ClassVar[bool] = True
+    #: The key norm or projection.
+    _vtoken_keys: ClassVar[str] = "k_norm"
+
+    def forward(self: Any, *args: Any, vtoken_tap: Tap | None = None, **options: Any) -> Any:
+        if vtoken_tap is None:
+            return super().forward(*args, **options)  # type: ignore[misc]
+        keys = self._vtoken_keys
+        return forward_with(self, {keys: vtoken_tap.behind(getattr(self, keys))}, *args, **options)
 
 
 def _refuse_mask(attention: dict[str, Any]) -> None:
@@ -204,56 +353,70 @@ def merged_block(
     return x + block._vtoken_mlp(x)
 
 
-def stock_with(block: Any, stock: Callable[..., Any], name: str, norm: str, x: Tensor, tap: Tap, **options: Any) -> Any:
+def stock_with(block: Any, stock: Callable[..., Any], name: str, x: Tensor, tap: Tap, **options: Any) -> Any:
     """The block's own forward; where its attention `name` carries a method, with the tap along."""
     attn = getattr(block, name)
     if not tap.acts_in(attn):
         return stock(x, **options)
-    return view(block, **{name: tap.on(attn, norm)}).forward(x, **options)
+    return tapped_forward(block, name, x, tap, **options)
+
+
+def tapped_forward(block: Any, name: str, x: Tensor, tap: Tap, **options: Any) -> Any:
+    """The block's own forward, whose attention `name` is called with the tap."""
+    attn = functools.partial(getattr(block, name), vtoken_tap=tap)
+    return forward_with(block, {name: attn}, x, **options)
 
 
 def block_targets(
     methods: Mapping[str, Any],
     spec: HostSpec,
-    blocks: Sequence[Any],
-    mixins: Mapping[type, type],
-    attention_mixins: Mapping[type, type],
+    container: Any,
+    parts: Callable[[Any], tuple[type, Any, type]],
+    sparse: Collection[type] = (),
 ) -> list[tuple[nn.Module, type, dict[str, Any]]]:
-    """What `patch` needs for the blocks of a tower, with their index, and for the attentions of an attention method."""
-    found: list[tuple[nn.Module, type, dict[str, Any]]] = []
-    for index, block in enumerate(blocks):
-        mixin = mixins[next(cls for cls in type(block).__mro__ if cls in mixins)]
-        found.append((block, mixin, {"_vtoken_index": index}))
-    attention = methods.get("on_attention")
-    return found if attention is None else found + _attention_targets(attention, spec, blocks, attention_mixins)
+    """What `patch` needs for the blocks of a tower, their container and their attentions.
 
-
-def _attention_targets(
-    method: Any, spec: HostSpec, blocks: Sequence[Any], mixins: Mapping[type, type]
-) -> list[tuple[nn.Module, type, dict[str, Any]]]:
-    """What `patch` needs to put an attention method, with its learned part, into the attention of the chosen blocks.
+    Args:
+        container: holds the blocks.
+        parts: of a block its mixin, its attention and the mixin of that.
+        sparse: the classes of attention whose core an attention method may replace.
 
     Raises:
-        UnsupportedModelError: if one of them has an attention that is not among `mixins`.
+        UnsupportedModelError: if an attention that an attention method chose is not among `sparse`.
     """
     found: list[tuple[nn.Module, type, dict[str, Any]]] = []
+    if isinstance(container, nn.Sequential):  # a list is never called
+        found.append((container, ContainerMixin, {}))
+    blocks, method = list(container), methods.get("on_attention")
+    shared = Patched(len(blocks), "on_block" in methods)
     for index, block in enumerate(blocks):
-        if not method.acts_on(index):
-            continue
-        attn = block.attn
-        kind = base_of(type(attn))
-        mixin = next((mixins[cls] for cls in kind.__mro__ if cls in mixins and kind.forward is cls.forward), None)  # type: ignore[attr-defined]
-        if mixin is None or PREDICTOR in attn._modules:
-            known = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in mixins)
-            raise UnsupportedModelError(
-                f"cannot put connectivity masks into {spec.name}: the attention of block {index} is a "
-                f"{kind.__module__}.{kind.__qualname__}; supported: {known}. The model was left as it was."
-            )
-        like = next(attn.parameters())
-        attributes = {"_vtoken_index": index, "_vtoken_method": method, "_vtoken_prefix": spec.num_prefix}
-        predictor = method.predictor(index, spec, like).train(attn.training)
-        found.append((attn, mixin, attributes | {PREDICTOR: predictor}))
+        mixin, attn, attention_mixin = parts(block)
+        found.append((block, mixin, {"_vtoken_index": index, "_vtoken_shared": shared}))
+        chosen = method is not None and method.acts_on(index)
+        attributes = _attention_attributes(method, spec, index, block.attn, sparse) if chosen else {}
+        found.append((attn, attention_mixin, attributes))
     return found
+
+
+def mixin_for(module: Any, mixins: Mapping[type, type]) -> type:
+    """The mixin of the first known class among those of a module, patched or not."""
+    return mixins[next(base for base in base_of(type(module)).__mro__ if base in mixins)]
+
+
+def _attention_attributes(
+    method: Any, spec: HostSpec, index: int, attn: Any, sparse: Collection[type]
+) -> dict[str, Any]:
+    """An attention method, with its learned part, for the attention of block `index`."""
+    kind: Any = base_of(type(attn))
+    if not any(cls in sparse and kind.forward is cls.forward for cls in kind.__mro__) or PREDICTOR in attn._modules:
+        known = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in sparse)
+        raise UnsupportedModelError(
+            f"cannot put connectivity masks into {spec.name}: the attention of block {index} is a "
+            f"{kind.__module__}.{kind.__qualname__}; supported: {known}. The model was left as it was."
+        )
+    like = next(attn.parameters())
+    attributes = {"_vtoken_index": index, "_vtoken_method": method, "_vtoken_prefix": spec.num_prefix}
+    return attributes | {PREDICTOR: method.predictor(index, spec, like).train(attn.training)}
 
 
 def given(**arguments: Any) -> dict[str, Any]:
