@@ -33,9 +33,7 @@ class Ideal(ScheduledMergeConfig):
 
 
 class _Narrowing(Merging):
-    def on_block(
-        self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int, r: int | None = None
-    ) -> tuple[Tensor, Slot]:
+    def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
         return x[:, : x.shape[1] - self.num_removed(layer, x.shape[1] - num_prefix)], slot
 
     def describe(self, layer: int) -> dict[str, Any]:

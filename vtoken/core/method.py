@@ -52,13 +52,8 @@ class BlockMethod(Method):
         """Multiply-adds that block `layer` spends on choosing and merging."""
         raise NotImplementedError
 
-    def on_block(
-        self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int, r: int | None = None
-    ) -> tuple[Tensor, Slot]:
-        """Tokens [B, T, C] and what is known of them -> fewer tokens and what is known of those.
-
-        `r` is what `num_removed` says, for callers that have asked it.
-        """
+    def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
+        """Tokens [B, T, C] and what is known of them -> fewer tokens and what is known of those."""
         raise NotImplementedError
 
     def describe(self, layer: int) -> dict[str, Any]:

@@ -181,9 +181,9 @@ class TokenState:
             self.first = replace(self.first, embedded=x.shape[1])
             self.slots = {layer: self.first}  # not 0 if the blocks before it were cut off
 
-    def removed(self, layer: int, num_tokens: int) -> int:
-        """How many of `num_tokens` tokens block `layer` takes away."""
-        return self.method.num_removed(layer, num_tokens - self.num_prefix, self.first.embedded - self.num_prefix)
+    def removes(self, layer: int, num_tokens: int) -> bool:
+        """Whether block `layer` takes anything away from `num_tokens` tokens."""
+        return self.method.num_removed(layer, num_tokens - self.num_prefix, self.first.embedded - self.num_prefix) > 0
 
     def bias(self, layer: int, dtype: torch.dtype) -> Tensor | None:
         """The size term of block `layer`'s attention, [B, 1, 1, T]; None (not zeros) before the first merge."""
@@ -204,7 +204,7 @@ class TokenState:
         """Block `layer` removes nothing: what was known before it is known after it."""
         self.slots[layer + 1] = self.slots[layer]
 
-    def on_block(self, layer: int, x: Tensor, metric: Tensor, r: int) -> Tensor:
-        """Remove `r` of the tokens [B, T, C] at block `layer`, choosing by `metric` [B, T, d]."""
-        x, self.slots[layer + 1] = self.method.on_block(layer, x, metric, self.slots[layer], self.num_prefix, r)
+    def on_block(self, layer: int, x: Tensor, metric: Tensor) -> Tensor:
+        """Remove tokens [B, T, C] at block `layer`, choosing by `metric` [B, T, d]."""
+        x, self.slots[layer + 1] = self.method.on_block(layer, x, metric, self.slots[layer], self.num_prefix)
         return x

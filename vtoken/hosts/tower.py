@@ -329,8 +329,7 @@ def merged_block(
     """
     layer: int = block._vtoken_index
     state.enter(layer, x)
-    r = state.removed(layer, x.shape[1])
-    removes = r > 0
+    removes = state.removes(layer, x.shape[1])
     if attention and (removes or state.slots[layer] is not state.first):
         _refuse_mask(attention)
     bias = state.bias(layer, x.dtype)
@@ -346,10 +345,10 @@ def merged_block(
         early = None if state.method.metric == "hidden" else tap.metric(x)
         del tap
         x = x + block._vtoken_mlp(x)
-        return state.on_block(layer, x, x if early is None else early, r)
+        return state.on_block(layer, x, x if early is None else early)
     metric = tap.metric(x)
     del tap
-    x = state.on_block(layer, x, metric, r)
+    x = state.on_block(layer, x, metric)
     return x + block._vtoken_mlp(x)
 
 

@@ -145,7 +145,6 @@ class Merging(BlockMethod):
         self.order = config.order
         self._layers = schedule.chosen_layers(owner, config.layers, depth)
         self._amounts = config.amounts(depth)
-        self._protects = bool(config.protected_patches())
 
     def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
         """Tokens that block `layer` removes from `mergeable` ones; 0 if it is not among the chosen layers."""
@@ -175,17 +174,14 @@ class Merging(BlockMethod):
             return {}
         return {"amount": self._amounts[layer]} | self.config.layer_settings(layer, self.depth)
 
-    def on_block(
-        self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int, r: int | None = None
-    ) -> tuple[Tensor, Slot]:
+    def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
         """Merge tokens [B, T, C] by metric [B, T, d]."""
-        if r is None:
-            r = self.num_removed(layer, x.shape[1] - num_prefix)
+        r = self.num_removed(layer, x.shape[1] - num_prefix)
         protect = slot.protect
-        if protect is None and self._protects:
+        if protect is None:
             protect = self._first_protect(x, num_prefix)
         plan = self.config.match(layer, self.depth, metric, r, num_prefix, protect)
-        x, size = plan.merged(x, slot.size, self.config.reduction)
+        x, size = plan.apply(x, slot.size, self.config.reduction)
         # Pruning leaves every token at size 1: keep None, which keeps attention free of a mask.
         new_size = None if self.config.reduction == "prune" and slot.size is None else size
         before = slot if protect is slot.protect else replace(slot, protect=protect)

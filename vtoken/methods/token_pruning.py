@@ -36,9 +36,7 @@ class TokenPruning(BlockMethod):
         """The class token's row is part of attention."""
         return 0
 
-    def on_block(
-        self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int, r: int | None = None
-    ) -> tuple[Tensor, Slot]:
+    def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
         """Keep the best of tokens [B, T, C] by `metric` [B, T, 1]; they stay in their order."""
         patches = x.shape[1] - num_prefix
         kept = patches - self.num_removed(layer, patches, slot.embedded - num_prefix)

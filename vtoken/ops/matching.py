@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,10 @@ from vtoken.ops.rows import full_precision, take_rows
 VARIANTS = ("pitome", "pitome_pairs", "tome")
 ENERGIES = ("elu", "eq4")
 _LOG2E = math.log2(math.e)
-#: Similarities per block on a CPU (half a MiB of float32), and the fewest rows of one, which keep the product fast.
-_CACHED, _LEAST_ROWS = 1 << 17, 32
+#: Most similarities that are computed at once: on a CPU what fits a core's cache (half a MiB of float32), elsewhere,
+#: where passes over memory are cheap and launches are not, what may be held (1 GiB); and the fewest rows, which keep
+#: the product fast.
+_CACHED, _HELD, _LEAST_ROWS = 1 << 17, 1 << 28, 32
 
 
 def key_metric(keys: Tensor, *, backend: str = "auto") -> Tensor:
@@ -139,7 +142,7 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "au
     first, second = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
     with full_precision(metric):
         unit = _unit_rows(metric)
-        value, best = torch.bmm(unit[:, first::2], unit[:, second::2].transpose(1, 2)).max(-1)
+        value, best = _over_similarities(_nearest, unit[:, first::2], unit[:, second::2])
     rank = torch.sort(value, dim=1, descending=True, stable=True)[1]
     rows = torch.arange(num_tokens, device=metric.device).expand(batch, num_tokens)
     even = torch.add(rows[:, first : first + 1], rank, alpha=2)  # `rank` counts even rows
@@ -226,41 +229,71 @@ def _unit_rows(metric: Tensor) -> Tensor:
     return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min_(1e-12)
 
 
-def _energies(unit: Tensor, margin: float, alpha: float, energy: str) -> Tensor:
-    """Sum over all tokens j of f(cos_ij - margin), [B, N], up to a constant; high where many tokens are close.
+def _over_similarities(
+    reduce: Callable[[Tensor], Sequence[Tensor]],
+    rows: Tensor,
+    others: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.bmm,
+) -> Sequence[Tensor]:
+    """What `reduce` makes of the similarities [B, n, m] of unit rows [B, n, d] and others [B, m, d]: tensors [B, n].
 
-    The paper's mean differs by the factor 1/N and by that constant, neither of which an order sees.
+    Row by row nothing depends on the other rows, so they come in blocks: that is several times as fast where a block
+    stays in a core's cache, and long sequences never hold n * m similarities.
+
+    Args:
+        product: [B, n, d] and [B, d, m] -> [B, n, m], which `reduce` may overwrite.
     """
-    if torch.compiler.is_compiling() or unit.device.type != "cpu":  # a graph must not ask how large a batch is
-        return _energies_of(unit, unit, 0, margin, alpha, energy)
-    batch, num, _ = unit.shape
-    rows = max(_LEAST_ROWS, _CACHED // max(1, batch * num))
-    if rows >= num:
-        return _energies_of(unit, unit, 0, margin, alpha, energy)
-    # Row by row nothing changes; in blocks that fit a core's cache it is two to three times as fast, in little memory.
-    blocks = range(0, num, rows)
-    return torch.cat([_energies_of(unit[:, i : i + rows], unit, i, margin, alpha, energy) for i in blocks], dim=1)
+    batch, num, _ = rows.shape
+    across = others.transpose(1, 2)
+    if torch.compiler.is_compiling():  # a graph must not ask how large a batch is
+        return reduce(product(rows, across))
+    most = _CACHED if rows.device.type == "cpu" else _HELD
+    step = max(_LEAST_ROWS, most // max(1, batch * others.shape[1]))
+    if step >= num:
+        return reduce(product(rows, across))
+    found: list[Tensor] = []
+    for i in range(0, num, step):
+        parts = reduce(product(rows[:, i : i + step], across))
+        # Kept apart, the parts would lie in the memory that each block gives back, so that no later block fits there.
+        found = found or [part.new_empty(batch, num) for part in parts]
+        for whole, part in zip(found, parts, strict=True):
+            whole[:, i : i + step] = part
+    return found
 
 
-def _energies_of(part: Tensor, unit: Tensor, first: int, margin: float, alpha: float, energy: str) -> Tensor:
-    """Energies of the rows `part` [B, R, d] of `unit` [B, N, d], which start at row `first`."""
-    similarity = torch.bmm(part, unit.transpose(1, 2))
-    # Every token is exactly 1 to itself (0 if it is a zero vector): rounding must not decide between equal energies.
-    if torch.compiler.is_compiling():  # one fused pass; written in place, it costs the compiler a scatter
-        row = torch.arange(unit.shape[1], device=unit.device)
-        similarity = torch.where(row == row.unsqueeze(1), similarity.round(), similarity)
-    else:
-        similarity.diagonal(first, 1, 2).round_()
-    if energy == "elu":
-        similarity = similarity.sub_(margin)
-        if similarity.device.type not in ("cpu", "meta"):
-            return F.elu_(similarity, alpha).sum(-1)
-        # elu(x) = max(x, 0) + alpha * 2^(min(x, 0) log2 e) - alpha: of expm1, exp and exp2 the last is fast on CPUs.
-        above = similarity.clamp_min(0.0).sum(-1)
-        below = similarity.clamp_max_(0.0).mul_(_LOG2E).exp2_().sum(-1)
-        return above.add_(below, alpha=alpha)
-    below = alpha * torch.expm1(similarity - margin)
-    return torch.where(similarity >= margin, similarity, below).sum(-1)
+def _nearest(similarity: Tensor) -> Sequence[Tensor]:
+    """Every row's largest similarity and where it is, the first of equals."""
+    found: Sequence[Tensor] = similarity.max(-1)
+    return found
+
+
+def _energies(unit: Tensor, margin: float, alpha: float, energy: str) -> Tensor:
+    """Energies [B, N]: the sum of f(cos_ij - margin) over all tokens j; high where many tokens are close.
+
+    The paper's mean differs by the factor 1/N, and for "elu" by another factor and a constant; no order sees them.
+    """
+    # Rounding must not decide between equal energies: a token's similarity to itself and to its equals, 1 but for
+    # rounding, is the same number for all.
+    top = 1.0 - 8 * torch.finfo(unit.dtype).eps
+
+    def eq4(similarity: Tensor) -> tuple[Tensor]:
+        close = similarity.clamp_max_(top)
+        below = close.sub(margin).mul_(_LOG2E).exp2_().sub_(1.0).mul_(alpha)
+        return (torch.where(close >= min(margin, top), close, below).sum(-1),)
+
+    # elu(z) + alpha = max(z, 0) + alpha * 2^(min(z, 0) log2 e): of expm1, exp and exp2 only the last is fast on every
+    # CPU. The product itself makes z log2 e of the similarities.
+    highest = (top - margin) * _LOG2E
+
+    def elu(scaled: Tensor) -> tuple[Tensor]:
+        above = scaled.clamp(0.0, max(highest, 0.0)).sum(-1)  # exactly 0 where nobody is close: ties for alpha=0
+        below = scaled.clamp_max_(min(highest, 0.0)).exp2_().sum(-1)
+        return (above.add_(below, alpha=alpha * _LOG2E),)
+
+    if energy == "eq4":
+        return _over_similarities(eq4, unit, unit)[0]
+    product = functools.partial(torch.baddbmm, unit.new_full((), -margin * _LOG2E), alpha=_LOG2E)
+    return _over_similarities(elu, unit, unit, product)[0]
 
 
 def _plan_from_order(unit: Tensor, order: Tensor, r: int) -> MergePlan:
@@ -272,7 +305,7 @@ def _plan_from_order(unit: Tensor, order: Tensor, r: int) -> MergePlan:
     """
     src, dest = order[:, 0 : 2 * r : 2], order[:, 1 : 2 * r : 2]
     pairs = take_rows(unit, order[:, : 2 * r])
-    best = torch.bmm(pairs[:, 0::2], pairs[:, 1::2].transpose(1, 2)).argmax(-1)
+    best = _over_similarities(_nearest, pairs[:, 0::2], pairs[:, 1::2])[1]
     return MergePlan.of([torch.sort(order[:, 2 * r :], dim=1)[0], dest], src, best)
 
 
@@ -280,11 +313,13 @@ def _plan_best_pairs(
     unit: Tensor, a: Tensor, b: Tensor, r: int, num_prefix: int, guard: Tensor | None = None
 ) -> MergePlan:
     """Every row of `a` proposes its most similar row of `b`; the r best proposals merge, none with a guarded row."""
-    similarity = torch.bmm(take_rows(unit, a), take_rows(unit, b).transpose(1, 2))
-    if guard is not None:
-        barred = guard.gather(1, a - num_prefix).unsqueeze(2) | guard.gather(1, b - num_prefix).unsqueeze(1)
-        similarity = similarity.masked_fill(barred, float("-inf"))
-    value, best = similarity.max(-1)
+    proposing, proposed = take_rows(unit, a), take_rows(unit, b)
+    if guard is None:
+        value, best = _over_similarities(_nearest, proposing, proposed)
+    else:
+        barred, never = guard.gather(1, b - num_prefix).unsqueeze(1), float("-inf")
+        value, best = _over_similarities(lambda s: _nearest(s.masked_fill_(barred, never)), proposing, proposed)
+        value = value.masked_fill(guard.gather(1, a - num_prefix), never)
     rank = torch.sort(value, dim=1, descending=True, stable=True)[1]
     kept = torch.sort(a.gather(1, rank[:, r:]), dim=1)[0]
     return _assemble(a.gather(1, rank[:, :r]), best.gather(1, rank[:, :r]), kept, b, num_prefix)

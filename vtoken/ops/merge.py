@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,40 +35,6 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     return (bias if compute == dtype else bias.to(dtype)).unsqueeze(1).unsqueeze(1)
 
 
-class OneImage(NamedTuple):
-    """A plan for a batch of one: at that size the number of operations is what costs, not the rows.
-
-    Args:
-        rows: all T input rows: first those that stay, in the order of the output, then those that go.
-        slot: output row that each of the latter goes to, [r].
-        num_out: how many stay.
-    """
-
-    rows: Tensor
-    slot: Tensor
-    num_out: int
-
-    def merge(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`MergePlan.apply` of x [1, T, C] in float32 or float64, by "wavg", without gradient."""
-        rows, slot, num_out = self
-        sizes = rows.new_ones(rows.shape, dtype=x.dtype) if size is None else size.reshape(-1).index_select(0, rows)
-        moved = x[0].index_select(0, rows)
-        new_size, added, out, src = sizes[:num_out], sizes[num_out:], moved[:num_out], moved[num_out:]
-        new_size.index_add_(0, slot, added)
-        share = added / new_size.index_select(0, slot)
-        out.index_add_(0, slot, src.sub_(out.index_select(0, slot)).mul_(share.unsqueeze(1)))
-        return out.unsqueeze(0), new_size.unsqueeze(0)
-
-
-def _is_plain(x: Tensor, size: Tensor | None) -> bool:
-    """Whether `OneImage` may merge x."""
-    if x.dtype != torch.float32 or (size is not None and (size.dtype != torch.float32 or size.dim() != 2)):
-        return False
-    if x.requires_grad and torch.is_grad_enabled():
-        return False
-    return not torch._C._are_functorch_transforms_active()
-
-
 @dataclass(frozen=True, eq=False)
 class MergePlan:
     """Which rows of [B, T, C] survive a merge and which row each of the others goes into.
@@ -84,7 +50,7 @@ class MergePlan:
         num_dest: how many trailing output rows may receive others; the rows before them are copied untouched.
         groups: what kernels made along the way: `dest`, and the sources of every destination (start, member; see
             `vtoken_kernels.layout.group_sources`). None from torch.
-        image: of a batch of one, the same plan in the form that merges it in the fewest operations.
+        rows: `keep` and `src` side by side, [B, T], where they are parts of one tensor. None from kernels.
     """
 
     keep: Tensor
@@ -93,20 +59,16 @@ class MergePlan:
     num_tokens_in: int
     num_dest: int
     groups: tuple[Tensor, Tensor, Tensor] | None = None
-    image: OneImage | None = None
+    rows: Tensor | None = None
 
     @classmethod
     def of(cls, parts: list[Tensor], src: Tensor, partner: Tensor) -> MergePlan:
         """From the parts of `keep`, the last of which are the destinations that `partner` counts among."""
-        # One tensor of all rows: at batch 1 one gather then serves what stays and what goes.
         rows = torch.cat([*parts, src], dim=1)
-        batch, num_in = rows.shape
+        num_in, num_dest = rows.shape[1], parts[-1].shape[1]
         num_out = num_in - src.shape[1]
-        num_dest = parts[-1].shape[1]
         slot = partner + (num_out - num_dest)
-        one = not torch.compiler.is_compiling() and batch == 1 and rows.device.type == "cpu"
-        image = OneImage(rows.view(-1), slot.view(-1), num_out) if one else None
-        return cls(rows[:, :num_out], rows[:, num_out:], slot, num_in, num_dest, None, image)
+        return cls(rows[:, :num_out], rows[:, num_out:], slot, num_in, num_dest, rows=rows)
 
     @classmethod
     def identity(cls, batch: int, num_tokens: int, device: torch.device) -> MergePlan:
@@ -157,18 +119,12 @@ class MergePlan:
             ConfigError: if the reduction or the backend is unknown, or kernels are asked for that cannot serve x.
         """
         _check_apply(self, x, size, reduction)
-        return self.merged(x, size, reduction, backend)
-
-    def merged(
-        self, x: Tensor, size: Tensor | None, reduction: str = "wavg", backend: str = "auto"
-    ) -> tuple[Tensor, Tensor]:
-        """`apply` for arguments that are known to fit."""
         if self.removed == 0:
             return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
-        if self.image is not None and reduction == "wavg" and _is_plain(x, size):
-            return self.image.merge(x, size)
         if use_triton(backend, x, lambda: rows_reason(x)):
             return kernels.merge(self, x, size, reduction)
+        if self.rows is not None and reduction == "wavg" and _is_one_image(x, size):
+            return _merge_one_image(self.rows[0], self.slot[0], x[0], size)
         flat = size
         if flat is not None and (flat.dim() == 3 or flat.dtype != torch.float32):
             flat = flat.reshape(x.shape[:2]).to(torch.float32)
@@ -218,6 +174,30 @@ class MergePlan:
             added, kept = size.gather(1, self.src), size.gather(1, self.keep)
         new_size = kept.scatter_add(1, self.slot, added)
         return new_size, added.to(compute) / new_size.gather(1, self.slot)
+
+
+def _is_one_image(x: Tensor, size: Tensor | None) -> bool:
+    """Whether `_merge_one_image` may merge x [B, T, C]: plain numbers, nothing that watches them."""
+    if x.shape[0] != 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if any(t.dtype != torch.float32 or t.requires_grad for t in ((x,) if size is None else (x, size))):
+        return False
+    return (size is None or size.dim() == 2) and not torch._C._are_functorch_transforms_active()
+
+
+def _merge_one_image(rows: Tensor, slot: Tensor, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `MergePlan.apply` makes of one image, x [T, C] and sizes [1, T], by "wavg".
+
+    So few rows cost less than the operations on them: one gather serves those that stay and those that go.
+    """
+    num_out = rows.shape[0] - slot.shape[0]
+    sizes = torch.ones(rows.shape, device=x.device) if size is None else size[0].index_select(0, rows)
+    moved = x.index_select(0, rows)
+    new_size, added, out, src = sizes[:num_out], sizes[num_out:], moved[:num_out], moved[num_out:]
+    new_size.index_add_(0, slot, added)
+    share = added / new_size.index_select(0, slot)
+    out.index_add_(0, slot, src.sub_(out.index_select(0, slot)).mul_(share.unsqueeze(1)))
+    return out.unsqueeze(0), new_size.unsqueeze(0)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
