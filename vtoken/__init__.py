@@ -9,6 +9,7 @@ from vtoken.accounting.prompt_report import PromptReport, prompt_report
 from vtoken.accounting.report import Report, report
 from vtoken.clip import AttentiveMaskCLIP, AttentiveMaskLoss, MultiViewCrop
 from vtoken.core.apply import applied, apply, config_of, configure, is_applied, num_tokens, plan, remove
+from vtoken.core.compiled import compile
 from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
 from vtoken.core.errors import (
     AlreadyAppliedError,
@@ -69,6 +70,7 @@ __all__ = [
     "apply",
     "calibrate_threshold",
     "cls_attention_scores",
+    "compile",
     "config_from_dict",
     "config_of",
     "configure",

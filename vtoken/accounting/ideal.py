@@ -6,7 +6,7 @@ Its efficiency is what smaller matrices cost; what a method loses beyond that is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,6 +35,3 @@ class Ideal(ScheduledMergeConfig):
 class _Narrowing(Merging):
     def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
         return x[:, : x.shape[1] - self.num_removed(layer, x.shape[1] - num_prefix)], slot
-
-    def describe(self, layer: int) -> dict[str, Any]:
-        return {}

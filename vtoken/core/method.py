@@ -56,8 +56,17 @@ class BlockMethod(Method):
         """Tokens [B, T, C] and what is known of them -> fewer tokens and what is known of those."""
         raise NotImplementedError
 
-    def describe(self, layer: int) -> dict[str, Any]:
-        """The settings that block `layer` runs with."""
+    def layer_settings(self, layer: int) -> dict[str, Any]:
+        """The settings of block `layer` that `reduce` takes as arguments; numbers as float64 tensors []."""
+        return {}
+
+    def reduce(
+        self, layer: int, r: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int, **settings: Any
+    ) -> tuple[Tensor, Slot]:
+        """`on_block` with everything that differs between the blocks as an argument; `vtoken.compile` needs it.
+
+        One graph serves all blocks, in which `layer` and `r` are symbols: neither may decide which code runs.
+        """
         raise NotImplementedError
 
 

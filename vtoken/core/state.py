@@ -17,6 +17,7 @@ from vtoken.ops import MergePlan, size_bias
 from vtoken.ops.rows import take_rows
 
 if TYPE_CHECKING:
+    from vtoken.core.compiled import CompiledBlocks
     from vtoken.core.method import AttentionMethod, BlockMethod
 
 
@@ -143,9 +144,21 @@ class TokenState:
         track_anchor, track_dest: see Slot.
         attention: what stands in for the attention core, if anything does.
         maps: names of the attention maps that a trace asked for; None if there is no trace.
+        compiled: the blocks' graphs, if they are to run by them.
     """
 
-    __slots__ = ("attention", "embedded", "first", "grid", "maps", "method", "num_prefix", "records", "slots")
+    __slots__ = (
+        "attention",
+        "compiled",
+        "embedded",
+        "first",
+        "grid",
+        "maps",
+        "method",
+        "num_prefix",
+        "records",
+        "slots",
+    )
 
     def __init__(
         self,
@@ -156,8 +169,10 @@ class TokenState:
         track_dest: bool,
         attention: AttentionMethod | None = None,
         maps: frozenset[str] | None = None,
+        compiled: CompiledBlocks | None = None,
     ) -> None:
         self.method = method
+        self.compiled = compiled
         self.attention = attention
         self.num_prefix = num_prefix
         #: Batch, tokens and device of what entered the first block.
@@ -179,7 +194,20 @@ class TokenState:
         if self.embedded is None:
             self.embedded = (x.shape[0], x.shape[1], x.device)
             self.first = replace(self.first, embedded=x.shape[1])
+            if self.compiled is not None:
+                self.first = self._written_out(x)
             self.slots = {layer: self.first}  # not 0 if the blocks before it were cut off
+
+    def _written_out(self, x: Tensor) -> Slot:
+        """What is known of embedded tokens as tensors, so that the first block runs the same graph as the others."""
+        batch, tokens, _ = x.shape
+        first = self.first
+        size = torch.ones(batch, tokens, device=x.device) if self.method.has_bias() else None
+        anchor, dest = (
+            torch.arange(tokens, device=x.device).repeat(batch, 1) if tracked else None
+            for tracked in (first.track_anchor, first.track_dest)
+        )
+        return replace(first, size=size, anchor=anchor, dest=dest)
 
     def removes(self, layer: int, num_tokens: int) -> bool:
         """Whether block `layer` takes anything away from `num_tokens` tokens."""

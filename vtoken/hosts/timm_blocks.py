@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtoken.core.errors import InputError
 from vtoken.core.method import AttentionMethod
@@ -149,12 +150,13 @@ class AttentionMixin:
         if attn_mask is not None and adds_sizes(self, x, tap, attn_mask, is_causal):
             core: Core = functools.partial(masked_attention, mask=attn_mask, dropout_p=dropout)
         else:
-            core = functools.partial(_fused, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
+            core = functools.partial(
+                F.scaled_dot_product_attention, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal
+            )
         return around(self, core, x, tap)
 
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
-_fused = nn.functional.scaled_dot_product_attention
 
 
 def _method_core(attn: Any, tap: Tap, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

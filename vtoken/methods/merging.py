@@ -87,7 +87,7 @@ class MergeConfig(MethodConfig):
         return ()
 
     def layer_settings(self, layer: int, depth: int) -> dict[str, Any]:
-        """Settings that differ from layer to layer."""
+        """Settings that differ from layer to layer; `match` takes them by name from who has asked for them."""
         return {}
 
 
@@ -168,19 +168,23 @@ class Merging(BlockMethod):
         channels = head_dim if self.metric == "key" else width
         return self.config.macs(layer, self.depth, mergeable, r, channels) if r else 0
 
-    def describe(self, layer: int) -> dict[str, Any]:
-        """The settings of one layer; empty if it removes nothing."""
-        if layer not in self._layers:
-            return {}
-        return {"amount": self._amounts[layer]} | self.config.layer_settings(layer, self.depth)
-
     def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
         """Merge tokens [B, T, C] by metric [B, T, d]."""
-        r = self.num_removed(layer, x.shape[1] - num_prefix)
+        return self.reduce(layer, self.num_removed(layer, x.shape[1] - num_prefix), x, metric, slot, num_prefix)
+
+    def layer_settings(self, layer: int) -> dict[str, Any]:
+        """Those that differ from layer to layer."""
+        settings = self.config.layer_settings(layer, self.depth).items()
+        return {k: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v for k, v in settings}
+
+    def reduce(
+        self, layer: int, r: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int, **settings: Any
+    ) -> tuple[Tensor, Slot]:
+        """Merge r tokens of [B, T, C] by metric [B, T, d]."""
         protect = slot.protect
         if protect is None:
             protect = self._first_protect(x, num_prefix)
-        plan = self.config.match(layer, self.depth, metric, r, num_prefix, protect)
+        plan = self.config.match(layer, self.depth, metric, r, num_prefix, protect, **settings)
         x, size = plan.apply(x, slot.size, self.config.reduction)
         # Pruning leaves every token at size 1: keep None, which keeps attention free of a mask.
         new_size = None if self.config.reduction == "prune" and slot.size is None else size

@@ -86,16 +86,24 @@ class PiToMe(ScheduledMergeConfig):
         return self.protect
 
     def match(
-        self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
+        self,
+        layer: int,
+        depth: int,
+        metric: Tensor,
+        r: int,
+        num_prefix: int,
+        protect: Tensor | None,
+        margin: Tensor | None = None,
+        variant: str | None = None,
     ) -> MergePlan:
         """The energy matching with this layer's margin and variant."""
         return plan_pitome(
             metric,
             r,
-            margin=self._margin(layer, depth),
+            margin=self._margin(layer, depth) if margin is None else margin,
             alpha=self.alpha,
             num_prefix=num_prefix,
-            variant=self._variant(layer, depth),
+            variant=self._variant(layer, depth) if variant is None else variant,
             energy=self.energy,
             protect=protect,
         )

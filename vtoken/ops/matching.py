@@ -43,7 +43,7 @@ def plan_pitome(
     metric: Tensor,
     r: int,
     *,
-    margin: float,
+    margin: float | Tensor,
     alpha: float = 1.0,
     num_prefix: int = 0,
     variant: str = "pitome",
@@ -57,7 +57,8 @@ def plan_pitome(
         metric: one vector per token, [B, T, d]; compared by cosine in float32 (float64 stays float64), without
             gradient. Prefix rows come first and take no part.
         r: tokens to remove, at least 0; capped at half of the tokens that may merge.
-        margin: similarity above which two tokens count as close, in [-1, 1].
+        margin: similarity above which two tokens count as close, in [-1, 1]; in a compiled graph it may be a tensor [],
+            which is not made a constant.
         alpha: weight of the similarities below the margin.
         num_prefix: prefix tokens P (class, registers, distillation); they keep rows 0..P-1.
         variant: "pitome"; "pitome_pairs" (all tokens dealt by energy, the r best pairs merge, nothing protected);
@@ -87,7 +88,8 @@ def plan_pitome(
     r = min(r, (mergeable - most) // 2)
     if r <= 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
-    if use_triton(backend, metric, lambda: metric_reason(metric, variant=variant, protect=protect)):
+    constant = not isinstance(margin, Tensor)  # kernels take a number
+    if constant and use_triton(backend, metric, lambda: metric_reason(metric, variant=variant, protect=protect)):
         from vtoken_kernels import library
 
         pairs = variant == "pitome_pairs"
@@ -267,7 +269,7 @@ def _nearest(similarity: Tensor) -> Sequence[Tensor]:
     return found
 
 
-def _energies(unit: Tensor, margin: float, alpha: float, energy: str) -> Tensor:
+def _energies(unit: Tensor, margin: float | Tensor, alpha: float, energy: str) -> Tensor:
     """Energies [B, N]: the sum of f(cos_ij - margin) over all tokens j; high where many tokens are close.
 
     The paper's mean differs by the factor 1/N, and for "elu" by another factor and a constant; no order sees them.
@@ -275,6 +277,14 @@ def _energies(unit: Tensor, margin: float, alpha: float, energy: str) -> Tensor:
     # Rounding must not decide between equal energies: a token's similarity to itself and to its equals, 1 but for
     # rounding, is the same number for all.
     top = 1.0 - 8 * torch.finfo(unit.dtype).eps
+
+    if isinstance(margin, Tensor):  # an argument of a graph, which fuses this whichever way it is written
+        close = torch.bmm(unit, unit.transpose(1, 2)).clamp_max(top)
+        beyond = (close - margin) * _LOG2E
+        below = alpha * _LOG2E * beyond.clamp_max(0.0).exp2()
+        if energy == "elu":
+            return (beyond.clamp_min(0.0) + below).sum(-1)
+        return torch.where(close >= margin.clamp_max(top), close, below / _LOG2E - alpha).sum(-1)
 
     def eq4(similarity: Tensor) -> tuple[Tensor]:
         close = similarity.clamp_max_(top)

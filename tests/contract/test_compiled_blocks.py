@@ -1,0 +1,170 @@
+"""`vtoken.compile`: one graph of one block for all layers, whatever ratio, margin, batch and image size."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtoken
+from tests.contract.table import METHODS, MethodRow, call, installed
+from tests.contract.table import host as host_row
+from tests.contract.table import method as method_row
+from tests.contract.test_contract_compile import Counting
+from tests.helpers import Host, assert_close, vit
+
+_HOSTS = ("vit_token", "vit_avg_prefix", "vit_map", "eva02", "eva_mixed", "naflex_rope", "distilled")
+_OTHERS = installed("oc_avg", "oc_map", "oc_qk_norm", "hf_siglip", "hf_dino_reg")
+_CASES = [(host_row(n), method_row("pitome")) for n in (*_HOSTS, *_OTHERS)]
+_CASES += [(host_row("vit_avg_prefix"), m) for m in METHODS[1:] if m.removes]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _two(host: Host, config: vtoken.MethodConfig, backend: Any = "eager") -> tuple[Any, Any]:
+    """The same patched model twice, eager and compiled."""
+    eager, compiled = vtoken.apply(host.model(), config), vtoken.apply(host.model(), config)
+    return eager, vtoken.compile(compiled, backend=backend)
+
+
+@pytest.mark.parametrize(("host", "method"), _CASES, ids=[f"{h.name}-{m.name}" for h, m in _CASES])
+def test_the_graph_computes_what_the_eager_model_computes(host: Host, method: MethodRow) -> None:
+    eager, compiled = _two(host, method.reduces)
+    x = host.images(batch=3)
+    with torch.no_grad():
+        assert_close(host.name, call(eager, x), call(compiled, x), 1e-5)
+        before, after = vtoken.trace(eager, x)[1], vtoken.trace(compiled, x)[1]
+    assert before.tokens == after.tokens
+    assert before.dest is not None
+    assert after.dest is not None
+    assert torch.equal(before.dest, after.dest)
+
+
+def _sweep(model: Any, backend: Counting, changes: list[dict[str, Any]]) -> list[int]:
+    found = []
+    for change in changes:
+        size, batch = change.pop("size", 56), change.pop("batch", 2)
+        vtoken.configure(model, **change)
+        with torch.no_grad():
+            model(torch.randn(batch, 3, size, size))
+        found.append(backend.graphs)
+    return found
+
+
+def test_one_graph_serves_every_ratio_margin_batch_and_size() -> None:
+    backend = Counting("eager")
+    model = vtoken.apply(vit(depth=4, img_size=56, dynamic_img_size=True).eval(), vtoken.PiToMe(ratio=0.9))
+    vtoken.compile(model, backend=backend)
+    changes: list[dict[str, Any]] = [
+        {}, {"ratio": 0.8}, {"r": 5}, {"r": [7, 6, 5, 4]}, {"margin": 0.3}, {"margin": [0.9, 0.4, 0.2, 0.1]},
+        {"margin_schedule": "constant", "margin": 0.7}, {"batch": 5}, {"size": 112}, {"batch": 3, "size": 84},
+    ]  # fmt: skip
+    assert _sweep(model, backend, changes) == [1] * len(changes)
+    # What the docstring says has a graph of its own.
+    assert _sweep(model, backend, [{"batch": 1}, {"batch": 1, "r": 4}, {"r": [4, 1, 0, 4]}]) == [2, 2, 4]
+
+
+def test_models_do_not_share_graphs_or_use_up_each_others_limit() -> None:
+    for width in range(1, 12):  # torch's limit is eight graphs
+        backend = Counting("eager")
+        model = vtoken.apply(vit(depth=2, embed_dim=16 * width, num_heads=2).eval(), vtoken.ToMe(r=4))
+        with torch.no_grad():
+            vtoken.compile(model, backend=backend)(host_row("vit_token").images())
+        assert backend.graphs == 1
+
+
+def test_gradients() -> None:
+    host = host_row("vit_avg_prefix")
+    x, grads = host.images(dtype=torch.float64), []
+    config = method_row("pitome").reduces
+    for compile_it in (False, True):
+        model = vtoken.apply(host.model(dtype=torch.float64), config).train()
+        if compile_it:
+            vtoken.compile(model, backend="aot_eager")
+        model(x).square().sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert_close(name, grad, grads[1][name], 1e-8)
+
+
+def test_stochastic_depth_trains_beyond_torchs_limit_of_graphs() -> None:
+    model = vtoken.apply(vit(depth=10, drop_path_rate=0.2).train(), vtoken.ToMe(r=2))
+    vtoken.compile(model, backend="eager")(host_row("vit_token").images()).sum().backward()
+    assert all(p.grad is not None for p in model.blocks.parameters())
+
+
+def test_inductor() -> None:
+    host = Host("tiny", lambda: vit(depth=3, global_pool="avg"))
+    eager, compiled = _two(host, method_row("pitome").reduces, "inductor")
+    x = host_row("vit_token").images()
+    with torch.no_grad():
+        assert_close("inductor", call(eager, x), call(compiled, x), 1e-4)
+
+
+def test_it_goes_with_the_patch_and_copies_compile_anew() -> None:
+    host = host_row("vit_token")
+    stock, x = host.model(), host.images()
+    model = vtoken.compile(vtoken.apply(host.model(), vtoken.ToMe(r=4)), backend="eager")
+    keys = list(stock.state_dict())
+    assert list(model.state_dict()) == keys
+    with torch.no_grad():
+        merged = model(x)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+            assert torch.equal(other(x), merged)
+        vtoken.remove(model)
+        assert torch.equal(model(x), stock(x))
+    assert not any(name.startswith("_vtoken") for m in model.modules() for name in vars(m))
+
+
+def test_inside_a_larger_graph_the_blocks_are_part_of_it() -> None:
+    host, backend = host_row("vit_token"), Counting("eager")
+    eager, compiled = _two(host, vtoken.PiToMe(ratio=0.75))
+    x = host.images()
+    with torch.no_grad():
+        whole = torch.compile(compiled, fullgraph=True, backend=backend)
+        assert_close("whole", eager(x), whole(x), 1e-5)
+        program = torch.export.export(compiled, (x,)).module()
+        assert_close("exported", eager(x), program(x), 1e-5)
+    assert backend.graphs == 1
+
+
+def test_features_and_unmerging() -> None:
+    host = host_row("vit_avg_prefix")
+    eager, compiled = _two(host, vtoken.PiToMe(ratio=0.75))
+    x = host.images()
+    with torch.no_grad():
+        assert_close("features", eager.forward_features(x), compiled.forward_features(x), 1e-5)
+        maps: list[tuple[Tensor, Tensor]] = list(
+            zip(*(m.forward_intermediates(x, intermediates_only=True) for m in (eager, compiled)), strict=True)
+        )
+    for one, other in maps:
+        assert_close("map", one, other, 1e-5)
+
+
+def test_what_cannot_be_compiled_so_is_refused() -> None:
+    model = host_row("vit_token").model()
+    with pytest.raises(vtoken.VTokenError, match=r"vtoken\.apply"):
+        vtoken.compile(model)
+    vtoken.apply(model, vtoken.Sparsifiner(keep_ratio=0.5))
+    with pytest.raises(vtoken.ConfigError, match=r"torch\.compile\(model\)"):
+        vtoken.compile(model)
+    vtoken.apply(model, vtoken.ToMe(r=4), replace=True)
+    for wrong in ({"fullgraph": False}, {"dynamic": False}, {"backends": "eager"}):
+        with pytest.raises(vtoken.ConfigError, match=next(iter(wrong))):
+            vtoken.compile(model, **wrong)
+    assert not any("_vtoken_compiled" in vars(m) for m in model.modules())

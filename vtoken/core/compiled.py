@@ -1,0 +1,127 @@
+"""Compiling the block of a patched tower once for all its layers.
+
+Every layer of a merging model has its own number of tokens, so a graph of the whole model holds every kernel once a
+layer. Here one graph of one block serves all layers: token count, layer, amount and margin are its arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import types
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vtoken.core.errors import ConfigError, VTokenError
+from vtoken.core.method import BlockMethod
+
+M = TypeVar("M", bound=nn.Module)
+
+#: Graphs that one function may have: stochastic depth makes one a layer, and torch's own limit is eight.
+_GRAPHS = 256
+
+
+class CompiledBlocks:
+    """Functions over a block of one model, each compiled when it is first called.
+
+    Args:
+        options: further arguments of `torch.compile`.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._made: dict[Hashable, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, function: Callable[..., Any], case: Hashable, *args: Any) -> Any:
+        """`function(*args)`, compiled for each `case` by itself: cases would only recompile for each other."""
+        with self._lock:
+            made = self._made.get((function, case))
+            if made is None:
+                made = self._made[function, case] = self._compile(function)
+        return made(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompiledBlocks, (self._options,)  # copies compile anew
+
+    def _compile(self, function: Any) -> Callable[..., Any]:
+        # torch keeps its graphs by code object. One of its own for each model and case, so that they do not look
+        # through each other's graphs, nor use up each other's limit.
+        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        limit: dict[str, Any] = {"recompile_limit": _GRAPHS} if "recompile_limit" in _ACCEPTED else {}
+        made: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=True, **limit, **self._options)
+        return made
+
+
+_ACCEPTED = inspect.signature(torch.compile).parameters
+
+
+def compile(model: M, **options: Any) -> M:
+    """Compile the blocks of a patched model, one graph for all layers; in place, undone by `vtoken.remove`.
+
+    Compiles in a fraction of the time that `torch.compile(model)` takes on a merging model. A new ratio, margin, image
+    size or batch runs the same graph; a batch of one, a layer that removes no or just one token, training, and another
+    dtype or device have graphs of their own. What stands around the blocks (embedding, head) stays eager.
+
+    Args:
+        model: a model, or a module that holds one, to which a merging method was applied. Hooks on the parts of a
+            block must be such that `torch.compile` takes them.
+        options: further arguments of `torch.compile`, such as `backend` or `mode`.
+
+    Returns:
+        The same model. Its blocks compile when they first run.
+
+    Raises:
+        VTokenError: if no method is applied to it.
+        ConfigError: if the method cannot be compiled in this way (`torch.compile(model)` works for all), or an option
+            is not for the caller to set.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit").eval(), vtoken.PiToMe(ratio=0.9))
+        >>> with torch.inference_mode():
+        ...     vtoken.compile(model, backend="eager")(torch.randn(1, 3, 160, 160)).shape
+        torch.Size([1, 1000])
+    """
+    fixed = {"model", "fullgraph", "dynamic", "dynamic_shapes", "recompile_limit"}
+    wrong = [name for name in options if name in fixed or name not in _ACCEPTED]
+    if wrong:
+        names = ", ".join(name for name in _ACCEPTED if name not in fixed)
+        raise ConfigError(f"vtoken.compile does not take {', '.join(wrong)}; it passes on {names}")
+    carriers = [m for m in model.modules() if "_vtoken" in m.__dict__]
+    if not carriers:
+        raise VTokenError(
+            f"nothing to compile: no method is applied to this {type(model).__name__}; vtoken.apply first"
+        )
+    towers = [m for m in carriers if "on_block" in m.__dict__["_vtoken"].methods]
+    for tower in towers:
+        _check(tower.__dict__["_vtoken"].methods)
+    if not towers:
+        raise ConfigError(
+            "vtoken.compile compiles blocks that merge tokens, and none do here; use torch.compile(model)"
+        )
+    for tower in towers:
+        tower.__dict__["_vtoken_compiled"] = CompiledBlocks(options)
+    return model
+
+
+def _check(methods: dict[str, Any]) -> None:
+    method = methods["on_block"]
+    if "on_attention" in methods or type(method).reduce is BlockMethod.reduce:
+        which = methods.get("on_attention", method)
+        raise ConfigError(
+            f"vtoken.compile serves merging methods, not {type(which).__name__}; torch.compile(model) serves all"
+        )
+
+
+def mark(tensor: Tensor | None, rows: int = 1) -> None:
+    """Tell the compiler that the batch, dimension 0, and the tokens, dimension `rows`, of a tensor vary.
+
+    A batch of one has a graph of its own.
+    """
+    if tensor is not None:
+        for dim in (0, rows) if tensor.shape[0] > 1 else (rows,):
+            torch._dynamo.mark_dynamic(tensor, dim)
