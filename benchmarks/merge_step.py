@@ -1,7 +1,8 @@
 """One merge step, and attention with token sizes, against plain forms of the same arithmetic and against a block.
 
 The plain step is what one would write from the paper, an operation per line (plain.py); all forms run in one process,
-interleaved. A factor is only printed if both forms agree. Targets: performance.md section 11.
+interleaved. A factor is only printed if both forms agree. On one CPU thread there are targets, and the exit code is 1
+if one is missed.
 """
 
 from __future__ import annotations
@@ -115,34 +116,64 @@ def _check_step(keys: Tensor, x: Tensor, size: Tensor, r: int) -> None:
         torch.testing.assert_close(ours.sum(1), theirs.sum(1), rtol=1e-3, atol=1e-2)
 
 
-STEPS = [
-    (Shape(8, 197, 768, 12), ">= 1.3, <= 2 % of the block"),
-    (Shape(8, 197, 384, 6), ">= 1.1, <= 5 % of the block"),
-    (Shape(32, 197, 768, 12), ""),
-    (Shape(2, 577, 1024, 16), ""),
-    (Shape(1, 197, 768, 12), ">= 1.0"),
-    (Shape(1, 197, 192, 3), ">= 1.0"),
+class Target(NamedTuple):
+    """What a form is meant to reach on one CPU thread.
+
+    Args:
+        factor: times as fast as the other form, at least.
+        share: of an unpatched block's time, at most.
+    """
+
+    factor: float
+    share: float | None = None
+
+    def __str__(self) -> str:
+        return f">= {self.factor}" + ("" if self.share is None else f", <= {self.share * 100:g} % of the block")
+
+    def is_met(self, row: dict[str, Any]) -> bool:
+        """Whether a measurement reaches it."""
+        return bool(row["factor"] >= self.factor and (self.share is None or row["share_of_block"] <= self.share))
+
+
+STEPS: list[tuple[Shape, Target | None]] = [
+    (Shape(8, 197, 768, 12), Target(1.3, 0.02)),
+    (Shape(8, 197, 384, 6), Target(1.1, 0.05)),
+    (Shape(32, 197, 768, 12), None),
+    (Shape(2, 577, 1024, 16), None),
+    (Shape(1, 197, 768, 12), Target(1.0)),
+    (Shape(1, 197, 192, 3), Target(1.0)),
 ]
-ATTENTIONS = [(Shape(8, 197, 768, 12), ("", ">= 0.93")), (Shape(2, 577, 1024, 16), (">= 1.8", ">= 0.93"))]
+# Explicit attention at 577 tokens was 1.7 to 3.3 times slower, the masked one always as fast: on AVX-512 machines exp,
+# which is most of a softmax, has a slow and a fast state; what ran before in the process decides. The target is what
+# holds in the fast one; 1.8, its first value, was measured in the slow one.
+ATTENTIONS: list[tuple[Shape, tuple[Target | None, Target | None]]] = [
+    (Shape(8, 197, 768, 12), (None, Target(0.93))),
+    (Shape(2, 577, 1024, 16), (Target(1.5), Target(0.93))),
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, write the result file."""
+    """Print the table, write the result file; 1 if a target was missed."""
     args = parse(parser("merge_step", __doc__, rounds=41), argv, {"rounds": 5})
     device = begin(args)
     calls = 1 if device.type == "cpu" else 20
+    judged = device.type == "cpu" and args.threads == 1 and not args.small  # too few rounds decide nothing
     rows = []
+
+    def add(row: dict[str, Any], target: Target | None) -> None:
+        verdict = {"target": str(target), "met": target.is_met(row)} if judged and target is not None else {}
+        rows.append(row | verdict)
+        print(line(row, "" if target is None else f"{target}{'' if verdict.get('met', True) else '   MISSED'}"))
+
     print(HEAD)
     with torch.inference_mode():
         for shape, target in STEPS[:1] if args.small else STEPS:
-            rows.append(time_step(shape, args.rounds, device, calls=calls) | {"target": target})
-            print(line(rows[-1], target))
+            add(time_step(shape, args.rounds, device, calls=calls), target)
         for shape, targets in ATTENTIONS[1:] if args.small else ATTENTIONS:
             for row, target in zip(time_attention(shape, args.rounds, device, calls=calls), targets, strict=True):
-                rows.append(row | {"target": target})
-                print(line(row, target))
+                add(row, target)
     write(args, device, rows)
-    return 0
+    return 0 if all(row.get("met", True) for row in rows) else 1
 
 
 if __name__ == "__main__":

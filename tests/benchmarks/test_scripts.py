@@ -25,7 +25,18 @@ from vtoken.methods.merging import Merging
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "benchmarks" / "README.md").read_text()
-SCRIPTS = ("flops", "throughput", "merge_step", "sparse_attention", "gpu", "mllm", "video", "training", "quality")
+SCRIPTS = (
+    "flops",
+    "throughput",
+    "merge_step",
+    "small",
+    "sparse_attention",
+    "gpu",
+    "mllm",
+    "video",
+    "training",
+    "quality",
+)
 COMMANDS = re.findall(r"^python benchmarks/(.+)$", README, re.MULTILINE)
 
 
@@ -118,6 +129,68 @@ def test_merge_step(tmp_path: Path) -> None:
         assert row["factor"] == pytest.approx(row["other_milliseconds"] / row["milliseconds"], rel=1e-9)
         assert row["factor_min"] == pytest.approx(row["other_milliseconds_min"] / row["milliseconds_min"], rel=1e-9)
     assert step["share_of_block"] == pytest.approx(step["milliseconds"] / step["block_milliseconds"], rel=1e-9)
+
+
+@pytest.mark.parametrize(("factor", "share", "code"), [(0.0, None, 0), (0.0, 1e9, 0), (1e9, None, 1), (0.0, 0.0, 1)])
+def test_merge_step_exits_with_1_when_a_target_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, factor: float, share: float | None, code: int
+) -> None:
+    merge_step, out = script("merge_step"), tmp_path / "steps.json"
+    shape = merge_step.Shape(1, 17, 16, 2)
+    steps = [(shape, merge_step.Target(factor, share)), (shape, None)]
+    monkeypatch.setattr(merge_step, "STEPS", steps)
+    monkeypatch.setattr(merge_step, "ATTENTIONS", [(shape, (None, merge_step.Target(0.0)))])
+    assert merge_step.main(["--rounds", "1", "--out", str(out)]) == code
+    step, free, explicit, unmasked = json.loads(out.read_text())["rows"]
+    assert step["met"] is (code == 0)
+    assert unmasked["met"] is True
+    assert "met" not in free | explicit
+    assert capsys.readouterr().out.count("MISSED") == code
+    # Few rounds decide nothing.
+    assert merge_step.main(["--small", "--rounds", "1", "--out", str(out)]) == 0
+
+
+def test_sliced_model_is_the_stock_one_with_fewer_rows() -> None:
+    small, model = script("small"), timm.create_model("test_vit", global_pool="token").eval()
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(small.sliced(model, [0] * 6)(images), expected)
+        removed = vtoken.plan(model, "pitome", ratio=0.9).removed
+        seen = []
+        copy = small.sliced(model, removed)
+        for block in copy.blocks:
+            block.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+        assert not torch.equal(copy(images), expected)
+        assert seen == list(vtoken.plan(model, "pitome", ratio=0.9).tokens[1:])
+        assert torch.equal(model(images), expected)
+    with pytest.raises(vtoken.UnsupportedModelError, match="timm's Block"):
+        small.sliced(timm.create_model("eva02_tiny_patch14_224", img_size=56).eval(), [1] * 12)
+
+
+def test_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    small, out = script("small"), tmp_path / "small.json"
+    missed = {"pitome": 1e9}
+    monkeypatch.setattr(small, "SMALL", [small.Case("test_vit", 1, published={"tome": 2.0}),
+                                         small.Case("test_vit", 2, ceiling=missed)])  # fmt: skip
+    assert small.main(["--small", "--out", str(out)]) == 1
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["batch"], row["name"], row["missed"]) for row in rows] == [
+        (1, "pitome", []), (1, "tome", []), (2, "pitome", ["of_ceiling"]), (2, "tome", [])
+    ]  # fmt: skip
+    model = timm.create_model("test_vit")
+    for row in rows:
+        cost = vtoken.report(model, vtoken.core.config.config_from_dict(row["method"]))
+        assert (row["tokens"], row["flops_factor"]) == (cost.tokens[-1], cost.flops_factor)
+        assert min(row["speedup"], row["of_ceiling"], row["ceiling_speedup"]) > 0
+        assert row["samples"] == (3 if row["batch"] == 1 else 2)
+    assert rows[1]["of_published"] == rows[1]["speedup"] / 2.0
+    assert "measured elsewhere" in capsys.readouterr().out
+
+
+def test_paired_quotients_are_those_of_one_round() -> None:
+    paired = script("small").paired
+    assert paired([10.0, 40.0, 3.0], [5.0, 10.0, 1.0]) == 3.0  # the quotient of medians is 2
 
 
 @pytest.mark.slow

@@ -14,10 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtoken import ConfigError, ShapeError
 from vtoken.methods.schedule import removed_by_ratio
-from vtoken.ops import MergePlan, key_metric, plan_pitome, plan_random, plan_stride, plan_tome
+from vtoken.ops import MergePlan, key_metric, matching, plan_pitome, plan_random, plan_stride, plan_tome
 from vtoken.ops.reference import (
     ReferencePlan,
     energy_reference,
@@ -441,6 +443,37 @@ def test_many_exact_ties_against_reference(variant: str, seed: int) -> None:
         assert lists(plan) == pitome_reference(metric, r, margin=0.0, num_prefix=1, variant=variant)
 
 
+@pytest.mark.parametrize("energy", ENERGIES)
+@pytest.mark.parametrize("margin", [0.9, 0.45, 0.0, -1.0, 1.0])
+@pytest.mark.parametrize(("half", "width"), [(37, 16), (98, 64), (98, 192), (288, 80), (300, 128), (650, 64)])
+def test_equal_tokens_have_equal_energies(half: int, width: int, margin: float, energy: str) -> None:
+    # Every token twice, shuffled; the larger cases are computed in blocks.
+    for seed in range(2 if half > 100 else 12):
+        generator = torch.Generator().manual_seed(seed)
+        once = draw_metric(seed, (1, half, width), clustered=True, dtype=torch.float32)[0]
+        order = torch.randperm(2 * half, generator=generator)
+        unit = matching._unit_rows(once.repeat(2, 1)[order].unsqueeze(0))
+        found = matching._energies(unit, margin, 1.0, energy)[0][order.argsort()]
+        assert torch.equal(found[:half], found[half:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("margin", [1.0, 0.7, 0.0, -1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_energies_are_those_of_the_definition(alpha: float, margin: float, dtype: torch.dtype) -> None:
+    # Up to a factor and a constant, which no order sees: log2(e) N times the mean, plus alpha for every token.
+    metric = draw_metric(51, (2, 33, 9), clustered=True, dtype=dtype)
+    metric[0, 3] = 0.0
+    for energy in ENERGIES:
+        found = matching._energies(matching._unit_rows(metric), margin, alpha, energy).double()
+        expected = 33 * torch.tensor(
+            energy_reference(metric, margin=margin, alpha=alpha, energy=energy), dtype=torch.float64
+        )  # fmt: skip
+        if energy == "elu":
+            expected = (expected + 33 * alpha) * math.log2(math.e)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-11)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_tokens(variant: str) -> None:
     # Their energies are equal whatever they are, so the first one is the source.
@@ -807,3 +840,77 @@ def test_group_maps_of_all_planners_compose() -> None:
         one = first(metric, 9, 1)
         two = second(one.apply(metric)[0], 7, 1)
         assert torch.equal(one.then(two).dest, two.dest.gather(1, one.dest))
+
+
+# --- long sequences ---
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Switches between plans in blocks of 5 rows and plans in one piece."""
+
+    def switch(on: bool) -> None:
+        monkeypatch.setattr(matching, "_CACHED", 0 if on else 1 << 40)
+        monkeypatch.setattr(matching, "_LEAST_ROWS", 5)
+
+    return switch
+
+
+@each_planner
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_plans_in_blocks_are_plans(small_blocks: Callable[[bool], None], planner: Planner, dtype: torch.dtype) -> None:
+    for seed, (batch, mergeable, num_prefix) in enumerate([(1, 41, 0), (1, 97, 1), (2, 60, 5), (3, 33, 2), (0, 30, 1)]):
+        metric = draw_metric(seed, (batch, num_prefix + mergeable, 24), clustered=seed % 2 == 0, dtype=dtype)
+        if batch:
+            metric[0, num_prefix + 3] = metric[0, num_prefix + 17]
+            metric[0, num_prefix + 5] = 0.0
+        for r in (1, mergeable // 3, mergeable // 2):
+            small_blocks(False)
+            whole = planner(metric, r, num_prefix)
+            small_blocks(True)
+            blocked = planner(metric, r, num_prefix)
+            assert lists(blocked) == lists(whole)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("energy", ENERGIES)
+def test_ties_and_protection_in_blocks(small_blocks: Callable[[bool], None], variant: str, energy: str) -> None:
+    small_blocks(True)
+    metric = one_hot([(i * i) % 7 for i in range(43)]).expand(2, -1, -1)
+    for protect in (None,) if variant == "tome" else (None, [0, 5, 6, 7, 30]):
+        options = {"margin": 0.0, "num_prefix": 1, "variant": variant, "energy": energy, "protect": protect}
+        for r in (1, 8, 18):
+            assert decisions(plan_pitome(metric, r, **options)) == decisions(pitome_reference(metric, r, **options))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_protection_in_blocks(small_blocks: Callable[[bool], None], variant: str) -> None:
+    metric = draw_metric(52, (3, 1 + 52, 16), clustered=True, dtype=torch.float32)
+    for kind in ("mask", "rows", "list"):
+        protect = draw_protect(kind, {"batch": 3, "mergeable": 52, "seed": 5}, variant)
+        plans = []
+        for on in (False, True):
+            small_blocks(on)
+            plans.append(plan_pitome(metric, 11, margin=0.5, num_prefix=1, variant=variant, protect=protect))
+        assert lists(plans[0]) == lists(plans[1])
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        self.numel = max([self.numel, *(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor))])
+        return out
+
+
+@each_planner
+def test_no_more_than_a_block_is_held(planner: Planner) -> None:
+    # 3000 tokens are 9 million similarities, or 2 million between two halves.
+    metric, largest = draw_metric(53, (1, 3000, 8), dtype=torch.float32), _Largest()
+    with largest:
+        plan = planner(metric, 1499, 0)
+    assert_valid(plan, 3000, plan.removed, 0)
+    assert largest.numel <= 1 << 17

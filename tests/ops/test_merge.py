@@ -253,6 +253,60 @@ def test_size_bias(dtype: torch.dtype) -> None:
     )
 
 
+# --- one image, which takes fewer operations ---
+
+
+@each_planner
+@pytest.mark.parametrize("kind", SIZES)
+def test_one_image_merges_as_it_would_among_others(planner: Planner, kind: str) -> None:
+    plan = planner(draw(60, 1, 43, 6), 15, 2)
+    alone, size = draw(61, 1, 43, 24, dtype=torch.float32), draw_size(62, 1, 43, kind)
+    pair = MergePlan(*(torch.cat([t, t]) for t in (plan.keep, plan.src, plan.slot)), plan.num_tokens_in, plan.num_dest)
+    y, new_size = plan.apply(alone, size)
+    both, both_size = pair.apply(torch.cat([alone, alone]), None if size is None else torch.cat([size, size]))
+    assert torch.equal(y, both[:1])
+    assert torch.equal(new_size, both_size[:1])
+    # The same with a gradient, which takes the way of a batch.
+    assert torch.equal(plan.apply(alone.clone().requires_grad_(), size)[0], y)
+
+
+@each_planner
+def test_one_image_leaves_its_inputs_alone(planner: Planner) -> None:
+    plan, x, size = planner(draw(63, 1, 43, 6), 15, 2), draw(64, 1, 43, 8, dtype=torch.float32), draw_size(65, 1, 43)
+    rows = [plan.keep.clone(), plan.src.clone(), plan.slot.clone(), x.clone(), size.clone()]
+    first = plan.apply(x, size)
+    assert all(torch.equal(a, b) for a, b in zip(rows, (plan.keep, plan.src, plan.slot, x, size), strict=True))
+    again = plan.apply(x, size)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_one_image_in_every_mode() -> None:
+    plan, x, size = plan_tome(draw(66, 1, 43, 6), 15), draw(67, 1, 43, 8, dtype=torch.float32), draw_size(68, 1, 43)
+    expected, _ = plan.apply(x, size)
+    assert expected.is_contiguous()
+    with torch.inference_mode():
+        assert torch.equal(plan.apply(x, size)[0], expected)
+    with torch.no_grad():
+        assert torch.equal(plan.apply(x.clone().requires_grad_(), size)[0], expected)
+    weight = torch.ones(8, requires_grad=True)  # a frozen tower in front of something that learns
+    (plan.apply(x, size)[0] * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, expected.sum((0, 1)))
+    assert torch.equal(torch.func.vmap(lambda t: plan.apply(t, size)[0])(x.unsqueeze(0))[0], expected)
+    value, tangent = torch.func.jvp(lambda t: plan.apply(t, size)[0], (x,), (x,))
+    assert torch.equal(value, expected)
+    torch.testing.assert_close(tangent, expected)  # merging is linear
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, 2 * x)
+        torch.testing.assert_close(
+            torch.autograd.forward_ad.unpack_dual(plan.apply(dual, size)[0]).tangent, 2 * expected
+        )
+    grown = size.clone().requires_grad_()
+    plan.apply(x, grown)[1].sum().backward()
+    assert torch.equal(grown.grad, torch.ones_like(size))
+    compiled = torch.compile(lambda t: plan.apply(t, size), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x)[0], expected)
+
+
 # --- precision (pitome.md 9) ---
 
 

@@ -269,6 +269,20 @@ def _nearest(similarity: Tensor) -> Sequence[Tensor]:
     return found
 
 
+def _exp2_(x: Tensor) -> Tensor:
+    """2 ** x in place; equal rows [..., n] stay equal, bit by bit.
+
+    What a CPU's vectors leave over at the end of a tensor, less than 64 numbers, torch computes by another function,
+    rounded differently: that must happen in the same columns of all rows, not in the last row alone.
+    """
+    full = x.shape[-1] // 64 * 64
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or full == x.shape[-1]:
+        return x.exp2_()
+    x[..., :full].exp2_()
+    x[..., full:].exp2_()
+    return x
+
+
 def _energies(unit: Tensor, margin: float | Tensor, alpha: float, energy: str) -> Tensor:
     """Energies [B, N]: the sum of f(cos_ij - margin) over all tokens j; high where many tokens are close.
 
@@ -288,7 +302,7 @@ def _energies(unit: Tensor, margin: float | Tensor, alpha: float, energy: str) -
 
     def eq4(similarity: Tensor) -> tuple[Tensor]:
         close = similarity.clamp_max_(top)
-        below = close.sub(margin).mul_(_LOG2E).exp2_().sub_(1.0).mul_(alpha)
+        below = _exp2_(close.sub(margin).mul_(_LOG2E)).sub_(1.0).mul_(alpha)
         return (torch.where(close >= min(margin, top), close, below).sum(-1),)
 
     # elu(z) + alpha = max(z, 0) + alpha * 2^(min(z, 0) log2 e): of expm1, exp and exp2 only the last is fast on every
@@ -297,7 +311,7 @@ def _energies(unit: Tensor, margin: float | Tensor, alpha: float, energy: str) -
 
     def elu(scaled: Tensor) -> tuple[Tensor]:
         above = scaled.clamp(0.0, max(highest, 0.0)).sum(-1)  # exactly 0 where nobody is close: ties for alpha=0
-        below = scaled.clamp_max_(min(highest, 0.0)).exp2_().sum(-1)
+        below = _exp2_(scaled.clamp_max_(min(highest, 0.0))).sum(-1)
         return (above.add_(below, alpha=alpha * _LOG2E),)
 
     if energy == "eq4":

@@ -1,0 +1,108 @@
+"""Methods that were written outside this package, against `BlockMethod` and `Merging` as they have been since 0.1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+import vtoken
+from vtoken.core import config
+from vtoken.core.method import BlockMethod
+from vtoken.core.state import Slot
+from vtoken.methods.merging import MergeConfig, Merging
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstRows(config.MethodConfig):
+    """Keeps the first rows and drops `r` at the end of every block; shares no code with the merging methods."""
+
+    method: ClassVar[str] = "first_rows"
+    r: int = 3
+
+    def build(self, depth: int) -> BlockMethod:
+        return _FirstRows(self.r)
+
+
+class _FirstRows(BlockMethod):
+    metric, insert, order = "hidden", "between", "raster"
+
+    def __init__(self, r: int) -> None:
+        self.r = r
+
+    def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
+        return min(self.r, mergeable)
+
+    def has_bias(self) -> bool:
+        return False
+
+    def matching_macs(self, layer: int, mergeable: int, head_dim: int, width: int) -> int:
+        return 0
+
+    def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
+        left = x.shape[1] - self.num_removed(layer, x.shape[1] - num_prefix)
+        return x[:, :left], slot.keep(torch.arange(left).expand(x.shape[0], -1))
+
+    def describe(self, layer: int) -> dict[str, Any]:
+        return {"r": self.r}
+
+
+class _Counting(Merging):
+    """A merging that looks on."""
+
+    def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
+        x, slot = super().on_block(layer, x, metric, slot, num_prefix)
+        return x, replace(slot)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountingToMe(vtoken.ToMe):
+    """ToMe with a method class of its own."""
+
+    method: ClassVar[str] = "counting_tome"
+
+    def build(self, depth: int) -> BlockMethod:
+        return _Counting(self, depth)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(config, "_registry", dict(config._registry))
+    torch.manual_seed(0)
+    return timm.create_model("test_vit").eval()
+
+
+def test_a_registered_method_with_five_arguments(model: Any) -> None:
+    vtoken.register_method(FirstRows)
+    x = torch.randn(2, 3, 160, 160)
+    expected = model.patch_embed(x)
+    expected = model.norm_pre(model._pos_embed(expected))
+    for block in model.blocks:
+        expected = expected + block.attn(block.norm1(expected))
+        expected = expected[:, :-5]
+        expected = expected + block.mlp(block.norm2(expected))
+    expected = model.forward_head(model.norm(expected))
+    vtoken.apply(model, "first_rows", r=5)
+    assert vtoken.plan(model).removed == (5,) * len(model.blocks)
+    with torch.no_grad():
+        assert torch.allclose(model(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_merging_that_calls_the_one_it_extends(model: Any, batch: int) -> None:
+    vtoken.register_method(CountingToMe)
+    x = torch.randn(batch, 3, 160, 160)
+    vtoken.apply(model, "tome", r=6)
+    with torch.no_grad():
+        expected = model(x)
+        vtoken.remove(model)
+        vtoken.apply(model, "counting_tome", r=6)
+        assert torch.equal(model(x), expected)
+    vtoken.remove(model)
+    layer = vtoken.nn.MergeTokens(CountingToMe(r=6))
+    assert isinstance(layer.config, MergeConfig)
+    assert layer(torch.randn(batch, 20, 8), torch.randn(batch, 20, 4))[0].shape == (batch, 14, 8)
