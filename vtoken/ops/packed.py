@@ -73,7 +73,7 @@ def _offsets(x: Tensor, bits: int) -> tuple[Tensor, np.ndarray]:
         spread, size = most - least, np.maximum(most, -least)
     # The offset must be a multiple of u, too, and less than 2^24 u: hence the bound by the largest number.
     step = np.maximum(spread / (2.0**bits - 4), size * 2.0**-21)
-    finite = step < 2.0**100  # not NaN, and the offset is a float32
+    finite = step < 2.0**100  # not NaN, and small enough for the offset to be a float32
     step = np.ldexp(1.0, np.maximum(np.frexp(np.where(finite, step, 1.0))[1], -149))
     middle = np.rint(np.where(finite, least + spread / 2, 0.0) / step)
     offset = (1.5 * 2**23 - middle) * step
