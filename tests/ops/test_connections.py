@@ -290,6 +290,7 @@ def test_packed_rows_are_right_or_listed(kind: str, width: int, monkeypatch: pyt
         if kind in PLAIN:
             assert len(unsure) <= 4  # of 64
         assert torch.equal(largest_index(x, k), expected)
+        assert torch.equal(largest_index(x, k, torch.full((x.numel() + 5,), math.nan)), expected)
     assert torch.equal(x.nan_to_num(), before.nan_to_num())
 
 

@@ -182,7 +182,12 @@ def select_topk(
     k = num_kept(keep_ratio, num_tokens, num_original)
     if use_triton(backend, coefficients, lambda: select_reason(coefficients, basis)):
         return Connections(num_tokens, index=kernels.select_rows(coefficients, basis, k))
-    chunks = [largest_index(scores, k) for scores in _score_chunks(coefficients, basis)]
+    chunks: list[Tensor] = []
+    room = None
+    for scores in _score_chunks(coefficients, basis):
+        if room is None and not branch_free(scores):  # no later piece is larger
+            room = torch.empty_like(scores)
+        chunks.append(largest_index(scores, k, room))
     return Connections(num_tokens, index=torch.cat(chunks, dim=1).view(*coefficients.shape[:3], k))
 
 

@@ -35,8 +35,8 @@ def largest_mask(x: Tensor, k: int) -> Tensor:
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 
 
-def largest_index(x: Tensor, k: int) -> Tensor:
-    """Indices of `largest_mask`, ascending: [..., k] int64."""
+def largest_index(x: Tensor, k: int, room: Tensor | None = None) -> Tensor:
+    """Indices of `largest_mask`, ascending: [..., k] int64; `room` as `largest_packed` takes it."""
     shape, num = (*x.shape[:-1], k), x.shape[-1]
     if k == num:
         return torch.arange(num, device=x.device).expand(shape)
@@ -48,7 +48,7 @@ def largest_index(x: Tensor, k: int) -> Tensor:
     slower = x.numel() < _PACKED_ENTRIES or torch.get_num_threads() > _PACKED_THREADS
     if slower or num > MAX_WIDTH or x.dtype != torch.float32:
         return _by_threshold(x, k).view(shape)
-    index, unsure = largest_packed(x, k)
+    index, unsure = largest_packed(x, k, room)
     if unsure.shape[0]:
         index[unsure] = _by_threshold(x[unsure], k)
     return index.view(shape)

@@ -16,7 +16,7 @@ _INDEX_BITS = 10
 MAX_WIDTH = 2**13
 
 
-def largest_packed(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest_packed(x: Tensor, k: int, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Indices of the k largest entries of every row of `x`, the first of equals, and the rows where they may be wrong.
 
     Entries are rounded to about 2^20 equal steps between the least and the largest of their row. Rounding keeps their
@@ -27,6 +27,7 @@ def largest_packed(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Args:
         x: [R, N] float32 on the CPU, N <= MAX_WIDTH.
         k: 1 to N - 1.
+        room: float32, R * N numbers or more, which are overwritten; saves the time that new memory takes.
 
     Returns:
         [R, k] int64, ascending; and row numbers, int64 [R'].
@@ -35,7 +36,8 @@ def largest_packed(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     bits = max(_INDEX_BITS, (width - 1).bit_length())
     offset, finite = _offsets(x, 32 - bits)
     # x + offset has one exponent in the whole row: its last bits count steps, as a number with a sign.
-    steps = torch.add(x, offset).view(torch.int32)
+    room = torch.empty_like(x) if room is None else room.view(-1)[: x.numel()].view(x.shape)
+    steps = torch.add(x, offset, out=room).view(torch.int32)
     last = (1 << bits) - 1
     # Of equals the one with the lower index gets the larger key.
     torch.add(torch.arange(last, last - width, -1, dtype=torch.int32), steps, alpha=1 << bits, out=steps)
