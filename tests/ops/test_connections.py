@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vtoken import ConfigError, ShapeError
-from vtoken.ops import Connections, backend, select_grouped, select_threshold, select_topk
+from vtoken.ops import Connections, backend, connections, select_grouped, select_threshold, select_topk
 from vtoken.ops.connections import num_kept
 from vtoken.ops.hilbert import hilbert_order
 from vtoken.ops.largest import keep_largest, largest_index, largest_mask
+from vtoken.ops.packed import largest_packed
 
 
 class Sizes(TorchDispatchMode):
@@ -235,6 +236,95 @@ def test_largest_of_rows(width: int, threads: int, monkeypatch: pytest.MonkeyPat
             expected = torch.tensor([[best(row, k) for row in rows] for rows in x.abs().tolist()])
             marked = torch.zeros_like(x).scatter(2, expected, 1.0).transpose(1, 2)
             assert torch.equal(keep_largest(columns, k), columns * marked)
+
+
+def first_of_sorted(x: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of every row, the first of equals, ascending; NaN counts as the smallest."""
+    order = x.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).sort(dim=1, descending=True, stable=True)
+    return order.indices[:, :k].sort(1).values
+
+
+def draw_rows(kind: str, width: int) -> Tensor:
+    rng = torch.Generator().manual_seed(width)
+    x = torch.randn(64, width, generator=rng)
+    return {
+        "normal": lambda: x,
+        "positive": lambda: x.abs(),
+        "few values": lambda: (2 * x).round(),
+        "mostly zero": lambda: x.where(x > 1.5, 0.0),
+        "all equal": lambda: torch.full_like(x, 0.1),
+        "zeros of both signs": lambda: x.sign() * 0.0,
+        "subnormal": lambda: x * 1e-43,
+        "tiny": lambda: x * 1e-37,
+        "huge": lambda: x * 1e37,
+        "near the largest float": lambda: (x.sign() * 3e38).where(x.abs() > 1, x),
+        "far from zero": lambda: 1000 + x / 100,
+        "neighbours in floating point": lambda: 1 + (4 * x).round() * 2**-23,
+        "ten powers of ten": lambda: (10 * x).exp(),
+        "one far above": lambda: x.index_fill(1, torch.tensor([width // 2]), 1e9),
+        "infinite": lambda: x.where(x < 1, math.inf).where(x > -1, -math.inf),
+        "NaN": lambda: x.where(x < 1.5, math.nan),
+    }[kind]()
+
+
+#: Rows of these are all told apart by the rounded entries, or are ties that are equal before rounding, too.
+PLAIN = {"normal", "positive", "few values", "mostly zero", "all equal", "zeros of both signs", "tiny"}
+OTHERS = {
+    "subnormal", "huge", "near the largest float", "far from zero", "neighbours in floating point", "ten powers of ten",
+    "one far above", "infinite", "NaN",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [2, 3, 197, 1024, 1025, 2305, 8192])
+@pytest.mark.parametrize("kind", sorted(PLAIN | OTHERS))
+def test_packed_rows_are_right_or_listed(kind: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vtoken.ops.largest._PACKED_ENTRIES", 0)
+    x = draw_rows(kind, width)
+    before = x.clone()
+    for k in sorted({1, -(-width // 10), width // 2, width - 1}):
+        expected = first_of_sorted(x, k)
+        index, unsure = largest_packed(x, k)
+        assert unsure.unique().shape == unsure.shape
+        sure = torch.ones(len(x), dtype=torch.bool).index_fill(0, unsure, False)
+        assert torch.equal(index[sure], expected[sure])
+        if kind in PLAIN:
+            assert len(unsure) <= 4  # of 64
+        assert torch.equal(largest_index(x, k), expected)
+        assert torch.equal(largest_index(x, k, torch.full((x.numel() + 5,), math.nan)), expected)
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_topk_of_many_rows_is_chosen_in_pieces(
+    per_image: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    coefficients, basis = draw(7, 2, 3, 150, 1, width=9, per_image=per_image)
+    scores = coefficients.double() @ (basis.unsqueeze(1) if per_image else basis).double()
+    expected = first_of_sorted(scores.view(-1, 151), 16).view(2, 3, 150, 16)
+    for room in (2**8, 2**15, 2**19):
+        monkeypatch.setitem(connections._SCORES, "cpu", room)
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            assert torch.equal(select_topk(coefficients, basis, 0.1).index, expected)
+
+
+@pytest.mark.parametrize("tokens", [1025, 2305])
+def test_topk_of_random_scores_equals_the_sorted_scores(tokens: int) -> None:
+    rng = torch.Generator().manual_seed(tokens)
+    logits = torch.randn(1, 2, 40, 32, generator=rng)
+    coefficients = keep_largest(logits.softmax(-1).transpose(-1, -2), 8).transpose(-1, -2)
+    basis = torch.randn(32, tokens, generator=rng).mul(0.05).abs()
+    basis[basis < 0.02] = 0.0
+    found = select_topk(coefficients, basis, 0.1).index
+    scores = (coefficients.double() @ basis.double()).view(-1, tokens)
+    k = num_kept(0.1, tokens)
+    worst = scores.gather(1, found.view(-1, k)).amin(1)
+    # Scores are float32: whatever their rounding, no key may be left out for one that is worse by more than it.
+    best_left_out = scores.scatter(1, found.view(-1, k), -1.0).amax(1)
+    assert (worst >= best_left_out - 1e-7).all()
+    assert (found.diff(dim=-1) > 0).all()
+    scores32 = torch.cat(list(connections._score_chunks(coefficients, basis)), dim=1)[0]
+    assert torch.equal(found.view(-1, k), first_of_sorted(scores32, k))
 
 
 @pytest.mark.parametrize("threads", [0, 10**6], ids=["topk", "numpy"])

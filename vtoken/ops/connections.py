@@ -19,10 +19,10 @@ from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.ops import kernels
 from vtoken.ops.backend import select_reason, use_triton
 from vtoken.ops.hilbert import hilbert_order
-from vtoken.ops.largest import largest_index
+from vtoken.ops.largest import branch_free, largest_index
 
-#: Scores alive at one time: 1 MB, which stays in cache; on an accelerator 256 MB, which keeps it busy.
-_SCORES = {"cpu": 2**18}
+#: Scores alive at one time: 2 MB, which stay near the core; on an accelerator 256 MB, which keeps it busy.
+_SCORES = {"cpu": 2**19}
 _SCORES_ELSEWHERE = 2**26
 
 
@@ -182,8 +182,13 @@ def select_topk(
     k = num_kept(keep_ratio, num_tokens, num_original)
     if use_triton(backend, coefficients, lambda: select_reason(coefficients, basis)):
         return Connections(num_tokens, index=kernels.select_rows(coefficients, basis, k))
-    chunks = [largest_index(scores, k) for scores in _score_chunks(coefficients, basis)]
-    return Connections(num_tokens, index=torch.cat(chunks, dim=2))
+    chunks: list[Tensor] = []
+    room = None
+    for scores in _score_chunks(coefficients, basis):
+        if room is None and not branch_free(scores):  # no later piece is larger
+            room = torch.empty_like(scores)
+        chunks.append(largest_index(scores, k, room))
+    return Connections(num_tokens, index=torch.cat(chunks, dim=1).view(*coefficients.shape[:3], k))
 
 
 @torch.no_grad()
@@ -290,13 +295,23 @@ def _check(coefficients: Tensor, basis: Tensor) -> int:
 
 
 def _score_chunks(coefficients: Tensor, basis: Tensor) -> Iterator[Tensor]:
-    """Scores [B, H, t, N] of t queries at a time."""
-    batch, heads, queries, _ = coefficients.shape
-    step = _rows_at_a_time(coefficients.device, batch * heads * basis.shape[-1], queries)
-    if basis.dim() == 3:
-        basis = basis.unsqueeze(1)
-    for rows in coefficients.split(step, dim=2):
-        yield rows @ basis
+    """Scores of some of the rows (b, h, t) at a time: [1, rows, N], or [B, rows, N] if each image has its basis."""
+    rows = coefficients.flatten(0, 2).unsqueeze(0) if basis.dim() == 2 else coefficients.flatten(1, 2)
+    step = _rows_at_a_time(rows.device, rows.shape[0] * basis.shape[-1], rows.shape[1])
+    if basis.dim() == 2 and _has_onednn(rows):
+        # Twice as fast on AMD as MKL, whose product torch would take; where measured, equal to the last bit.
+        weight = basis.t().contiguous().to_mkldnn()
+        for some in rows[0].split(step):
+            yield F.linear(some.to_mkldnn(), weight).to_dense().unsqueeze(0)
+        return
+    for some in rows.split(step, dim=1):
+        yield some @ basis
+
+
+def _has_onednn(x: Tensor) -> bool:
+    if branch_free(x) or x.dtype != torch.float32:
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _rows_at_a_time(device: torch.device, row_size: int, queries: int) -> int:

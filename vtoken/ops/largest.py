@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
+
+from vtoken.ops.packed import MAX_WIDTH, largest_packed
 
 #: Beyond so many passes over the data, topk is faster.
 _MAX_PASSES = 24
 #: With more threads than these, topk, which shares its rows among them, is faster than numpy.
 _NUMPY_THREADS = 2
+#: The same for `largest_packed`, which is 14 times as fast as topk on one thread (rows of 2305, k = 231).
+_PACKED_THREADS = 8
+#: Fewer entries are chosen faster by `_by_threshold`, which calls fewer operators.
+_PACKED_ENTRIES = 2**14
 
 
 def branch_free(x: Tensor) -> bool:
@@ -31,8 +35,8 @@ def largest_mask(x: Tensor, k: int) -> Tensor:
     return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
 
 
-def largest_index(x: Tensor, k: int) -> Tensor:
-    """Indices of `largest_mask`, ascending: [..., k] int64."""
+def largest_index(x: Tensor, k: int, room: Tensor | None = None) -> Tensor:
+    """Indices of `largest_mask`, ascending: [..., k] int64; `room` as `largest_packed` takes it."""
     shape, num = (*x.shape[:-1], k), x.shape[-1]
     if k == num:
         return torch.arange(num, device=x.device).expand(shape)
@@ -40,16 +44,28 @@ def largest_index(x: Tensor, k: int) -> Tensor:
         # The kept entries numbered from the end are distinct positive numbers, the others 0.
         countdown = torch.arange(num, 0, -1, device=x.device)
         return num - torch.where(largest_mask(x, k), countdown, 0).topk(k).values
-    x = x.reshape(-1, num)
+    x = x.detach().reshape(-1, num)
+    slower = x.numel() < _PACKED_ENTRIES or torch.get_num_threads() > _PACKED_THREADS
+    if slower or num > MAX_WIDTH or x.dtype != torch.float32:
+        return _by_threshold(x, k).view(shape)
+    index, unsure = largest_packed(x, k, room)
+    if unsure.shape[0]:
+        index[unsure] = _by_threshold(x[unsure], k)
+    return index.view(shape)
+
+
+def _by_threshold(x: Tensor, k: int) -> Tensor:
+    """`largest_index` of rows [R, N] on the CPU."""
+    num = x.shape[1]
     mask = x >= _kth_largest(x, k)
     flat = mask.view(-1).nonzero()
     # The number of entries found tells that no row has a tie at its k-th place, nor NaN: the usual case is done.
-    if flat.shape[0] != math.prod(shape):
+    if flat.shape[0] != x.shape[0] * k:
         tied = (mask.sum(-1) != k).nonzero().view(-1)
         mask[tied] = largest_mask(x[tied], k)
         flat = mask.view(-1).nonzero()
     starts = torch.arange(0, x.shape[0] * num, num).unsqueeze(1)
-    return (flat.view(-1, k) - starts).view(shape)
+    return flat.view(-1, k) - starts
 
 
 def _kth_largest(x: Tensor, k: int) -> Tensor:
