@@ -95,7 +95,9 @@ def read_frames(path: Video, indices: Sequence[int], *, max_side: int | None = N
         return np.zeros((0, size[1], size[0], 3), dtype=np.uint8)
     if wanted[-1] >= line.frames:
         raise InputError(f"frame {wanted[-1]} asked for, but {name} ends with frame {line.frames - 1}")
-    found, taken, pixels = None, None, None
+    found: Any = None
+    taken: Any = None
+    pixels: Any = None
     with _Reader(path, line) as reader:
         for index in wanted:
             frame = reader.frame_at(index)
@@ -112,7 +114,7 @@ def read_frames(path: Video, indices: Sequence[int], *, max_side: int | None = N
             f"{name} is damaged: {reader.damage[0]}{more}; the last frame that can be decoded is taken there",
             stacklevel=2,
         )
-    return found
+    return found  # type: ignore[no-any-return]
 
 
 def _whole(index: object) -> int:
@@ -130,6 +132,9 @@ class _Reader:
 
         self.path, self.line = path, line
         self.damage: list[str] = []
+        self.shown: tuple[int, Any] | None = None  # the last frame that was passed, by its number
+        self.ahead: tuple[int, Any] | None = None  # and the one after it
+        self.decoded: Iterator[tuple[int, Any]] = iter(())
         self.open = ExitStack()
         self.seeks = line.start is not None and not line.joined
         # Threads that decode ahead take Python's lock when they log to Python, and whoever waits for them may hold it.
@@ -144,21 +149,27 @@ class _Reader:
 
     def frame_at(self, index: int) -> Any:
         """The frame with this number, or the last before it, or the first that can be had."""
-        try:
-            return self._go_to(index)
-        except _Ahead:
-            self.threads = "SLICE"
-            self._begin()
-            return self._go_to(index)
-
-    def _go_to(self, index: int) -> Any:
         if self.seeks and self.ahead is not None and index - self.ahead[0] > _SEEK_GAP:
             self._seek(index)
-        while self.ahead is not None and (self.shown is None or self.ahead[0] <= index):
-            self.shown, self.ahead = self.ahead, next(self.decoded, None)
+        try:
+            self._pass_to(index)
+        except _Ahead:
+            self._again(self.shown[0] if self.shown else index)
+            self._pass_to(index)
         if self.shown is None:
             raise InputError(f"{self.name}: not one frame can be decoded" + "".join(f"; {d}" for d in self.damage[:1]))
         return self.shown[1]
+
+    def _pass_to(self, index: int) -> None:
+        while self.ahead is not None and (self.shown is None or self.ahead[0] <= index):
+            self.shown, self.ahead = self.ahead, next(self.decoded, None)
+
+    def _again(self, index: int) -> None:
+        """Come to the frame with this number once more, with no thread ahead."""
+        self.threads = "SLICE"
+        self._begin()
+        if self.seeks and self.ahead is not None and index - self.ahead[0] > _SEEK_GAP:
+            self._seek(index)
 
     def _begin(self) -> None:
         """Go to the start of the file."""
@@ -166,13 +177,12 @@ class _Reader:
         self.damage.clear()
         self.container, self.stream, self.name = self.open.enter_context(_opened(self.path, self.threads))
         self.stream.codec_context.copy_opaque = self.line.joined
-        self.shown: tuple[int, Any] | None = None
+        self.shown = None
         self.decoded = self._decode(wait=False)
         try:
             self.ahead = next(self.decoded, None)
         except _Ahead:
-            self.threads = "SLICE"
-            self._begin()
+            self._again(0)
 
     def _seek(self, index: int) -> None:
         """Go to a key frame at or before `index`; to the start of the file if its seeking cannot be relied on."""
@@ -185,7 +195,10 @@ class _Reader:
             except av.FFmpegError:
                 break
             self.decoded = self._decode(wait=True)
-            self.shown, self.ahead = None, next(self.decoded, None)
+            try:
+                self.shown, self.ahead = None, next(self.decoded, None)
+            except _Ahead:
+                return self._again(index)
             if self.ahead is not None and self.ahead[0] <= index:
                 return
         self.seeks = False

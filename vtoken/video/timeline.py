@@ -12,7 +12,9 @@ from typing import Any
 from vtoken.core.errors import InputError
 
 _HEAD = 64  # packets that hold the first frame on screen, however the frames are reordered
-_JUMP = 10  # seconds; a longer step forward in a format whose clock may jump is a jump of the clock, not a still picture
+_JUMP = (
+    10  # seconds; a longer step forward in a format whose clock may jump is a jump of the clock, not a still picture
+)
 _BACK = 1  # seconds; a longer step back of the decoding times is a clock that starts again
 _RATE = 25  # frames per second where neither times nor a rate are told
 _NEVER = -(2**63)  # the time of a packet that is not shown
@@ -126,7 +128,9 @@ def _scan(container: Any, stream: Any, name: str, most: int | None) -> Timeline:
     first = shown[0][0]
     rate = _rate(stream, frames, shown[-1][0] - first + _held(stream, shown))
     if not clock.joined:
-        return Timeline(frames, rate, stream.time_base, first)
+        # AVI numbers packets as they are stored, which is no time of showing where frames are stored in another order.
+        ordered = container.format.name == "avi" and stream.codec_context.has_b_frames and clock.ordered
+        return Timeline(frames, rate, stream.time_base, None if ordered else first)
     true = array("q", (time if time == _NEVER else time - first for time in times))
     return Timeline(frames, rate, stream.time_base, first, True, true)
 
@@ -140,31 +144,33 @@ class _Clock:
     """Times that go on where the stream's clock starts again or jumps, as in files joined of pieces."""
 
     def __init__(self, tick: Fraction, may_jump: bool) -> None:
-        self.joined = False
+        self.joined, self.ordered = False, True  # ordered: every packet is shown after all those before it
         self._back = round(_BACK / tick)
         self._ahead = round(_JUMP / tick) if may_jump else None
-        self._offset = 0
-        self._end = self._top = self._last = None  # of this piece: end of its last picture, its last time; last dts
+        self._offset = self._step = 0  # of this piece to the first; from one decoding time to the next
+        self._top: int | None = None  # the latest time of this piece
+        self._last = 0  # decoding time
 
     def time(self, packet: Any) -> int:
         """The packet's time of showing, pieces joined."""
-        length, dts = packet.duration or 1, packet.dts
+        dts = packet.dts
         when = packet.pts if packet.pts is not None else dts
         if when is None:
-            when = 0 if self._end is None else self._end
+            when = 0 if self._top is None else self._top + self._step
         order = when if dts is None else dts
+        step = 0 if self._top is None else order - self._last
         if self._top is not None and (
             (packet.is_keyframe and when < self._top)  # pictures before a key frame are never shown after it
-            or self._last - order > self._back
-            or (self._ahead is not None and order - self._last > self._ahead)
+            or -step > self._back
+            or (self._ahead is not None and step > self._ahead)
         ):
             self.joined = True
-            self._offset += self._end - when
-            self._top = None
-        if self._top is None or when > self._top:
-            self._top, self._end = when, when + length
-        self._last = order
-        return when + self._offset
+            self._offset += self._top + (self._step or packet.duration or 1) - when
+            self._top, step = None, 0
+        self.ordered &= self._top is None or when > self._top
+        self._top = when if self._top is None else max(self._top, when)
+        self._step, self._last = step if step > 0 else self._step, order
+        return int(when) + self._offset
 
 
 def _held(stream: Any, shown: list[tuple[int, int]]) -> int:
