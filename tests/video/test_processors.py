@@ -1,4 +1,4 @@
-"""The README's way from a file to a processor's inputs, on Qwen processors: every frame counts, at the file's own pace."""
+"""The README's way from a file to a processor's inputs, on Qwen processors: all frames, at the file's own pace."""
 
 from __future__ import annotations
 
