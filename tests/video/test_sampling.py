@@ -53,6 +53,10 @@ def test_indices_are_even_and_hold_both_ends() -> None:
         sample_frame_indices(0, 4)
     with pytest.raises(ConfigError, match="n=0"):
         sample_frame_indices(4, 0)
+    with pytest.raises(InputError, match=r"total_frames=4.5"):
+        sample_frame_indices(4.5, 2)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"n=2.5"):
+        sample_frame_indices(4, 2.5)  # type: ignore[arg-type]
 
 
 def test_times_and_what_the_prompt_says() -> None:

@@ -10,7 +10,13 @@ from vtoken.video.lvlm import LVLMScorer, frame_question, text_generator
 from vtoken.video.pictures import to_image
 from vtoken.video.read import VideoInfo, read_frames, video_info
 from vtoken.video.report import QuotaReport
-from vtoken.video.sampling import frame_times, num_frames, sample_frame_indices, time_instruction
+from vtoken.video.sampling import (
+    frame_times,
+    num_frames,
+    processor_arguments,
+    sample_frame_indices,
+    time_instruction,
+)
 from vtoken.video.scorers import PrecomputedScorer, Scorer, UniformScorer, score_frames, scoring_flops
 
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "frame_question",
     "frame_times",
     "num_frames",
+    "processor_arguments",
     "read_frames",
     "sample_frame_indices",
     "score_frames",

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from vtoken.core.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from vtoken.video.read import VideoInfo
 
 
 def num_frames(
@@ -52,13 +57,21 @@ def sample_frame_indices(total_frames: int, n: int) -> list[int]:
     """`n` evenly spaced frame numbers of a video, the first and the last one among them; all of them if it is shorter.
 
     Raises:
-        InputError: if there are no frames. ConfigError: if n is below 1.
+        InputError: if total_frames is no whole number from 1 on. ConfigError: if n is none.
 
     Example:
         >>> from vtoken.video import sample_frame_indices
         >>> sample_frame_indices(100, 4), sample_frame_indices(3, 8)
         ([0, 33, 66, 99], [0, 1, 2])
     """
+    try:
+        total_frames = operator.index(total_frames)
+    except TypeError:
+        raise InputError(f"total_frames={total_frames!r}: frames come in whole numbers") from None
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise ConfigError(f"n={n!r}: frames come in whole numbers") from None
     if total_frames < 1:
         raise InputError(f"total_frames={total_frames}: there is no frame to sample")
     if n < 1:
@@ -76,6 +89,45 @@ def frame_times(indices: Sequence[int], fps: float) -> list[float]:
     if not (math.isfinite(fps) and fps > 0):
         raise InputError(f"fps={fps!r}: frame times need a number of frames per second above 0")
     return [index / fps for index in indices]
+
+
+def processor_arguments(info: VideoInfo, indices: Sequence[int]) -> dict[str, Any]:
+    """What a transformers processor must be told about frames that were sampled before it sees them.
+
+    Without it the processor samples once more, and takes the frames for a video of its own default rate: Qwen2.5-VL's
+    seconds per cell and Qwen3-VL's time stamps are wrong then. For a call with several videos, put the entries of
+    "video_metadata" into one list, a video each.
+
+    Args:
+        info: of the video, as `video_info` gives it.
+        indices: of the frames, as `read_frames` was given them, in order of time.
+
+    Returns:
+        Keyword arguments of the processor's call: "do_sample_frames", "video_metadata".
+
+    Raises:
+        InputError: if there is no index, or one that the video does not have, or they are out of order.
+
+    Example:
+        >>> from vtoken.video import VideoInfo, processor_arguments
+        >>> processor_arguments(VideoInfo(100, 25.0, 64, 48), [0, 33, 66, 99])["video_metadata"][0]["frames_indices"]
+        [0, 33, 66, 99]
+    """
+    try:
+        indices = [operator.index(index) for index in indices]
+    except TypeError:
+        raise InputError("frame numbers are whole numbers") from None
+    if not indices or indices[0] < 0 or indices[-1] >= info.frames or sorted(indices) != indices:
+        raise InputError(f"indices must be frames 0 to {info.frames - 1} of the video in order of time, got {indices}")
+    told = {
+        "total_num_frames": info.frames,
+        "fps": info.fps,
+        "width": info.width,
+        "height": info.height,
+        "duration": info.duration,
+        "frames_indices": indices,
+    }
+    return {"do_sample_frames": False, "video_metadata": [told]}
 
 
 def time_instruction(duration: float, times: Sequence[float]) -> str:
