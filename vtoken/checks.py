@@ -38,10 +38,7 @@ def whole(
     """
     number = value
     if type(value) is not int and not isinstance(value, torch.SymInt):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            number = None
-        else:
-            number = int(value)
+        number = None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
     if number is not None and (least is None or number >= least) and (most is None or number <= most):
         return number
     bounds = "" if least is None else f" from {least} on" if most is None else f" from {least} to {most}"
@@ -66,7 +63,7 @@ def number(
         found = True
     if found:
         try:
-            x = value if isinstance(value, torch.SymFloat) else float(value)
+            x: Any = value if isinstance(value, torch.SymFloat) else float(value)
         except OverflowError:  # an int beyond every float
             x = math.inf
         if (
@@ -76,7 +73,7 @@ def number(
             and (above is None or x > above)
             and (below is None or x < below)
         ):
-            return x
+            return x  # type: ignore[no-any-return]
     raise error(f"{owner}({name}={value!r}): {what}must be {_range(found, least, most, above, below)}")
 
 

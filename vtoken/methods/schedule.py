@@ -60,7 +60,8 @@ def _checked_r(owner: str, r: Any) -> int | PerBlock | tuple[int, float]:
     if isinstance(r, Mapping):  # a line in JSON, which has no tuples
         if set(r) != {"r", "slope"}:
             raise ConfigError(
-                f'{owner}(r={r!r}): expected a number or a sequence of numbers; a line is {{"r": number, "slope": number}}'
+                f"{owner}(r={r!r}): expected a number or a sequence of numbers; "
+                'a line is {"r": number, "slope": number}'
             )
         r = (r["r"], r["slope"])
     if isinstance(r, tuple) and not isinstance(r, PerBlock) and len(r) == 2:

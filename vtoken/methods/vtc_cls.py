@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -69,7 +68,7 @@ class VTCCLS(MethodConfig):
             object.__setattr__(self, "num_tokens", checks.whole("VTCCLS", "num_tokens", self.num_tokens, 1))
         if self.keep_ratio is not None:
             ratio: Any = self.keep_ratio
-            meant = isinstance(ratio, Integral) and not isinstance(ratio, bool) and ratio > 1
+            meant = isinstance(ratio, int) and ratio > 1
             what = f"the share of tokens kept{f' (did you mean num_tokens={ratio}?)' if meant else ''}, "
             object.__setattr__(self, "keep_ratio", checks.share("VTCCLS", "keep_ratio", ratio, what=what))
         if self.start_layer is not None:
