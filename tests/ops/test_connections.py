@@ -312,7 +312,7 @@ def test_no_image_gives_empty_connections_of_the_right_shape(per_image: bool, pr
     for size, groups in ((5, 3), (1, queries), (64, 1)):
         grouped = select_grouped(coefficients, basis, 0.5, grid=(3, 4), group_size=size, live=live)
         assert grouped.index.shape == (0, 2, groups, kept)
-        assert grouped.order.shape == (0 if per_image else 1, queries)
+        assert grouped.order.shape == (0 if per_image and size > 1 else 1, queries)
     threshold = select_threshold(coefficients, basis, torch.tensor([0.1, 0.2]))
     assert threshold.crow.shape == (0, 2, queries + 1)
     assert threshold.col.shape == (0,)

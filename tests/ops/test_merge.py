@@ -638,3 +638,10 @@ def test_meta_tensors_give_shapes(reduction: str) -> None:
         y, size = plan.apply(torch.zeros(2, 21, 8, device="meta"), None, reduction)
         assert tuple(y.shape) == (2, plan.num_tokens, 8)
         assert tuple(size.shape) == (2, plan.num_tokens)
+
+
+def test_plans_that_do_not_follow_each_other() -> None:
+    one = plan_tome(draw(74, 2, 12, 4), 4)
+    with pytest.raises(ShapeError, match="for 3 images, this one for 2"):
+        one.then(plan_tome(draw(74, 3, 8, 4), 2))
+    assert one.then(plan_tome(draw(74, 2, 8, 4), 2)).num_tokens == 6
