@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -305,3 +306,32 @@ def test_a_bare_message_says_what_was_found_and_what_is_right() -> None:
         vtoken.InputError, match=r"plan_tome\(metric=...\): must be a torch.Tensor \[B, T, d\].*got ndarray"
     ):
         ops.plan_tome(np.ones((2, 4, 3)), 1)
+
+
+def test_unmerge_takes_features_of_the_forward_and_its_trace() -> None:
+    model = vtoken.apply(timm.create_model("test_vit", img_size=64, num_classes=2).eval(), vtoken.PiToMe(ratio=0.8))
+    with torch.no_grad(), vtoken.tracing(model) as trace:
+        features = model.forward_features(torch.randn(2, 3, 64, 64))
+    assert torch.equal(vtoken.unmerge(features, trace), vtoken.unmerge(features, trace, layer=np.int64(-1)))
+    for wrong in ("no", 3, None, features.numpy(), features[0], features[:1], features[:, 1:]):
+        with pytest.raises(vtoken.InputError, match="features"):
+            vtoken.unmerge(wrong, trace)
+    for wrong in ("no", None, features, model):
+        with pytest.raises(vtoken.InputError, match=r"must be a vtoken\.Trace"):
+            vtoken.unmerge(features, wrong)
+    depth = len(trace.layer_dest)
+    for wrong in (depth, -depth - 1, 0.5, True, "1"):
+        with pytest.raises(vtoken.ConfigError, match="layer"):
+            vtoken.unmerge(features, trace, layer=wrong)
+    with pytest.raises(vtoken.ConfigError, match="did you mean 'mask'"), vtoken.tracing(model, maps="masks"):
+        pass
+
+
+@pytest.mark.parametrize("scores", [torch.zeros(0, 5), torch.zeros(2, 0), torch.zeros(0)])
+def test_nothing_to_select_from(scores: torch.Tensor) -> None:
+    found = vtoken.select_tokens(scores, 3)
+    assert found.shape == (*scores.shape[:-1], min(3, scores.shape[-1]))
+    assert found.dtype == torch.int64
+    for wrong in (torch.zeros(3, dtype=torch.bool), torch.zeros(3, dtype=torch.complex64)):
+        with pytest.raises(vtoken.InputError, match="real numbers"):
+            vtoken.select_tokens(wrong, 1)

@@ -640,7 +640,7 @@ def test_meta_tensors_give_shapes(reduction: str) -> None:
         assert tuple(size.shape) == (2, plan.num_tokens)
 
 
-def test_plans_that_do_not_follow_each_other() -> None:
+def test_plans_for_other_batches_do_not_follow() -> None:
     one = plan_tome(draw(74, 2, 12, 4), 4)
     with pytest.raises(ShapeError, match="for 3 images, this one for 2"):
         one.then(plan_tome(draw(74, 3, 8, 4), 2))
