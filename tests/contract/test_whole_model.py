@@ -33,6 +33,17 @@ _PRESETS = {
     "mae_code": ("pitome", "pitome", "pitome_pairs", "pitome_pairs"),
     "clip_llava_code": ("tome", "tome", "tome", "pitome"),
 }
+#: What else the published code does.
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "deit_code": {"margin": 0.75, "prop_attn": False},
+    "mae_code": {"margin": 0.75, "prop_attn": False},
+    "clip_llava_code": {"prop_attn": False, "metric": "hidden", "place": "after", "reduction": "mean"},
+}
+
+
+UNLIKE_PUBLISHED: dict[str, Any] = {
+    "margin": 0.6, "prop_attn": True, "metric": "key_concat", "place": "between", "reduction": "wavg",
+}  # fmt: skip
 
 
 def check(name: str, config: vtoken.MethodConfig, settings: Settings) -> None:
@@ -103,7 +114,9 @@ def test_reductions(name: str, reduction: str, method: str) -> None:
 @pytest.mark.parametrize("name", ["cls", "prefix", "eva_mixed"])
 @pytest.mark.parametrize("variant", ["pitome_pairs", "tome", *_PRESETS])
 def test_variants(name: str, variant: str) -> None:
-    both(name, variants=_PRESETS.get(variant, (variant,) * 4), variant=variant)
+    layers = _PRESETS.get(variant, (variant,) * 4)
+    check(name, vtoken.PiToMe(ratio=0.75, variant=variant), Settings(variants=layers, **_PUBLISHED.get(variant, {})))
+    both(name, variants=layers, variant=variant, **UNLIKE_PUBLISHED)
 
 
 @pytest.mark.parametrize("name", ["cls", "avg", "eva"])

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import json
 import math
+import pickle
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vtoken
 from vtoken import ConfigError, MethodConfig, PiToMe, RandomMerge, RandomPrune, StrideMerge, ToMe
+from vtoken.cli.settings import key_values
+from vtoken.core.config import make_config
 from vtoken.core.method import BlockMethod
 from vtoken.core.plan import Plan, count_tokens
 
@@ -98,7 +106,7 @@ def test_r_must_be_a_count(cls: type[MethodConfig], r: Any) -> None:
     refuses(cls, "whole numbers? from 0 on", r=r)
 
 
-@pytest.mark.parametrize("r", [(8, 1.5), (8, -2), (8, -1.01), (-8, 0.5), (2.5, 0.5)])
+@pytest.mark.parametrize("r", [(8, 1.5), (8, -2), (8, -1.01), (-8, 0.5), (2.5, 0.5), (8, 4), (8, math.nan), (8, "1")])
 def test_line_must_have_a_slope_within_one(r: Any) -> None:
     refuses(PiToMe, r"as \(r, slope\), r must be a whole number and slope within \[-1, 1\]", r=r)
 
@@ -127,6 +135,9 @@ def test_amounts_of_every_form() -> None:
     assert all(isinstance(v, int) for v in amounts(ToMe(r=8.0), 3))
     assert amounts(ToMe(r=[8, 4]), 4) == [8, 4, 0, 0]  # shorter lists are padded with 0
     assert amounts(ToMe(r=[8, 1]), 3) == [8, 1, 0]  # two whole numbers are a list, not a line
+    assert amounts(ToMe(r=[8.0, 0.0]), 4) == [8, 0, 0, 0]  # of floats, too
+    assert amounts(ToMe(r=[8.0, 1.0]), 3) == [8, 1, 0]
+    assert amounts(ToMe(r=np.array([8.0, 0.0])), 3) == [8, 0, 0]
     assert amounts(ToMe(r=[3]), 2) == [3, 0]
     assert amounts(ToMe(r=0), 2) == [0, 0]
 
@@ -209,7 +220,7 @@ def test_layers_must_be_whole_numbers(cls: type[MethodConfig], layers: Any) -> N
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["layers", "protect"])
 def test_whole_numbers_must_be_finite(name: str, value: float) -> None:
-    refuses(PiToMe, "must be finite|expected a number", **{name: [value]})
+    refuses(PiToMe, "must be a whole number", **{name: [value]})
 
 
 # --- margin, alpha, energy ---
@@ -296,6 +307,46 @@ def test_variant_preset_of_the_llava_tower() -> None:
     assert found == ["tome"] * 13 + ["pitome"] * 11  # plain matching in layers 0..12 of 24
 
 
+UNIFORM = {"margin": 0.9, "prop_attn": True, "metric": "key", "place": "between", "reduction": "wavg"}
+#: pitome.md 11: what the published code does where it differs.
+PUBLISHED = {
+    "deit_code": UNIFORM | {"margin": 0.75, "prop_attn": False},
+    "mae_code": UNIFORM | {"margin": 0.75, "prop_attn": False},
+    "clip_llava_code": UNIFORM | {"prop_attn": False, "metric": "hidden", "place": "after", "reduction": "mean"},
+    "pitome": UNIFORM,
+    "tome": UNIFORM,
+}
+
+
+def shown(config: MethodConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in UNIFORM}
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_presets_set_what_is_not_given(variant: str) -> None:
+    assert shown(PiToMe(variant=variant)) == PUBLISHED[variant]
+    given = {"margin": 0.5, "prop_attn": True, "metric": "key_concat", "place": "between", "reduction": "amax"}
+    assert shown(PiToMe(variant=variant, **given)) == given
+    for name, value in UNIFORM.items():  # also where it is the usual default that is given
+        assert shown(PiToMe(variant=variant, **{name: value})) == PUBLISHED[variant] | {name: value}
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_presets_follow_a_change_of_variant(variant: str) -> None:
+    for before in PUBLISHED:
+        assert PiToMe(variant=before).replace(variant=variant) == PiToMe(variant=variant)
+        assert PiToMe(variant=before, margin=0.3).replace(variant=variant) == PiToMe(variant=variant, margin=0.3)
+    assert PiToMe(variant="pitome").replace(variant=variant, margin=0.9) == PiToMe(variant=variant, margin=0.9)
+    back = vtoken.config_from_dict(json.loads(json.dumps(PiToMe(variant=variant, ratio=0.8).to_dict())))
+    assert back == PiToMe(variant=variant, ratio=0.8)
+    assert back.replace(ratio=0.9) == PiToMe(variant=variant, ratio=0.9)
+
+
+def test_presets_are_per_model_only() -> None:
+    assert shown(PiToMe(variant=["pitome_pairs", "pitome"])) == UNIFORM  # the pattern by hand sets nothing else
+    assert "0.9, or the preset's" in str(inspect.signature(PiToMe))
+
+
 def test_variant_per_layer() -> None:
     names = ["tome", "pitome_pairs", "pitome"]
     assert layer_settings(PiToMe(variant=names), "variant", 3) == names
@@ -357,6 +408,12 @@ EXAMPLES: list[MethodConfig] = [
     PiToMe(r=(8, -1), margin=0.45, margin_schedule="constant", energy="eq4", protect=[4, 1], layers=[0, -1]),
     PiToMe(ratio=0.8, metric="hidden", prop_attn=False, reduction="mean", place="after", order="internal"),
     PiToMe(variant="mae_code", metric="key_concat", reduction="amax"),
+    PiToMe(variant="clip_llava_code"),
+    PiToMe(variant="clip_llava_code", margin=0.5, metric="key", place="between"),
+    ToMe(r=[8, 1]),
+    ToMe(r=(8, 1)),
+    PiToMe(r=[8.0, 0.0]),
+    PiToMe(r=(8.0, 0.0)),
     ToMe(r=[8, 4, 2]),
     ToMe(r=(8, 0.25), reduction="prune"),
     ToMe(r=0),
@@ -554,10 +611,55 @@ def test_at_most_half_goes(cls: Any, amount: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("r", "removed"), [((4, 0), [4] * 6), ((4, -1), [8, 6, 4, 3, 1, 0]), ([4, 1], [4, 1, 0, 0, 0, 0])]
+    ("r", "removed"),
+    [
+        ((4, 0), [4] * 6),
+        ((4, -1), [8, 6, 4, 3, 1, 0]),
+        ({"r": 4, "slope": -1}, [8, 6, 4, 3, 1, 0]),
+        ([4, 1], [4, 1, 0, 0, 0, 0]),
+        ([4.0, 0.0], [4, 0, 0, 0, 0, 0]),
+        ([4.0, 1.0], [4, 1, 0, 0, 0, 0]),
+        (range(4, 2, -1), [4, 3, 0, 0, 0, 0]),
+        (np.array([4, 1]), [4, 1, 0, 0, 0, 0]),
+    ],
+    ids=repr,
 )
-def test_a_pair_is_a_line_as_a_tuple_and_numbers_per_block_as_a_list(r: object, removed: list[int]) -> None:
-    config = vtoken.ToMe(r=r)
-    for same in (config, vtoken.config_from_dict(json.loads(json.dumps(config.to_dict())))):
-        method = same.build(6)
-        assert [method.num_removed(layer, 1000) for layer in range(6)] == removed
+@each_scheduled
+def test_a_pair_is_a_line_as_a_tuple_and_numbers_per_block_as_a_list(cls: Any, r: Any, removed: list[int]) -> None:
+    config = cls(r=r)
+    model = timm.create_model("test_vit", depth=6, img_size=480, num_classes=2)  # 900 patches
+    for same in (
+        config,
+        vtoken.config_from_dict(config.to_dict()),
+        vtoken.config_from_dict(json.loads(json.dumps(config.to_dict()))),
+        config.replace(),
+        dataclasses.replace(config),
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        eval(repr(config)),
+        make_config(cls.method, key_values([f"r={json.dumps(config.to_dict()['r'])}"])),  # of the command line
+    ):
+        assert same == config
+        assert vtoken.plan(model, same).removed == tuple(removed)
+    vtoken.apply(model, config)
+    vtoken.configure(model, prop_attn=False)
+    assert vtoken.plan(model).removed == tuple(removed)
+    vtoken.configure(model, r=r)
+    assert vtoken.plan(model).removed == tuple(removed)
+
+
+def test_a_line_and_numbers_per_block_are_not_equal() -> None:
+    line, listed = ToMe(r=(8, 1)), ToMe(r=[8, 1])
+    assert line != listed
+    assert listed != line
+    assert line.r != listed.r
+    assert listed.r != line.r
+    assert listed == ToMe(r=[8.0, 1.0])
+    assert repr(listed).count("[8, 1]") == 1
+
+
+@pytest.mark.parametrize(
+    "r", [{}, {"r": 8}, {"r": 8, "slope": 2}, {"r": 8, "slope": 0, "depth": 3}, {"r": 0.5, "slope": 0}]
+)
+def test_dicts_that_are_no_line(r: Any) -> None:
+    refuses(ToMe, "slope", r=r)

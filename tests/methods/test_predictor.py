@@ -158,7 +158,7 @@ def test_parameters_are_those_of_the_page() -> None:
         ({}, "pass grid"),
         ({"grid": (3, 3), "num_tokens": 9}, "make 10 tokens, not 9"),
         ({"grid": (0, 3)}, "grid=\\(0, 3\\)"),
-        ({"num_tokens": 17, "coef_topk": -1}, "negative"),
+        ({"num_tokens": 17, "coef_topk": -1}, "coef_topk=-1"),
         ({"num_tokens": 17, "reduce_c_factor": 9}, "reduce_c_factor=9"),
     ],
 )

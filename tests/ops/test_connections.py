@@ -381,3 +381,37 @@ def test_selection_is_repeatable_and_without_gradient() -> None:
     assert not first.index.requires_grad
     single = select_topk(coefficients[1:], basis, 0.2)
     assert torch.equal(single.index, first.index[1:])
+
+
+# --- no image ---
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_no_image_gives_empty_connections_of_the_right_shape(per_image: bool, prefix: int) -> None:
+    queries = 12
+    tokens = prefix + queries
+    coefficients, basis = torch.rand(0, 2, queries, 5), torch.rand(5, tokens)
+    live = None
+    if per_image:
+        basis, live = basis.expand(0, -1, -1), torch.zeros(0, tokens, dtype=torch.int64)
+    kept = -(-tokens // 2)
+    topk = select_topk(coefficients, basis, 0.5)
+    assert topk.index.shape == (0, 2, queries, kept)
+    assert select_topk(coefficients, basis, 1.0).index.shape == (0, 2, queries, tokens)
+    for size, groups in ((5, 3), (1, queries), (64, 1)):
+        grouped = select_grouped(coefficients, basis, 0.5, grid=(3, 4), group_size=size, live=live)
+        assert grouped.index.shape == (0, 2, groups, kept)
+        assert grouped.order.shape == (0 if per_image and size > 1 else 1, queries)
+    threshold = select_threshold(coefficients, basis, torch.tensor([0.1, 0.2]))
+    assert threshold.crow.shape == (0, 2, queries + 1)
+    assert threshold.col.shape == (0,)
+    for found, form in ((topk, "topk"), (grouped, "grouped"), (threshold, "threshold")):
+        assert found.form == form
+        assert found.batch_and_heads == (0, 2)
+        assert (found.num_tokens, found.num_queries, found.num_prefix) == (tokens, queries, prefix)
+        assert (found.count, found.density) == (0, 0.0)
+        assert found.mask().shape == (0, 2, tokens, tokens)
+        assert found.mask().dtype == torch.bool
+        assert all(i.dtype == torch.int64 for i in found.pairs())
+        assert torch.zeros(0, 2, tokens, tokens)[found.pairs()].numel() == 0

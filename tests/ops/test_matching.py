@@ -136,6 +136,8 @@ def near_tie(metric: Tensor, variant: str, gap: float, **options: Any) -> bool:
     if variant == "tome":
         return False
     names = ("margin", "alpha", "energy", "num_prefix")
+    if variant == "text":
+        options["energy"] = "text"
     found = energy_reference(metric, **{k: v for k, v in options.items() if k in names})
     return any(b - a < gap for image in found for a, b in itertools.pairwise(sorted(image)))
 
@@ -570,9 +572,11 @@ def test_wrong_arguments() -> None:
     for stride in (0, -2):
         with pytest.raises(ConfigError, match=f"stride={stride}"):
             plan_stride(metric, stride)
-    with pytest.raises(ConfigError, match="unknown variant 'pitom'; supported: pitome, pitome_pairs, tome"):
+    with pytest.raises(
+        ConfigError, match=r"variant='pitom'.*one of pitome, pitome_pairs, tome, text .did you mean 'pitome'"
+    ):
         plan_pitome(metric, 1, margin=0.5, variant="pitom")
-    with pytest.raises(ConfigError, match="unknown energy 'gelu'; supported: elu, eq4"):
+    with pytest.raises(ConfigError, match=r"energy='gelu'.*one of elu, eq4"):
         plan_pitome(metric, 1, margin=0.5, energy="gelu")
 
 

@@ -612,7 +612,7 @@ def test_unmerge_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
 
 def test_unknown_reduction() -> None:
     for plan in (plan_tome(draw(74, 2, 12, 4), 4), MergePlan.identity(2, 12, torch.device("cpu"))):
-        with pytest.raises(ConfigError, match="unknown reduction 'sum'; supported: wavg, mean, amax, prune"):
+        with pytest.raises(ConfigError, match=r"reduction='sum'.: reduction must be one of wavg, mean, amax, prune"):
             plan.apply(torch.zeros(2, 12, 3), reduction="sum")
 
 
@@ -692,3 +692,10 @@ def test_meta_tensors_give_shapes(reduction: str) -> None:
         y, size = plan.apply(torch.zeros(2, 21, 8, device="meta"), None, reduction)
         assert tuple(y.shape) == (2, plan.num_tokens, 8)
         assert tuple(size.shape) == (2, plan.num_tokens)
+
+
+def test_plans_for_other_batches_do_not_follow() -> None:
+    one = plan_tome(draw(74, 2, 12, 4), 4)
+    with pytest.raises(ShapeError, match="for 3 images, this one for 2"):
+        one.then(plan_tome(draw(74, 3, 8, 4), 2))
+    assert one.then(plan_tome(draw(74, 2, 8, 4), 2)).num_tokens == 6

@@ -333,7 +333,7 @@ def test_errors() -> None:
             sparse_attention(q, k, v, connections, scale=1.0, attn_mask=bad)
     with pytest.raises(ConfigError, match="backend='triton' cannot serve this call: "):
         sparse_attention(q, k, v, connections, scale=1.0, backend="triton")
-    with pytest.raises(ConfigError, match="unknown backend 'cuda'; supported: auto, dense_masked"):
+    with pytest.raises(ConfigError, match=r"backend='cuda'.: backend must be one of auto, dense_masked"):
         sparse_attention(q, k, v, connections, scale=1.0, backend="cuda")
     with pytest.raises(ConfigError, match="select_grouped"):
         sparse_attention(q, k, v, connections, scale=1.0, backend="grouped")
@@ -352,3 +352,57 @@ def test_the_dense_reference_does_not_overflow_in_half_precision(dtype: torch.dt
     assert out.dtype == dtype
     assert_close("out", exact, out, 4e-3)
     assert attention_map(q, k, connections, scale=0.125).isfinite().all()
+
+
+# --- masks that are alike for all pairs, and no image ---
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["added", "bool", "none left"])
+@pytest.mark.parametrize("form", ["topk", "grouped", "threshold"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_mask_of_one_number(shape: tuple[int, ...], kind: str, form: str, grad: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = (
+        torch.randn(2, 2, 13, 8, generator=generator, dtype=torch.float64).requires_grad_(grad) for _ in range(3)
+    )
+    coefficients = torch.rand(2, 2, 12, 5, generator=generator, dtype=torch.float64)
+    basis = torch.rand(5, 13, generator=generator, dtype=torch.float64)
+    connections = {
+        "topk": lambda: select_topk(coefficients, basis, 0.3),
+        "grouped": lambda: select_grouped(coefficients, basis, 0.3, grid=(3, 4), group_size=5),
+        "threshold": lambda: select_threshold(coefficients, basis, 1.2),
+    }[form]()
+    mask = {"added": torch.full(shape, 0.7, dtype=torch.float64), "bool": torch.ones(shape, dtype=torch.bool),
+            "none left": torch.zeros(shape, dtype=torch.bool)}[kind]  # fmt: skip
+    expected = sparse_attention(q, k, v, connections, scale=0.25, backend="dense_masked")
+    if kind == "none left":
+        expected = torch.zeros_like(expected)
+    own = {"topk": "sparse", "grouped": "grouped", "threshold": "sparse"}[form]
+    for backend in ("auto", "masked", "dense_masked", own):
+        out = sparse_attention(q, k, v, connections, scale=0.25, attn_mask=mask, backend=backend)
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    if kind == "added":  # one number for all pairs, beside one per key
+        bias = torch.randn(2, 1, 1, 13, generator=generator, dtype=torch.float64)
+        both = [sparse_attention(q, k, v, connections, scale=0.25, attn_mask=mask, key_bias=bias, backend=b)
+                for b in ("dense_masked", own)]  # fmt: skip
+        torch.testing.assert_close(both[0], both[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [13, 200])
+@pytest.mark.parametrize("form", ["topk", "grouped", "threshold"])
+def test_no_image(form: str, tokens: int) -> None:
+    q = torch.randn(0, 2, tokens, 8)
+    coefficients, basis = torch.rand(0, 2, tokens - 1, 5), torch.rand(5, tokens)
+    connections = {
+        "topk": lambda: select_topk(coefficients, basis, 0.3),
+        "grouped": lambda: select_grouped(coefficients, basis, 0.3, grid=(1, tokens - 1), group_size=5),
+        "threshold": lambda: select_threshold(coefficients, basis, 1.2),
+    }[form]()
+    own = {"topk": "sparse", "grouped": "grouped", "threshold": "sparse"}[form]
+    for backend in ("auto", "masked", "dense_masked", own):
+        for mask in (None, torch.zeros(1, 1), torch.ones(tokens, tokens, dtype=torch.bool)):
+            out = sparse_attention(q, q, torch.randn(0, 2, tokens, 6) if backend != "auto" else q, connections,
+                                   scale=0.25, attn_mask=mask, backend=backend)  # fmt: skip
+            assert out.shape == (0, 2, tokens, 8 if backend == "auto" else 6)
+            assert out.dtype == torch.float32

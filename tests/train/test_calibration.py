@@ -136,3 +136,43 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded() -> None:
         with pytest.raises(vtoken.ConfigError, match=match):
             load_published_state_dict(model, bad, names)
         assert_same("untouched", before, dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("mode", ["grouped", "exact", "threshold", "random"])
+@pytest.mark.parametrize("backend", ["auto", "grouped", "sparse", "masked", "dense_masked"])
+def test_any_mode_and_backend_can_be_calibrated(mode: str, backend: str) -> None:
+    if (mode == "grouped") != (backend == "grouped") and backend in ("grouped", "sparse"):
+        pytest.skip("no such settings")
+    x, given = HOSTS["cls"].images(), {"keep_ratio": 0.5, "mode": mode, "backend": backend, "query_group": 4}
+    model = sparse(HOSTS["cls"].model(), **given)
+    reached = vtoken.calibrate_threshold(model, x, 0.3)
+    plain = sparse(HOSTS["cls"].model(), keep_ratio=0.5)
+    assert reached == vtoken.calibrate_threshold(plain, x, 0.3)
+    config = vtoken.config_of(model)
+    assert (config.mode, config.backend) == ("threshold", "auto" if backend == "grouped" else backend)
+    torch.testing.assert_close(run(model, x), run(plain, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_failure_restores_the_backend() -> None:
+    model, x = sparse(HOSTS["cls"].model(), mode="grouped", backend="grouped"), HOSTS["cls"].images()
+    config, out = vtoken.config_of(model), run(model, x)
+
+    def fail(*_: Any) -> None:
+        raise Failing
+
+    handle = model.norm.register_forward_hook(fail)
+    with pytest.raises(Failing):
+        vtoken.calibrate_threshold(model, x, 0.2)
+    handle.remove()
+    assert vtoken.config_of(model) == config
+    assert_same("output", out, run(model, x))
+
+
+@pytest.mark.parametrize("density", [0, 1, -0.1, 1.5, "no", True, None, float("nan")])
+def test_the_density_is_a_share(density: Any) -> None:
+    model, x = sparse(HOSTS["cls"].model()), HOSTS["cls"].images()
+    with pytest.raises(vtoken.ConfigError, match="density"):
+        vtoken.calibrate_threshold(model, x, density)
+    for images in (x[:0], x[0], "no", None):
+        with pytest.raises(vtoken.InputError, match="image"):
+            vtoken.calibrate_threshold(model, images, 0.5)

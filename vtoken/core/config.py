@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
+from vtoken.checks import hint
 from vtoken.core.errors import ConfigError
 from vtoken.core.method import Method
 
@@ -53,8 +53,10 @@ def register_method(config: type[MethodConfig]) -> type[MethodConfig]:
     """Make a method known under its `config.method` name; usable as a class decorator.
 
     Raises:
-        ConfigError: if the name is empty or taken by another class.
+        ConfigError: if it is no MethodConfig, or the name is empty or taken by another class.
     """
+    if not (isinstance(config, type) and issubclass(config, MethodConfig)):
+        raise ConfigError(f"register_method takes a subclass of vtoken.MethodConfig, got {config!r}")
     name = config.method
     if not name or _registry.get(name, config) is not config:
         raise ConfigError(f"{config.__name__}.method={name!r} must be a new, non-empty name; taken: {methods()}")
@@ -74,8 +76,8 @@ def example(method: str) -> MethodConfig:
 
 def make_config(method: str, options: Mapping[str, Any]) -> MethodConfig:
     """The settings of the method called `method`; unknown methods or options raise ConfigError with a suggestion."""
-    if method not in _registry:
-        raise ConfigError(f"unknown method {method!r}{_hint(method, methods())}; known methods: {', '.join(methods())}")
+    if not isinstance(method, str) or method not in _registry:
+        raise ConfigError(f"unknown method {method!r}{hint(method, methods())}; known methods: {', '.join(methods())}")
     config = _registry[method]
     check_names(config.__name__, options, [f.name for f in fields(config)])
     return config(**options)
@@ -85,29 +87,20 @@ def config_from_dict(values: Mapping[str, Any]) -> MethodConfig:
     """Read what `MethodConfig.to_dict` wrote (also after a JSON round trip).
 
     Raises:
-        ConfigError: for unknown methods, versions or keys.
+        ConfigError: for unknown methods, versions or keys, and values out of range.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"settings are a dict as to_dict writes it, got {values!r}")
     options = dict(values)
-    method, version = options.pop("method", None), options.pop("version", None)
+    method: Any = options.pop("method", None)
+    version = options.pop("version", None)
     if version != CONFIG_VERSION:
         raise ConfigError(f"settings have version {version!r}, this vtoken reads version {CONFIG_VERSION}")
-    return make_config(str(method), options)
+    return make_config(method, options)
 
 
 def check_names(owner: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
     """Raise ConfigError for the first name in `given` that is not known, with the nearest known one."""
     for name in given:
         if name not in known:
-            raise ConfigError(f"{owner} has no setting {name!r}{_hint(name, known)}; it has: {', '.join(known)}")
-
-
-def check_choice(owner: str, name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise ConfigError unless `value` is one of the allowed strings."""
-    if value not in allowed:
-        hint = _hint(value, allowed) if isinstance(value, str) else ""
-        raise ConfigError(f"{owner}({name}={value!r}): {name} must be one of {', '.join(allowed)}{hint}")
-
-
-def _hint(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{owner} has no setting {name!r}{hint(name, known)}; it has: {', '.join(known)}")

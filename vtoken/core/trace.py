@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.config import check_choice
-from vtoken.core.errors import ShapeError, VTokenError
+from vtoken import checks
+from vtoken.core.errors import InputError, ShapeError, VTokenError
 from vtoken.core.prompt import PromptRecord, VideoRecord
 from vtoken.core.state import AttentionRecord, Slot, TokenState
 from vtoken.ops.rows import take_rows
@@ -123,10 +123,17 @@ def unmerge(features: Tensor, trace: Trace, *, layer: int | None = None) -> Tens
 
     Raises:
         ShapeError: if the features do not belong to that forward.
+        InputError, ConfigError: if they are no tensor, or the model has no such layer.
     """
+    if not isinstance(trace, Trace):
+        raise InputError(f"unmerge(trace=...): must be a vtoken.Trace, got {type(trace).__name__}")
     if trace.dest is None:
         raise ShapeError(_EMPTY)
+    depth = len(trace.layer_dest)
+    if layer is not None:
+        layer = checks.whole("unmerge", "layer", layer, -depth, depth - 1) % depth
     dest = trace.dest if layer is None else trace.layer_dest[layer]
+    checks.tensor("unmerge", "features", features)
     count = trace.tokens[-1] if layer is None else trace.tokens[layer + 1]
     if features.dim() != 3 or features.shape[0] != dest.shape[0] or features.shape[1] != count:
         raise ShapeError(f"expected features [{dest.shape[0]}, {count}, C], got {tuple(features.shape)}")
@@ -163,8 +170,10 @@ def tracing(model: nn.Module, maps: Collection[str] = ()) -> Iterator[Trace]:
         raise VTokenError(
             f"nothing to trace: no method is applied to this {type(model).__name__}; vtoken.apply it first"
         )
+    if isinstance(maps, str):
+        maps = (maps,)
     for name in maps:
-        check_choice("tracing", "maps", name, MAPS)
+        checks.choice("tracing", "maps", name, MAPS)
     record = Trace(maps=frozenset(maps))
     token = _active.set((*_active.get(), *((m, record) for m in traced)))
     try:

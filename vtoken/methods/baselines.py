@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.core.config import register_method
 from vtoken.core.errors import ConfigError
 from vtoken.methods.merging import MergeConfig, ScheduledMergeConfig
@@ -46,8 +47,7 @@ class RandomMerge(ScheduledMergeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"{type(self).__name__}(seed={self.seed!r}): must be a whole number from 0 on")
+        object.__setattr__(self, "seed", checks.whole(type(self).__name__, "seed", self.seed, 0))
 
     def match(
         self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
@@ -90,8 +90,7 @@ class StrideMerge(MergeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 2:
-            raise ConfigError(f"StrideMerge(stride={self.stride!r}): must be a whole number from 2 on")
+        object.__setattr__(self, "stride", checks.whole("StrideMerge", "stride", self.stride, 2))
 
     def amounts(self, depth: int) -> tuple[int, ...]:
         """The stride, in every layer."""

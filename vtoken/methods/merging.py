@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtoken.core.config import MethodConfig, check_choice
+from vtoken import checks
+from vtoken.core.config import MethodConfig
 from vtoken.core.errors import ConfigError
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import Slot
@@ -49,13 +50,12 @@ class MergeConfig(MethodConfig):
     def __post_init__(self) -> None:
         owner = type(self).__name__
         if self.layers is not None:
-            object.__setattr__(self, "layers", schedule.whole_numbers(owner, "layers", self.layers))
-        if not isinstance(self.prop_attn, bool):
-            raise ConfigError(f"{owner}(prop_attn={self.prop_attn!r}): must be True or False")
-        check_choice(owner, "metric", self.metric, METRICS)
-        check_choice(owner, "reduction", self.reduction, REDUCTIONS)
-        check_choice(owner, "place", self.place, INSERTS)
-        check_choice(owner, "order", self.order, ORDERS)
+            object.__setattr__(self, "layers", checks.wholes(owner, "layers", self.layers))
+        checks.flag(owner, "prop_attn", self.prop_attn)
+        checks.choice(owner, "metric", self.metric, METRICS)
+        checks.choice(owner, "reduction", self.reduction, REDUCTIONS)
+        checks.choice(owner, "place", self.place, INSERTS)
+        checks.choice(owner, "order", self.order, ORDERS)
 
     def build(self, depth: int) -> BlockMethod:
         """The merging of a model with `depth` blocks."""
@@ -99,8 +99,9 @@ class ScheduledMergeConfig(MergeConfig):
         ratio: share of the non-prefix tokens that each layer keeps, in (0, 1]; one number or one per block.
             0.925 if neither ratio nor r is given.
         r: instead of ratio, tokens that each layer removes: one number; one per block (missing ones are 0); or
-            a tuple (r, slope) with a slope in [-1, 1], linear over the layers (-1: from 2r down to 0). Write one number
-            per block as a list: [8, 1] removes 8 and 1, (8, 1) is a line.
+            a tuple (r, slope) with a slope in [-1, 1], linear over the layers (-1: from 2r down to 0). A list is always
+            one number per block: [8, 1] removes 8 and 1, (8, 1) is a line. In JSON a line is {"r": 8, "slope": 1.0},
+            which may be given as well.
     """
 
     ratio: Any = None
@@ -119,6 +120,10 @@ class ScheduledMergeConfig(MergeConfig):
         elif changes.get("r") is not None:
             changes.setdefault("ratio", None)
         return super().replace(**changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; see `MethodConfig.to_dict`."""
+        return super().to_dict() | {"r": schedule.as_json(self.r)}
 
     def amounts(self, depth: int) -> tuple[Any, ...]:
         """One entry per layer: a float is a ratio, an int is r."""

@@ -3,26 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from vtoken.core.config import check_choice, register_method
+from vtoken import checks
+from vtoken.core.config import register_method
 from vtoken.core.errors import ConfigError
 from vtoken.methods import schedule
 from vtoken.methods.merging import ScheduledMergeConfig
 from vtoken.ops import MergePlan, plan_pitome
 from vtoken.ops.matching import ENERGIES, VARIANTS
 
-# Which matching the published code runs in which layer (pitome.md 11.4).
+#: Matchings of image tokens; `plan_pitome` has one for text encoders besides.
+_MATCHINGS = tuple(name for name in VARIANTS if name != "text")
+
+
+class _Published(NamedTuple):
+    """What the published code does for one model (pitome.md 11).
+
+    Args:
+        matching: which one block `layer` of `depth` runs.
+        settings: those in which it differs from the paper's.
+    """
+
+    matching: Callable[[int, int], str]
+    settings: dict[str, Any]
+
+
+#: Sizes never reach its attention, whatever it is told.
+_UNSIZED = {"prop_attn": False}
 _PRESETS = {
-    "deit_code": lambda layer, depth: "pitome_pairs" if layer < math.ceil(depth / 2) else "pitome",
-    "mae_code": lambda layer, depth: "pitome_pairs" if layer >= depth - depth // 2 else "pitome",
-    "clip_llava_code": lambda layer, depth: "tome" if layer <= depth // 2 else "pitome",
+    "deit_code": _Published(
+        lambda layer, depth: "pitome_pairs" if layer < math.ceil(depth / 2) else "pitome", _UNSIZED | {"margin": 0.75}
+    ),
+    "mae_code": _Published(
+        lambda layer, depth: "pitome_pairs" if layer >= depth - depth // 2 else "pitome", _UNSIZED | {"margin": 0.75}
+    ),
+    "clip_llava_code": _Published(
+        lambda layer, depth: "tome" if layer <= depth // 2 else "pitome",
+        _UNSIZED | {"metric": "hidden", "place": "after", "reduction": "mean"},
+    ),
 }
+#: What the paper sets where a preset may set something else.
+_PAPER: dict[str, Any] = {
+    "margin": 0.9,
+    "prop_attn": True,
+    "metric": "key",
+    "place": "between",
+    "reduction": "wavg",
+}
+
+
+class _ByVariant:
+    """Stands in a signature for a default that depends on `variant`; a config never holds it."""
+
+    def __init__(self, usual: Any) -> None:
+        self._usual = usual
+
+    def __repr__(self) -> str:
+        return f"<{self._usual!r}, or the preset's>"
+
+
+def _by_variant(name: str) -> Any:
+    return _ByVariant(_PAPER[name])
 
 
 @register_method
@@ -31,18 +77,24 @@ class PiToMe(ScheduledMergeConfig):
     """Energy-based token merging.
 
     Args (beside those of ScheduledMergeConfig):
-        margin: similarity above which tokens count as close, in [-1, 1]; one number or one per block.
+        margin: similarity above which tokens count as close, in [-1, 1]; one number or one per block. 0.9 by default.
         margin_schedule: for one number, "linear" (margin * (1 - layer / L), the paper's) or "constant".
         alpha: weight of similarities below the margin, at least 0.
-        variant: "pitome", "pitome_pairs" or "tome" (see `vtoken.ops.plan_pitome`), one or one per block; or the layer
-            patterns of the published code, "deit_code", "mae_code", "clip_llava_code".
+        variant: "pitome", "pitome_pairs" or "tome" (see `vtoken.ops.plan_pitome`), one or one per block; or a preset,
+            what the published code does: "deit_code", "mae_code" (two variants, margin=0.75, prop_attn=False) or
+            "clip_llava_code" (two variants, prop_attn=False, metric="hidden", place="after", reduction="mean"). A
+            preset sets what is not given; what is given stays.
         energy: "elu" or "eq4".
         protect: patches (row-major numbers in the embedded grid) that never merge.
     """
 
     method: ClassVar[str] = "pitome"
 
-    margin: float | Sequence[float] = 0.9
+    metric: str = _by_variant("metric")
+    prop_attn: bool = _by_variant("prop_attn")
+    reduction: str = _by_variant("reduction")
+    place: str = _by_variant("place")
+    margin: float | Sequence[float] = _by_variant("margin")
     margin_schedule: str = "linear"
     alpha: float = 1.0
     variant: str | Sequence[str] = "pitome"
@@ -50,29 +102,36 @@ class PiToMe(ScheduledMergeConfig):
     protect: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        margin = schedule.numbers("PiToMe", "margin", self.margin, float)
-        for value in margin if isinstance(margin, tuple) else (margin,):
-            if not -1.0 <= value <= 1.0:
-                raise ConfigError(f"PiToMe(margin={value!r}): a cosine similarity, must be in [-1, 1]")
-        object.__setattr__(self, "margin", margin)
-        check_choice("PiToMe", "margin_schedule", self.margin_schedule, ("linear", "constant"))
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, Real) or not 0 <= self.alpha < math.inf:
-            raise ConfigError(f"PiToMe(alpha={self.alpha!r}): must be a finite number from 0 on")
-        object.__setattr__(self, "alpha", float(self.alpha))
         if isinstance(self.variant, str):
-            check_choice("PiToMe", "variant", self.variant, (*VARIANTS, *_PRESETS))
-        elif not isinstance(self.variant, Sequence):
-            raise ConfigError(f"PiToMe(variant={self.variant!r}): expected a name or one name per block")
+            checks.choice("PiToMe", "variant", self.variant, (*_MATCHINGS, *_PRESETS))
         else:
-            object.__setattr__(self, "variant", tuple(self.variant))
-            for name in self.variant:
-                check_choice("PiToMe", "variant", name, VARIANTS)
-        check_choice("PiToMe", "energy", self.energy, ENERGIES)
-        protect = schedule.whole_numbers("PiToMe", "protect", self.protect)
-        if any(row < 0 for row in protect):
-            raise ConfigError(f"PiToMe(protect={list(protect)}): patch numbers start at 0")
+            names = checks.several(self.variant)
+            if names is None:
+                raise ConfigError(f"PiToMe(variant={self.variant!r}): expected a name or one name per block")
+            object.__setattr__(
+                self, "variant", tuple([checks.choice("PiToMe", "variant", n, _MATCHINGS) for n in names])
+            )
+        for name, value in _defaults(self.variant).items():
+            if isinstance(getattr(self, name), _ByVariant):
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        what = "a cosine similarity, "
+        margin = checks.one_or_several("PiToMe", "margin", self.margin, checks.number, -1, 1, what=what)
+        object.__setattr__(self, "margin", margin)
+        checks.choice("PiToMe", "margin_schedule", self.margin_schedule, ("linear", "constant"))
+        object.__setattr__(self, "alpha", checks.number("PiToMe", "alpha", self.alpha, 0))
+        checks.choice("PiToMe", "energy", self.energy, ENERGIES)
+        protect = checks.wholes("PiToMe", "protect", self.protect, 0, what="patch numbers start at 0; each ")
         object.__setattr__(self, "protect", tuple(sorted(set(protect))))
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with some settings changed; with a new variant, what still stands at the old one's follows."""
+        if "variant" in changes:
+            new = {f.name: f.default for f in fields(self)}
+            for name, value in _defaults(self.variant).items():
+                if getattr(self, name) == value:
+                    changes.setdefault(name, new[name])
+        return super().replace(**changes)
 
     def check_depth(self, depth: int) -> None:
         """Lists must have one value per block; protected patches cannot be combined with plain matching."""
@@ -130,4 +189,10 @@ class PiToMe(ScheduledMergeConfig):
         if isinstance(self.variant, tuple):
             return str(schedule.per_layer("PiToMe", "variant", self.variant, depth)[layer])
         preset = _PRESETS.get(str(self.variant))
-        return preset(layer, depth) if preset else str(self.variant)
+        return preset.matching(layer, depth) if preset else str(self.variant)
+
+
+def _defaults(variant: str | Sequence[str]) -> dict[str, Any]:
+    """What a variant sets where the user gives nothing."""
+    preset = _PRESETS.get(variant) if isinstance(variant, str) else None
+    return _PAPER | (preset.settings if preset else {})

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtoken import checks
 from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.ops.largest import keep_largest
 from vtoken.ops.resize import resize_rows
@@ -43,7 +44,7 @@ class ConnectivityPredictor(nn.Module):
         scale: factor on the coefficients' logits; None: H ** -0.5.
 
     Raises:
-        ConfigError: if the settings do not fit each other.
+        ConfigError: if a setting is out of range, or they do not fit each other.
 
     Source: arXiv 2303.13755 section 3.2; sparsifiner.md sections 2 and 10.
     """
@@ -69,19 +70,21 @@ class ConnectivityPredictor(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_prefix, self.num_heads = num_prefix, num_heads
-        self.num_tokens, self.grid = _tokens_and_grid(num_tokens, grid, num_prefix)
-        self.num_basis = num_basis or max(1, min(self.num_tokens, 197) // reduce_n_factor)
-        if reduce_c_factor < 1 or head_dim < reduce_c_factor or self.num_basis < 1:
-            raise ConfigError(
-                f"head_dim={head_dim} over reduce_c_factor={reduce_c_factor} and num_basis={self.num_basis} must be "
-                "at least 1"
-            )
-        if coef_topk < 0 or coef_threshold < 0 or basis_threshold < 0:
-            raise ConfigError("coef_topk, coef_threshold and basis_threshold must not be negative")
-        self.coef_topk, self.coef_threshold = coef_topk, coef_threshold
-        self.basis_threshold, self.basis_abs, self.share_proj = basis_threshold, basis_abs, share_proj
-        self.scale = num_heads**-0.5 if scale is None else scale
+        owner = "ConnectivityPredictor"
+        head_dim = checks.whole(owner, "head_dim", head_dim, 1)
+        self.num_heads = checks.whole(owner, "num_heads", num_heads, 1)
+        self.num_prefix = checks.whole(owner, "num_prefix", num_prefix, 0)
+        self.num_tokens, self.grid = _tokens_and_grid(num_tokens, grid, self.num_prefix)
+        reduce_n_factor = checks.whole(owner, "reduce_n_factor", reduce_n_factor, 1)
+        reduce_c_factor = checks.whole(owner, "reduce_c_factor", reduce_c_factor, 1, head_dim)
+        usual = max(1, min(self.num_tokens, 197) // reduce_n_factor)
+        self.num_basis = usual if num_basis is None else checks.whole(owner, "num_basis", num_basis, 1)
+        self.coef_topk = checks.whole(owner, "coef_topk", coef_topk, 0)
+        self.coef_threshold = checks.number(owner, "coef_threshold", coef_threshold, 0)
+        self.basis_threshold = checks.number(owner, "basis_threshold", basis_threshold, 0)
+        self.basis_abs = checks.flag(owner, "basis_abs", basis_abs)
+        self.share_proj = checks.flag(owner, "share_proj", share_proj)
+        self.scale = self.num_heads**-0.5 if scale is None else checks.number(owner, "scale", scale)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.reduce_q = nn.Linear(head_dim, head_dim // reduce_c_factor, **like)
         self.reduce_k = nn.Linear(head_dim, head_dim // reduce_c_factor, **like)
@@ -296,13 +299,16 @@ def _precise(*tensors: Tensor) -> torch.dtype:
 
 def _tokens_and_grid(num_tokens: int | None, grid: Grid | None, num_prefix: int) -> tuple[int, Grid | None]:
     if grid is None:
+        if num_tokens is not None:
+            num_tokens = checks.whole("ConnectivityPredictor", "num_tokens", num_tokens)
         if num_tokens is None or num_tokens <= num_prefix:
             raise ConfigError(
                 f"num_tokens={num_tokens} must exceed num_prefix={num_prefix}; or pass grid=(rows, columns)"
             )
         side = math.isqrt(num_tokens - num_prefix)
         return num_tokens, (side, side) if side * side == num_tokens - num_prefix else None
+    grid = checks.grid("ConnectivityPredictor", "grid", grid)
     expected = grid[0] * grid[1] + num_prefix
-    if min(grid) < 1 or num_tokens not in (None, expected):
+    if num_tokens is not None and checks.whole("ConnectivityPredictor", "num_tokens", num_tokens) != expected:
         raise ConfigError(f"grid={grid} and num_prefix={num_prefix} make {expected} tokens, not {num_tokens}")
-    return expected, (int(grid[0]), int(grid[1]))
+    return expected, grid

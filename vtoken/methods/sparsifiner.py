@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtoken.core.config import MethodConfig, check_choice, register_method
+from vtoken import checks
+from vtoken.core.config import MethodConfig, register_method
 from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.core.method import AttentionMacs, AttentionMethod, Method
 from vtoken.core.state import AttentionCall
@@ -97,22 +98,18 @@ class Sparsifiner(MethodConfig):
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        object.__setattr__(self, "keep_ratio", schedule.numbers(owner, "keep_ratio", self.keep_ratio, float))
-        for value in self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,):
-            if not 0 < value <= 1:
-                raise ConfigError(f"{owner}(keep_ratio={value!r}): the share of keys that a query keeps, in (0, 1]")
-        for name in ("token_keep_ratio", "coef_threshold", "basis_threshold", "score_threshold", "scale"):
-            value = getattr(self, name)
-            if value is not None or name != "scale":
-                object.__setattr__(self, name, schedule.number(owner, name, value, float))
-        if not 0 < self.token_keep_ratio <= 1:
-            raise ConfigError(f"{owner}(token_keep_ratio={self.token_keep_ratio!r}): must be in (0, 1]")
-        for name in ("coef_threshold", "basis_threshold"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{owner}({name}={getattr(self, name)!r}): must not be negative")
-        check_choice(owner, "mode", self.mode, MODES)
-        check_choice(owner, "phase", self.phase, PHASES)
-        check_choice(owner, "backend", self.backend, BACKENDS)
+        what = "the share of keys that a query keeps, "
+        ratio = checks.one_or_several(owner, "keep_ratio", self.keep_ratio, checks.share, what=what)
+        object.__setattr__(self, "keep_ratio", ratio)
+        object.__setattr__(self, "token_keep_ratio", checks.share(owner, "token_keep_ratio", self.token_keep_ratio))
+        for name, lowest in {"coef_threshold": 0, "basis_threshold": 0, "score_threshold": None, "scale": None}.items():
+            if name != "scale" or self.scale is not None:
+                object.__setattr__(self, name, checks.number(owner, name, getattr(self, name), lowest))
+        for name in ("share_proj", "basis_abs"):
+            checks.flag(owner, name, getattr(self, name))
+        checks.choice(owner, "mode", self.mode, MODES)
+        checks.choice(owner, "phase", self.phase, PHASES)
+        checks.choice(owner, "backend", self.backend, BACKENDS)
         if (self.backend == "grouped") != (self.mode == "grouped") and self.backend in ("grouped", "sparse"):
             why = "groups of queries share their keys" if self.mode == "grouped" else "every query has keys of its own"
             raise ConfigError(
@@ -120,16 +117,12 @@ class Sparsifiner(MethodConfig):
                 'backend="auto"'
             )
         for name in ("layers", "prune_after"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, schedule.whole_numbers(owner, name, getattr(self, name)))
+            if name != "layers" or self.layers is not None:
+                object.__setattr__(self, name, checks.wholes(owner, name, getattr(self, name)))
         least = {"query_group": 1, "reduce_c_factor": 1, "coef_topk": 0, "num_basis": 1, "seed": 0}
         for name, bound in least.items():
-            value = getattr(self, name)
-            if value is None and name == "num_basis":
-                continue
-            object.__setattr__(self, name, schedule.number(owner, name, value, int))
-            if getattr(self, name) < bound:
-                raise ConfigError(f"{owner}({name}={value!r}): must be at least {bound}")
+            if name != "num_basis" or self.num_basis is not None:
+                object.__setattr__(self, name, checks.whole(owner, name, getattr(self, name), bound))
 
     def counted(self) -> MethodConfig:
         """With dense attention: kept keys depend on the image."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import Slot
 from vtoken.ops.largest import largest_index
@@ -26,7 +26,7 @@ class TokenPruning(BlockMethod):
         """Down to ceil(share * embedded)."""
         if layer not in self._keep or embedded is None:
             return 0
-        return max(0, mergeable - max(1, math.ceil(self._keep[layer] * embedded - 1e-6)))
+        return max(0, mergeable - checks.share_of(self._keep[layer], embedded))
 
     def has_bias(self) -> bool:
         """Dropped tokens leave no sizes."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vtoken.core.config import MethodConfig, check_choice, register_method
+from vtoken import checks
+from vtoken.core.config import MethodConfig, register_method
 from vtoken.core.errors import ConfigError
 from vtoken.core.method import FeatureMethod
 from vtoken.ops import ENSEMBLES, scored_layers, select_tokens
@@ -65,20 +64,19 @@ class VTCCLS(MethodConfig):
             raise ConfigError(
                 f"VTCCLS(num_tokens={self.num_tokens!r}, keep_ratio={self.keep_ratio!r}): give exactly one of the two"
             )
-        if self.num_tokens is not None and not (_is_int(self.num_tokens) and self.num_tokens >= 1):
-            raise ConfigError(f"VTCCLS(num_tokens={self.num_tokens!r}): must be a whole number from 1 on")
+        if self.num_tokens is not None:
+            object.__setattr__(self, "num_tokens", checks.whole("VTCCLS", "num_tokens", self.num_tokens, 1))
         if self.keep_ratio is not None:
-            ratio = self.keep_ratio
-            if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
-                hint = f"; did you mean num_tokens={ratio}?" if _is_int(ratio) and ratio > 1 else ""
-                raise ConfigError(f"VTCCLS(keep_ratio={ratio!r}): the share of tokens kept, must be in (0, 1]{hint}")
-            object.__setattr__(self, "keep_ratio", float(ratio))
-        if self.start_layer is not None and not _is_int(self.start_layer):
-            raise ConfigError(f"VTCCLS(start_layer={self.start_layer!r}): must be a whole number")
-        check_choice("VTCCLS", "ensemble", self.ensemble, ENSEMBLES)
-        check_choice("VTCCLS", "scorer", self.scorer, SCORERS)
-        check_choice("VTCCLS", "newline", self.newline, NEWLINES)
-        check_choice("VTCCLS", "positions", self.positions, POSITIONS)
+            ratio: Any = self.keep_ratio
+            meant = isinstance(ratio, int) and ratio > 1
+            what = f"the share of tokens kept{f' (did you mean num_tokens={ratio}?)' if meant else ''}, "
+            object.__setattr__(self, "keep_ratio", checks.share("VTCCLS", "keep_ratio", ratio, what=what))
+        if self.start_layer is not None:
+            object.__setattr__(self, "start_layer", checks.whole("VTCCLS", "start_layer", self.start_layer))
+        checks.choice("VTCCLS", "ensemble", self.ensemble, ENSEMBLES)
+        checks.choice("VTCCLS", "scorer", self.scorer, SCORERS)
+        checks.choice("VTCCLS", "newline", self.newline, NEWLINES)
+        checks.choice("VTCCLS", "positions", self.positions, POSITIONS)
 
     @classmethod
     def example(cls) -> VTCCLS:
@@ -129,7 +127,7 @@ class ClassAttentionPruning(FeatureMethod):
         """U, between 1 and N."""
         if self.config.num_tokens is not None:
             return min(self.config.num_tokens, num_tokens)
-        return _share(self.config.keep_ratio or 1.0, num_tokens)
+        return checks.share_of(self.config.keep_ratio or 1.0, num_tokens)
 
     def choose(self, scores: Tensor, num_tokens: int) -> Tensor:
         """The best of the overview, the same share of the detail grid, and newlines by choice."""
@@ -141,7 +139,7 @@ class ClassAttentionPruning(FeatureMethod):
         keep[select_tokens(scores[:num_tokens], budget)] = True
         detail = (~newline[num_tokens:]).nonzero()[:, 0] + num_tokens
         if len(detail):
-            best = select_tokens(scores[detail], _share(budget / num_tokens, len(detail)))
+            best = select_tokens(scores[detail], checks.share_of(budget / num_tokens, len(detail)))
             keep[detail[best]] = True
         if self.config.newline == "all":
             keep |= newline
@@ -156,7 +154,7 @@ class ClassAttentionPruning(FeatureMethod):
         detail = len(scores) - num_tokens - newlines
         if budget >= num_tokens:
             return len(scores)
-        kept = budget + (_share(budget / num_tokens, detail) if detail else 0)
+        kept = budget + (checks.share_of(budget / num_tokens, detail) if detail else 0)
         return kept + (newlines if self.config.newline != "none" else 0)
 
 
@@ -169,11 +167,3 @@ def _row_has_one(keep: Tensor, newline: Tensor, overview: int) -> Tensor:
         row[:overview] = 0
     kept = torch.zeros(int(row.max()) + 1, dtype=torch.long, device=keep.device).scatter_add(0, row, keep.long())
     return kept[row] > 0
-
-
-def _share(ratio: float, count: int) -> int:
-    return max(1, math.ceil(ratio * count - 1e-6))
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtoken import checks
 from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import Slot
@@ -22,6 +23,9 @@ class MergeTokens(nn.Module):
         depth: number of blocks of the network.
         num_prefix: leading tokens that never merge (class, registers).
 
+    Raises:
+        ConfigError: if a number is out of range, or the settings are none of merging.
+
     Example:
         >>> import torch, vtoken
         >>> merge = vtoken.nn.MergeTokens(vtoken.PiToMe(ratio=0.75), num_prefix=1)
@@ -35,8 +39,9 @@ class MergeTokens(nn.Module):
         super().__init__()
         if not isinstance(config, MergeConfig):
             raise ConfigError(f"MergeTokens takes merging settings such as vtoken.PiToMe(ratio=0.9), got {config!r}")
-        if not 0 <= layer < depth:
-            raise ConfigError(f"layer={layer} is not one of depth={depth} layers")
+        depth = checks.whole("MergeTokens", "depth", depth, 1)
+        layer = checks.whole("MergeTokens", "layer", layer, 0, depth - 1)
+        num_prefix = checks.whole("MergeTokens", "num_prefix", num_prefix, 0)
         if layer > 0 and config.protected_patches():
             raise ConfigError("protect names embedded patches, which a later layer cannot find; use it with layer=0")
         self.config = config
@@ -54,11 +59,21 @@ class MergeTokens(nn.Module):
 
         Returns:
             Tokens [B, T', C] and float32 sizes [B, T'].
+
+        Raises:
+            ShapeError: if the three do not fit each other, or there are fewer tokens than prefix tokens.
+            InputError: if one is no tensor.
         """
-        if x.dim() != 3 or metric.shape[:2] != x.shape[:2]:
+        for name, rows in (("x", x), ("metric", metric)):
+            checks.tensor("MergeTokens", name, rows)
+        if x.dim() != 3 or metric.dim() != 3 or metric.shape[:2] != x.shape[:2]:
             raise ShapeError(
                 f"x must be [B, T, C] and metric [B, T, d], got {tuple(x.shape)} and {tuple(metric.shape)}"
             )
+        if size is not None and checks.tensor("MergeTokens", "size", size).shape != x.shape[:2]:
+            raise ShapeError(f"size must be {list(x.shape[:2])}, got {tuple(size.shape)}")
+        if x.shape[1] < self.num_prefix:
+            raise ShapeError(f"{x.shape[1]} tokens are fewer than num_prefix={self.num_prefix}")
         if self._method.num_removed(self.layer, x.shape[1] - self.num_prefix) > 0:
             x, slot = self._method.on_block(self.layer, x, metric, Slot(size=size), self.num_prefix)
             size = slot.size
@@ -78,12 +93,21 @@ class MergeBlock(nn.Module):
         merge: the merging; its config's `metric` and `prop_attn` are honoured.
         mlp_ratio: hidden channels of the MLP per channel.
         dropout: rate after attention and MLP.
+
+    Raises:
+        ConfigError: if a number is out of range, heads do not divide the channels, or `merge` merges elsewhere.
     """
 
     def __init__(
         self, dim: int, num_heads: int, merge: MergeTokens, *, mlp_ratio: float = 4.0, dropout: float = 0.0
     ) -> None:
         super().__init__()
+        dim = checks.whole("MergeBlock", "dim", dim, 1)
+        num_heads = checks.whole("MergeBlock", "num_heads", num_heads, 1)
+        if not isinstance(merge, MergeTokens):
+            raise ConfigError(f"MergeBlock(merge={merge!r}): must be a vtoken.nn.MergeTokens")
+        mlp_ratio = checks.number("MergeBlock", "mlp_ratio", mlp_ratio, above=0)
+        dropout = checks.number("MergeBlock", "dropout", dropout, 0, 1)
         if dim % num_heads:
             raise ConfigError(f"dim={dim} is not divisible by num_heads={num_heads}")
         if merge.config.place != "between":
@@ -96,12 +120,21 @@ class MergeBlock(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.merge = merge
         self.norm2 = nn.LayerNorm(dim)
-        hidden = int(dim * mlp_ratio)
+        hidden = max(1, int(dim * mlp_ratio))
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens [B, T, C] and sizes [B, T] (None: ones) -> tokens [B, T', C] and sizes [B, T']."""
+        """Tokens [B, T, C] and sizes [B, T] (None: ones) -> tokens [B, T', C] and sizes [B, T'].
+
+        Raises:
+            ShapeError, InputError: if they do not fit the block or each other, or are no tensors.
+        """
+        checks.tensor("MergeBlock", "x", x)
+        if x.dim() != 3 or x.shape[2] != self.qkv.in_features:
+            raise ShapeError(f"x must be [B, T, {self.qkv.in_features}], got {tuple(x.shape)}")
+        if size is not None and checks.tensor("MergeBlock", "size", size).shape != x.shape[:2]:
+            raise ShapeError(f"size must be {list(x.shape[:2])}, got {tuple(size.shape)}")
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         biased = size is not None and self.merge._method.has_bias()
         bias = size_bias(size, q.dtype) if biased and size is not None else None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vtoken.core.errors import ConfigError
+from vtoken import checks
+from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.core.host import HostSpec
 from vtoken.core.state import AttentionCall, AttentionRecord, Slot
 from vtoken.methods.sparsifiner import SparseAttention as SparseAttentionMethod
@@ -25,6 +26,9 @@ class SparseAttention(nn.Module):
         config: settings; `layers`, `token_keep_ratio` and `prune_after` are for whole models.
         qkv_bias: whether the q, k, v projection has a bias.
 
+    Raises:
+        ConfigError: if a value is out of range, or heads do not divide the channels.
+
     Example:
         >>> import torch, vtoken
         >>> attention = vtoken.nn.SparseAttention(48, 3, grid=(4, 4), config=vtoken.Sparsifiner(keep_ratio=0.5))
@@ -43,6 +47,13 @@ class SparseAttention(nn.Module):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
+        dim = checks.whole("SparseAttention", "dim", dim, 1)
+        num_heads = checks.whole("SparseAttention", "num_heads", num_heads, 1)
+        grid = checks.grid("SparseAttention", "grid", grid)
+        num_prefix = checks.whole("SparseAttention", "num_prefix", num_prefix, 0)
+        checks.flag("SparseAttention", "qkv_bias", qkv_bias)
+        if config is not None and not isinstance(config, Sparsifiner):
+            raise ConfigError(f"SparseAttention(config={config!r}): must be vtoken.Sparsifiner settings")
         if dim % num_heads:
             raise ConfigError(f"SparseAttention(dim={dim}, num_heads={num_heads}): heads must divide the channels")
         self.num_heads, self.num_prefix, self.grid = num_heads, num_prefix, grid
@@ -59,7 +70,13 @@ class SparseAttention(nn.Module):
         Args:
             attn_mask: bool (True: may attend) or bias, broadcastable to [B, H, T, T].
             record: filled with what happened; see `vtoken.Trace.attention`.
+
+        Raises:
+            ShapeError, InputError: if the tokens do not fit the module, or are no tensor.
         """
+        checks.tensor("SparseAttention", "x", x)
+        if x.dim() != 3 or x.shape[2] != self.qkv.in_features:
+            raise ShapeError(f"x must be [B, T, {self.qkv.in_features}], got {tuple(x.shape)}")
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         scale, slot = q.shape[-1] ** -0.5, Slot(embedded=x.shape[1])
         call = AttentionCall(0, self.num_prefix, slot, self.grid, scale, attn_mask, record=record)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.core.errors import ConfigError, InputError
 
 ROUNDINGS = ("exact", "floor")
@@ -51,10 +51,8 @@ def allocate_tokens(
         [60, 2, 38]
     """
     values = checked_scores(scores)
-    if not (math.isfinite(power) and power >= 0):
-        raise ConfigError(f"power={power!r}: scores are raised to a finite power of at least 0")
-    if rounding not in ROUNDINGS:
-        raise ConfigError(f"unknown rounding {rounding!r}; supported: {', '.join(ROUNDINGS)}")
+    power = checks.number("allocate_tokens", "power", power, 0)
+    checks.choice("allocate_tokens", "rounding", rounding, ROUNDINGS)
     budget, low, high = _bounds(len(values), budget, min_tokens, max_tokens)
     weights = _weights(values, power)
     if rounding == "floor":
@@ -101,13 +99,9 @@ def checked_scores(scores: Sequence[float] | Tensor) -> list[float]:
 
 def _bounds(frames: int, budget: int, min_tokens: int, max_tokens: int | None) -> tuple[int, int, int]:
     """Budget and bounds as plain ints; without an upper bound the budget itself is one."""
-    whole = [_whole("budget", budget), _whole("min_tokens", min_tokens)]
-    budget, low = whole
-    high = budget if max_tokens is None else _whole("max_tokens", max_tokens)
-    if budget < 1:
-        raise ConfigError(f"budget={budget}: a video needs at least 1 token")
-    if low < 0:
-        raise ConfigError(f"min_tokens={low}: a frame cannot have fewer than 0 tokens")
+    budget = checks.whole("allocate_tokens", "budget", budget, 1)
+    low = checks.whole("allocate_tokens", "min_tokens", min_tokens, 0)
+    high = budget if max_tokens is None else checks.whole("allocate_tokens", "max_tokens", max_tokens)
     if max_tokens is not None and high < max(low, 1):
         raise ConfigError(f"max_tokens={high} must be at least 1 and at least min_tokens={low}")
     if budget < frames * low:
@@ -116,15 +110,6 @@ def _bounds(frames: int, budget: int, min_tokens: int, max_tokens: int | None) -
             "take fewer frames, a larger budget or min_tokens=0"
         )
     return budget, low, high
-
-
-def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} must be a whole number")
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise ConfigError(f"{name}={value!r} must be a whole number") from error
 
 
 def _weights(values: list[float], power: float) -> list[float]:

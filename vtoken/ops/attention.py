@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.core.errors import ShapeError
-from vtoken.ops.backend import attention_reason, use_triton
+from vtoken.ops.backend import BACKENDS, attention_reason, use_triton
 from vtoken.ops.merge import size_bias
 
 
@@ -27,14 +28,15 @@ def attention_with_sizes(
         [B, H, T, D] in the dtype of q.
 
     Raises:
-        ShapeError: if `size` does not fit the keys.
+        ShapeError: if `size` does not fit the keys. Else as `attention_with_bias`.
 
     Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1; pitome.md section 5.
     """
+    scale = _check("attention_with_sizes", q, k, v, scale, backend)
     if size is None:
         return attention_with_bias(q, k, v, None, scale=scale, backend=backend)
     expected = (k.shape[0], k.shape[2])
-    if tuple(size.shape) not in (expected, (*expected, 1)):
+    if tuple(checks.tensor("attention_with_sizes", "size", size).shape) not in (expected, (*expected, 1)):
         raise ShapeError(f"size must be {list(expected)} or {[*expected, 1]}, got {tuple(size.shape)}")
     kernels = use_triton(backend, q, lambda: attention_reason(q, k, v))
     # The kernels add the logarithm in float32 whatever the dtype of q.
@@ -59,8 +61,13 @@ def attention_with_bias(
         [B, H, T, D] in the dtype of q (under autocast: of autocast).
 
     Raises:
-        ShapeError: if the bias is not one per key.
+        ShapeError: if q, k and v do not fit each other, or the bias is not one per key.
+        InputError: if one is no tensor.
+        ConfigError: if the scale is no finite number, the backend unknown or unable to serve the call.
     """
+    scale = _check("attention_with_bias", q, k, v, scale, backend)
+    if bias is not None:
+        checks.tensor("attention_with_bias", "bias", bias)
     if bias is not None and (bias.dim() != 4 or bias.shape[0] not in (1, k.shape[0])
                              or tuple(bias.shape[1:]) != (1, 1, k.shape[2])):  # fmt: skip
         raise ShapeError(f"bias must be [{k.shape[0]}, 1, 1, {k.shape[2]}], one per key, got {tuple(bias.shape)}")
@@ -72,8 +79,19 @@ def attention_with_bias(
     if torch.is_autocast_enabled(kind):
         q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
     per_key = None if bias is None else bias.detach()[:, 0, 0].float()
-    out: Tensor = attention(q, k, v, per_key, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
+    out: Tensor = attention(q, k, v, per_key, q.shape[-1] ** -0.5 if scale is None else scale)[0]
     return out
+
+
+def _check(owner: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> float | None:
+    """The scale as a float; raises what the callers say."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.tensor(owner, name, x, 4, shape="[B, H, T, D]")
+    if q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2]:
+        shapes = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        raise ShapeError(f"{owner}: q must be [B, H, T, D], k and v [B, H, S, D], got {shapes}")
+    checks.choice(owner, "backend", backend, BACKENDS)
+    return None if scale is None else checks.number(owner, "scale", scale)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout_p: float = 0.0) -> Tensor:

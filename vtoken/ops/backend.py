@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError
+from vtoken import checks
+from vtoken.core.errors import ConfigError, InputError
 
 BACKENDS = ("auto", "torch", "triton")
 #: For tests only: "triton" makes "auto" take the kernels wherever they can run, on the CPU too if Triton interprets
@@ -68,9 +69,12 @@ def explain(op: str, *tensors: Tensor, **options: Any) -> Choice:
 
     Raises:
         ConfigError: if the op is unknown.
+        InputError: if there is no tensor.
     """
-    if op not in REASONS:
-        raise ConfigError(f"unknown op {op!r}; supported: {', '.join(REASONS)}")
+    checks.choice("explain", "op", op, tuple(REASONS))
+    if not tensors:
+        raise InputError(f"explain({op!r}): give the tensors of the call")
+    checks.tensor("explain", "tensors", tensors[0])
     if not tensors[0].is_cuda and not FORCED:
         return Choice("torch", f"the tensors are on {tensors[0].device.type!r}; kernels need a GPU")
     why = _no_device(tensors[0]) or REASONS[op](*tensors, **options)
@@ -104,6 +108,8 @@ def _dtype_reason(name: str, x: Tensor) -> str:
 
 def metric_reason(metric: Tensor, *, variant: str = "pitome", protect: object = None) -> str:
     """Why the kernels cannot match by this metric [B, T, d]."""
+    if variant == "text":
+        return 'the variant "text"'
     if variant == "pitome_pairs" and protect is not None:
         return 'protect with the variant "pitome_pairs"'
     return _width_reason("metric", metric, metric.shape[-1], 8192)

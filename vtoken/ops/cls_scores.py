@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError, ShapeError
+from vtoken import checks
+from vtoken.core.errors import ConfigError, InputError, ShapeError
 from vtoken.ops.rows import full_precision
 
 ENSEMBLES = ("mean", "sum", "max", "min")
+_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 _CHUNK = 128  # queries whose whole attention rows exist at once
 
 
@@ -172,17 +174,17 @@ def select_tokens(scores: Tensor, k: int) -> Tensor:
 
     Raises:
         ConfigError: if k is no whole number from 1 on.
-        ShapeError: if the scores have another number of dimensions.
+        ShapeError: if the scores have another number of dimensions. InputError: if they are no tensor of numbers.
 
     Example:
         >>> import torch, vtoken
         >>> vtoken.select_tokens(torch.tensor([0.1, 0.4, 0.2, 0.4]), 3)
         tensor([1, 2, 3])
     """
-    if isinstance(k, (bool, float)) or k < 1:
-        raise ConfigError(f"k={k!r}: at least one token must be kept, a whole number of them")
-    if scores.dim() not in (1, 2):
-        raise ShapeError(f"expected scores [N] or [B, N], got {tuple(scores.shape)}")
+    k = checks.whole("select_tokens", "k", k, 1, what="at least one token is kept: ")
+    checks.tensor("select_tokens", "scores", scores, 1, 2, shape="[N] or [B, N]")
+    if not (scores.is_floating_point() or scores.dtype in _WHOLE):
+        raise InputError(f"select_tokens(scores=...): must be real numbers, got {scores.dtype}")
     ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return best.sort(dim=-1).values

@@ -7,7 +7,6 @@ the P = N - T prefix tokens before them keep all keys as queries and are ordinar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError, ShapeError
+from vtoken import checks
+from vtoken.core.errors import ShapeError
 from vtoken.ops import kernels
-from vtoken.ops.backend import select_reason, use_triton
+from vtoken.ops.backend import BACKENDS, select_reason, use_triton
 from vtoken.ops.hilbert import hilbert_order
 from vtoken.ops.largest import branch_free, largest_index
 
@@ -45,6 +45,12 @@ class Connections:
     order: Tensor | None = None
     crow: Tensor | None = None
     col: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        checks.whole("Connections", "num_tokens", self.num_tokens, 1)
+        for name in ("index", "order", "crow", "col"):
+            if getattr(self, name) is not None:
+                checks.tensor("Connections", name, getattr(self, name))
 
     @property
     def form(self) -> str:
@@ -147,12 +153,13 @@ def num_kept(keep_ratio: float, num_tokens: int, num_original: int | None = None
     """Keys per query: `keep_ratio` of the original number of tokens (None: of `num_tokens`), at most `num_tokens`.
 
     Raises:
-        ConfigError: if `keep_ratio` is not in (0, 1].
+        ConfigError: if `keep_ratio` is not in (0, 1], or `num_original` no whole number from 1 on.
     """
-    if not 0 < keep_ratio <= 1:
-        raise ConfigError(f"keep_ratio={keep_ratio} is the share of keys that a query keeps and must be in (0, 1]")
-    # 0.1 * 30 is a little more than 3 in binary: that is not a reason to keep 4.
-    return min(math.ceil(keep_ratio * (num_original or num_tokens) - 1e-6), num_tokens) or 1
+    what = "the share of keys that a query keeps, "
+    keep_ratio = checks.share("num_kept", "keep_ratio", keep_ratio, what=what)
+    if num_original is None:
+        num_original = num_tokens
+    return min(checks.share_of(keep_ratio, checks.whole("num_kept", "num_original", num_original, 1)), num_tokens)
 
 
 @torch.no_grad()
@@ -174,11 +181,13 @@ def select_topk(
         backend: "auto", "torch" or "triton".
 
     Raises:
-        ShapeError, ConfigError: if the tensors do not fit each other, if `keep_ratio` is not in (0, 1].
+        ShapeError: if the tensors do not fit each other. InputError: if one is none.
+        ConfigError: if `keep_ratio` is not in (0, 1], `num_original` no whole number, the backend unknown or unable.
 
     Source: arXiv 2303.13755 section 3.2; ties as sparsifiner.md section 3.
     """
-    num_tokens = _check(coefficients, basis)
+    num_tokens = _check("select_topk", coefficients, basis)
+    checks.choice("select_topk", "backend", backend, BACKENDS)
     k = num_kept(keep_ratio, num_tokens, num_original)
     if use_triton(backend, coefficients, lambda: select_reason(coefficients, basis)):
         return Connections(num_tokens, index=kernels.select_rows(coefficients, basis, k))
@@ -195,13 +204,20 @@ def select_topk(
 def select_threshold(coefficients: Tensor, basis: Tensor, threshold: float | Tensor) -> Connections:
     """The keys whose score is greater than `threshold`, one number or one per head [H]; there may be none.
 
-    Tensors and errors as `select_topk`. The number of kept keys depends on the values, so this neither compiles into
-    one graph nor runs on the meta device.
+    Tensors and errors as `select_topk`; a threshold is a finite number or a tensor [H] or []. The number of kept keys
+    depends on the values, so this neither compiles into one graph nor runs on the meta device.
 
     Source: arXiv 2303.13755 section 3.2.
     """
-    num_tokens = _check(coefficients, basis)
+    num_tokens = _check("select_threshold", coefficients, basis)
     batch, heads, queries, _ = coefficients.shape
+    if not isinstance(threshold, Tensor):
+        threshold = checks.number("select_threshold", "threshold", threshold)
+    elif tuple(threshold.shape) not in ((), (1,), (heads,)):
+        raise ShapeError(f"threshold must be one number or [{heads}], one per head, got {tuple(threshold.shape)}")
+    if batch == 0:  # there is nothing to concatenate
+        none = torch.zeros(0, dtype=torch.int64, device=coefficients.device)
+        return Connections(num_tokens, crow=none.new_zeros(0, heads, queries + 1), col=none)
     step = _rows_at_a_time(coefficients.device, num_tokens, queries)
     limits = torch.as_tensor(threshold, dtype=coefficients.dtype, device=coefficients.device).expand(heads)
     counts, cols = [], []
@@ -240,13 +256,15 @@ def select_grouped(
         live: the tokens of the grid that are still there, [B, N], prefix tokens first; None: all of them.
 
     Raises:
-        ShapeError, ConfigError: as `select_topk`; if grid or `live` do not fit; if `group_size` is below 1.
+        ShapeError, InputError, ConfigError: as `select_topk`; if grid or `live` do not fit; if `group_size` is no whole
+            number from 1 on.
 
     Source: sparsifiner.md section 8.
     """
-    num_tokens = _check(coefficients, basis)
-    if group_size < 1:
-        raise ConfigError(f"group_size={group_size}: a group has at least one query")
+    num_tokens = _check("select_grouped", coefficients, basis)
+    group_size = checks.whole("select_grouped", "group_size", group_size, 1)
+    grid = checks.grid("select_grouped", "grid", grid)
+    checks.choice("select_grouped", "backend", backend, BACKENDS)
     queries = coefficients.shape[2]
     order = query_order(grid, live, num_tokens, queries, coefficients)
     size = -(-queries // -(-queries // group_size))
@@ -275,14 +293,16 @@ def query_order(
                 "pass live= if tokens have been removed"
             )
         return order.unsqueeze(0)
-    if tuple(live.shape) != (like.shape[0], num_tokens):
+    if tuple(checks.tensor("select_grouped", "live", live).shape) != (like.shape[0], num_tokens):
         raise ShapeError(f"live must be [{like.shape[0]}, {num_tokens}] (one row per token), got {tuple(live.shape)}")
     prefix = num_tokens - queries
     return order.argsort()[live[:, prefix:] - prefix].argsort(1)
 
 
-def _check(coefficients: Tensor, basis: Tensor) -> int:
+def _check(owner: str, coefficients: Tensor, basis: Tensor) -> int:
     """N, if the tensors fit each other."""
+    checks.tensor(owner, "coefficients", coefficients)
+    checks.tensor(owner, "basis", basis)
     fits = coefficients.dim() == 4 and basis.dim() in (2, 3) and basis.shape[-2] == coefficients.shape[3]
     if not fits or (basis.dim() == 3 and basis.shape[0] != coefficients.shape[0]):
         raise ShapeError(
@@ -317,4 +337,4 @@ def _has_onednn(x: Tensor) -> bool:
 def _rows_at_a_time(device: torch.device, row_size: int, queries: int) -> int:
     if device.type == "meta" or torch.compiler.is_compiling():  # a graph holds every pass: few, whatever the batch
         return max(1, queries // 4)
-    return max(1, min(_SCORES.get(device.type, _SCORES_ELSEWHERE) // row_size, queries // 2))
+    return max(1, min(_SCORES.get(device.type, _SCORES_ELSEWHERE) // max(1, row_size), queries // 2))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.core.errors import ShapeError
 
 
@@ -18,12 +19,12 @@ def hilbert_order(rows: int, columns: int, device: torch.device | None = None) -
     odd side leaves no other way). The curve starts in patch 0.
 
     Raises:
-        ShapeError: if a side is below 1.
+        ShapeError: if a side is no whole number from 1 on.
 
     Source: the generalised Hilbert curve for rectangles of J. Cerveny.
     """
-    if rows < 1 or columns < 1:
-        raise ShapeError(f"a grid of {rows} x {columns} patches has no patch to start from")
+    rows = checks.whole("hilbert_order", "rows", rows, 1, error=ShapeError)
+    columns = checks.whole("hilbert_order", "columns", columns, 1, error=ShapeError)
     order = _constant_order(rows, columns)
     return order if device is None or device.type == "cpu" else order.to(device)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.core.errors import ShapeError
 from vtoken.ops.connections import Connections
 from vtoken.ops.rows import full_precision
@@ -30,9 +31,11 @@ class LogitBias:
         """From what a caller passes, each None or broadcastable to `full` = (B, H, N, N).
 
         Raises:
-            ShapeError: if one is not.
+            ShapeError, InputError: if one is not, or is no tensor.
         """
         for name, x in (("key_bias", key_bias), ("attn_mask", attn_mask)):
+            if x is not None:
+                checks.tensor("sparse_attention", name, x)
             if x is not None and (x.dim() > 4 or any(s not in (1, f) for s, f in zip(x.shape[::-1], full[::-1]))):  # noqa: B905
                 raise ShapeError(f"{name} must be broadcastable to {list(full)}, got {tuple(x.shape)}")
         key_bias, attn_mask = (None if x is None else x[(None,) * (4 - x.dim())] for x in (key_bias, attn_mask))

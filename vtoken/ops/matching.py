@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.core.errors import ConfigError, ShapeError
-from vtoken.ops.backend import keys_reason, metric_reason, use_triton
+from vtoken.ops.backend import BACKENDS, keys_reason, metric_reason, use_triton
 from vtoken.ops.merge import HALF, MergePlan
 from vtoken.ops.rows import full_precision, take_rows
 
-VARIANTS = ("pitome", "pitome_pairs", "tome")
+VARIANTS = ("pitome", "pitome_pairs", "tome", "text")
 ENERGIES = ("elu", "eq4")
 _LOG2E = math.log2(math.e)
 #: Most similarities that are computed at once: on a CPU what fits a core's cache (half a MiB of float32), elsewhere,
@@ -28,7 +29,12 @@ def key_metric(keys: Tensor, *, backend: str = "auto") -> Tensor:
     """Attention keys [B, H, T, D] as one vector per token: their sum over heads, [B, T, D], at least float32.
 
     Cosine similarity does not see the missing factor 1/H, and the sum is twice as fast as the mean here.
+
+    Raises:
+        ShapeError: if the keys are not 4-D. ConfigError: if the backend is unknown or cannot serve them.
     """
+    checks.tensor("key_metric", "keys", keys, 4, shape="[B, H, T, D]")
+    checks.choice("key_metric", "backend", backend, BACKENDS)
     if use_triton(backend, keys, lambda: keys_reason(keys)):
         from vtoken_kernels.library import sum_heads
 
@@ -62,27 +68,37 @@ def plan_pitome(
         alpha: weight of the similarities below the margin.
         num_prefix: prefix tokens P (class, registers, distillation); they keep rows 0..P-1.
         variant: "pitome"; "pitome_pairs" (all tokens dealt by energy, the r best pairs merge, nothing protected);
-            "tome" (`plan_tome`, energies unused).
-        energy: "elu" (continuous at the margin) or "eq4" (the paper's equation 4, which jumps there).
+            "tome" (`plan_tome`, energies unused); "text" (the published form for text encoders: energies are sums of
+            exp(-((1 - cos) / (1 - margin)) ** 2 / 2), the r highest are sources, the next r destinations; all texts
+            of a batch must have one length, as padding would count as tokens. The published margin is
+            0.9 - 0.25 * layer / L, in the first 3 layers, with 20 % of the tokens removed in each; an attention mask is
+            merged by `plan.apply(mask, reduction="amax")`).
+        energy: "elu" (continuous at the margin) or "eq4" (the paper's equation 4, which jumps there); unused by "text".
         protect: more tokens that must not merge: a mask [B, N], or row numbers [B, p] or [p] among the N = T - P
             (in a tensor they must be distinct and in range: checking would synchronise a GPU).
         backend: "auto" (kernels on a GPU where they can, else torch), "torch" or "triton".
 
     Raises:
         ShapeError: if `metric` is not 3-D or `protect` does not fit it.
-        ConfigError: if r is negative, a name is unknown, or kernels are asked for that cannot serve the metric.
+        InputError: if `metric` is no tensor.
+        ConfigError: if a number is out of range, a name is unknown, or kernels are asked for that cannot serve the
+            metric.
 
     Source: arXiv 2405.16148 section 3; order and ties as pitome.md section 2.
     """
-    if variant not in VARIANTS:
-        raise ConfigError(f"unknown variant {variant!r}; supported: {', '.join(VARIANTS)}")
-    if energy not in ENERGIES:
-        raise ConfigError(f"unknown energy {energy!r}; supported: {', '.join(ENERGIES)}")
+    checks.choice("plan_pitome", "variant", variant, VARIANTS)
+    checks.choice("plan_pitome", "energy", energy, ENERGIES)
+    checks.choice("plan_pitome", "backend", backend, BACKENDS)
+    if not isinstance(margin, Tensor):
+        margin = checks.number("plan_pitome", "margin", margin, -1, 1, what="a cosine similarity, ")
+    if variant == "text":
+        checks.number("plan_pitome", "margin", margin, -1, below=1, what='of the variant "text", ')
+    alpha = checks.number("plan_pitome", "alpha", alpha, 0)
     if variant == "tome":
         if protect is not None:
-            raise ConfigError('protect works with the variants "pitome" and "pitome_pairs", not with "tome"')
+            raise ConfigError('protect works with the other variants, not with "tome", which protects nothing')
         return plan_tome(metric, r, num_prefix=num_prefix, backend=backend)
-    _check(metric, r, num_prefix)
+    r, num_prefix = _check("plan_pitome", metric, r, num_prefix)
     mergeable = metric.shape[1] - num_prefix
     guard, most, fewest = (None, 0, 0) if protect is None else _protected(metric, num_prefix, protect)
     r = min(r, (mergeable - most) // 2)
@@ -93,19 +109,21 @@ def plan_pitome(
         from vtoken_kernels import library
 
         pairs = variant == "pitome_pairs"
-        parts = library.plan_pitome(
-            metric.detach(), guard, r, num_prefix, float(margin), float(alpha), energy == "eq4", pairs
-        )
+        parts = library.plan_pitome(metric.detach(), guard, r, num_prefix, margin, alpha, energy == "eq4", pairs)
         return _from_kernels(parts, metric.shape[1], mergeable // 2 if pairs else r)
     with full_precision(metric):
         unit = _unit_rows(metric)
-        energies = _energies(unit[:, num_prefix:], margin, alpha, energy)
+        energies = _energies(unit[:, num_prefix:], margin, alpha, "text" if variant == "text" else energy)
         if guard is not None:
             energies = energies.masked_fill(guard, float("-inf"))
-        if variant == "pitome":
+        if variant in ("pitome", "text"):
             # Prefix rows take part with the lowest energy of all, so that they come out among the kept rows.
             full = F.pad(energies, (num_prefix, 0), value=float("-inf")) if num_prefix else energies
-            return _plan_from_order(unit, torch.sort(full, dim=1, descending=True, stable=True)[1], r)
+            order = torch.sort(full, dim=1, descending=True, stable=True)[1]
+            if variant == "text":  # not dealt in turn: the first r are the sources
+                dealt = torch.stack([order[:, :r], order[:, r : 2 * r]], dim=2).flatten(1)
+                order = torch.cat([dealt, order[:, 2 * r :]], dim=1)
+            return _plan_from_order(unit, order, r)
         order = torch.sort(energies, dim=1, descending=True, stable=True)[1] + num_prefix
         plan = _plan_best_pairs(unit, order[:, 0::2], order[:, 1::2], r, num_prefix, guard)
         return plan if guard is None else _guarded_among_kept(plan, guard, num_prefix, (mergeable - fewest) // 2)
@@ -128,7 +146,8 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "au
 
     Source: arXiv 2210.09461 section 3 and appendix D.
     """
-    _check(metric, r, num_prefix)
+    r, num_prefix = _check("plan_tome", metric, r, num_prefix)
+    checks.choice("plan_tome", "backend", backend, BACKENDS)
     batch, num_tokens, _ = metric.shape
     if num_tokens - num_prefix < 2:
         return MergePlan.identity(batch, num_tokens, metric.device)
@@ -158,7 +177,8 @@ def plan_random(metric: Tensor, r: int, *, num_prefix: int = 0, seed: int = 0) -
     The draw is a hash of (seed, row), the same for every image of a batch and on every device; no random number
     generator is touched. Arguments and errors as `plan_tome`; r is capped at half of the mergeable tokens.
     """
-    _check(metric, r, num_prefix)
+    r, num_prefix = _check("plan_random", metric, r, num_prefix)
+    seed = checks.whole("plan_random", "seed", seed)
     batch, num_tokens, _ = metric.shape
     r = min(r, (num_tokens - num_prefix) // 2)
     if r <= 0:
@@ -173,11 +193,11 @@ def plan_stride(metric: Tensor, stride: int, *, num_prefix: int = 0) -> MergePla
     """Control: mergeable rows 0, k, 2k, ... are destinations; all others join the most similar one.
 
     Raises:
-        ShapeError: if `metric` is not 3-D. ConfigError: if `stride` is below 1.
+        ShapeError, InputError: if `metric` is not 3-D, or no tensor. ConfigError: if `stride` is no whole number from
+            1 on.
     """
-    if stride < 1:
-        raise ConfigError(f"stride={stride}: every stride-th token is kept, so it must be at least 1")
-    _check(metric, 0, num_prefix)
+    stride = checks.whole("plan_stride", "stride", stride, 1, what="every stride-th token is kept, so it ")
+    _, num_prefix = _check("plan_stride", metric, 0, num_prefix)
     batch, num_tokens, _ = metric.shape
     kept = torch.arange(num_prefix, num_tokens, stride, device=metric.device)
     count = num_tokens - num_prefix - kept.shape[0]
@@ -196,22 +216,21 @@ def _from_kernels(parts: tuple[Tensor, ...], num_tokens: int, num_dest: int) -> 
     return MergePlan(keep, src, slot, num_tokens, num_dest, (dest, start, member))
 
 
-def _check(metric: Tensor, r: int, num_prefix: int) -> None:
-    if metric.dim() != 3:
-        raise ShapeError(f"metric must be [B, T, d] (one vector per token), got {tuple(metric.shape)}")
+def _check(owner: str, metric: Tensor, r: int, num_prefix: int) -> tuple[int, int]:
+    checks.tensor(owner, "metric", metric, 3, shape="[B, T, d] (one vector per token)")
+    num_prefix = checks.whole(owner, "num_prefix", num_prefix)
     if not 0 <= num_prefix <= metric.shape[1]:
         raise ShapeError(f"num_prefix={num_prefix} does not fit {metric.shape[1]} tokens")
-    if isinstance(r, (bool, float)) or r < 0:
-        raise ConfigError(f"r={r!r}: the number of tokens to remove is a whole number from 0 on")
+    return checks.whole(owner, "r", r, 0, what="the tokens to remove "), num_prefix
 
 
 def _protected(metric: Tensor, num_prefix: int, protect: Tensor | Sequence[int]) -> tuple[Tensor, int, int]:
     """The mask [B, N] of protected tokens, and the largest and the smallest number of them in an image."""
     batch, mergeable = metric.shape[0], metric.shape[1] - num_prefix
     if not isinstance(protect, Tensor):
-        rows = sorted(set(protect))
+        rows = sorted(set(checks.wholes("plan_pitome", "protect", protect)))
         if rows and not 0 <= rows[0] <= rows[-1] < mergeable:
-            raise ShapeError(f"protect={list(protect)} does not fit {mergeable} mergeable tokens")
+            raise ShapeError(f"protect={rows} does not fit {mergeable} mergeable tokens")
         protect = torch.tensor(rows, dtype=torch.int64, device=metric.device)
     if protect.dtype == torch.bool:
         if tuple(protect.shape) != (batch, mergeable):
@@ -220,8 +239,14 @@ def _protected(metric: Tensor, num_prefix: int, protect: Tensor | Sequence[int])
         return protect, max(counts), min(counts)
     if protect.dim() not in (1, 2) or (protect.dim() == 2 and protect.shape[0] != batch):
         raise ShapeError(f"protect indices must be [p] or [{batch}, p], got {tuple(protect.shape)}")
+    if protect.is_floating_point() or protect.is_complex():
+        raise ConfigError(f"protect must be a mask (bool) or row numbers (whole numbers), got {protect.dtype}")
+    if protect.device.type == "cpu" and protect.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in protect.aminmax())
+        if low < 0 or high >= mergeable:
+            raise ShapeError(f"protect names rows {low} to {high}, which do not fit {mergeable} mergeable tokens")
     mask = torch.zeros(batch, mergeable, dtype=torch.bool, device=metric.device)
-    return mask.scatter(1, protect.expand(batch, -1), True), protect.shape[-1], protect.shape[-1]
+    return mask.scatter(1, protect.to(torch.int64).expand(batch, -1), True), protect.shape[-1], protect.shape[-1]
 
 
 def _unit_rows(metric: Tensor) -> Tensor:
@@ -305,6 +330,10 @@ def _energies(unit: Tensor, margin: float | Tensor, alpha: float, energy: str) -
         below = _exp2_(close.sub(margin).mul_(_LOG2E)).sub_(1.0).mul_(alpha)
         return (torch.where(close >= min(margin, top), close, below).sum(-1),)
 
+    def text(similarity: Tensor) -> tuple[Tensor]:
+        beside = similarity.clamp_max_(top).sub_(1.0).square_()
+        return (beside.mul_(-0.5 / (1.0 - margin) ** 2).exp_().sum(-1),)
+
     # elu(z) + alpha = max(z, 0) + alpha * 2^(min(z, 0) log2 e): of expm1, exp and exp2 only the last is fast on every
     # CPU. The product itself makes z log2 e of the similarities.
     highest = (top - margin) * _LOG2E
@@ -314,8 +343,8 @@ def _energies(unit: Tensor, margin: float | Tensor, alpha: float, energy: str) -
         below = _exp2_(scaled.clamp_max_(min(highest, 0.0))).sum(-1)
         return (above.add_(below, alpha=alpha * _LOG2E),)
 
-    if energy == "eq4":
-        return _over_similarities(eq4, unit, unit)[0]
+    if energy in ("eq4", "text"):
+        return _over_similarities(eq4 if energy == "eq4" else text, unit, unit)[0]
     product = functools.partial(torch.baddbmm, unit.new_full((), -margin * _LOG2E), alpha=_LOG2E)
     return _over_similarities(elu, unit, unit, product)[0]
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError, ShapeError
+from vtoken import checks
+from vtoken.core.errors import ConfigError, InputError, ShapeError
 from vtoken.ops import kernels
-from vtoken.ops.backend import rows_reason, use_triton
+from vtoken.ops.backend import BACKENDS, rows_reason, use_triton
 from vtoken.ops.rows import flat_index, full_precision, take_rows
 
 REDUCTIONS = ("wavg", "mean", "amax", "prune")
@@ -28,8 +29,14 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
         log(size) as an additive attention mask [B, 1, 1, T]; it broadcasts over heads and queries, which keeps
         `scaled_dot_product_attention` on its fused kernels.
 
+    Raises:
+        ShapeError, InputError: if the sizes are not 2-D, or no tensor. ConfigError: if the dtype is none.
+
     Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1.
     """
+    checks.tensor("size_bias", "size", size, 2, shape="[B, T]")
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"size_bias(dtype={dtype!r}): must be a torch.dtype")
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     bias = (size if size.dtype == compute else size.to(compute)).log()
     return (bias if compute == dtype else bias.to(dtype)).unsqueeze(1).unsqueeze(1)
@@ -72,7 +79,13 @@ class MergePlan:
 
     @classmethod
     def identity(cls, batch: int, num_tokens: int, device: torch.device) -> MergePlan:
-        """The plan that changes nothing."""
+        """The plan that changes nothing.
+
+        Raises:
+            ConfigError: if a count is no whole number from 0 on.
+        """
+        batch = checks.whole("MergePlan.identity", "batch", batch, 0)
+        num_tokens = checks.whole("MergePlan.identity", "num_tokens", num_tokens, 0)
         keep = torch.arange(num_tokens, device=device).expand(batch, num_tokens)
         none = keep[:, :0]
         return cls(keep, none, none, num_tokens, 0)
@@ -115,9 +128,10 @@ class MergePlan:
             of `size`, [B, T'] if it was None. Rows that received nothing are bit-equal to their input.
 
         Raises:
-            ShapeError: if `x` or `size` does not fit the plan.
+            ShapeError: if `x` or `size` does not fit the plan. InputError: if one is no tensor.
             ConfigError: if the reduction or the backend is unknown, or kernels are asked for that cannot serve x.
         """
+        checks.choice("MergePlan.apply", "backend", backend, BACKENDS)
         _check_apply(self, x, size, reduction)
         if self.removed == 0:
             return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
@@ -145,14 +159,29 @@ class MergePlan:
         return rows, new_size
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Spread output rows [B, T', C] back to all input rows [B, T, C]: every row gets its group's value."""
+        """Spread output rows [B, T', C] back to all input rows [B, T, C]: every row gets its group's value.
+
+        Raises:
+            ShapeError, InputError: if `y` does not fit the plan, or is no tensor.
+        """
+        checks.tensor("MergePlan.unmerge", "y", y)
         if y.dim() != 3 or y.shape[:2] != self.keep.shape:
             batch = self.keep.shape[0]
             raise ShapeError(f"unmerge takes [{batch}, {self.num_tokens}, C] (the merged rows), got {tuple(y.shape)}")
         return take_rows(y, self.dest)
 
     def then(self, next_plan: MergePlan) -> MergePlan:
-        """This merge followed by `next_plan` as one plan ("wavg" and "amax" give the same rows either way)."""
+        """This merge followed by `next_plan` as one plan ("wavg" and "amax" give the same rows either way).
+
+        Raises:
+            ShapeError, InputError: if `next_plan` does not start where this one ends, or is no plan.
+        """
+        if not isinstance(next_plan, MergePlan):
+            raise InputError(f"MergePlan.then(next_plan=...): must be a MergePlan, got {type(next_plan).__name__}")
+        if next_plan.keep.shape[0] != self.keep.shape[0]:
+            raise ShapeError(
+                f"the next plan is for {next_plan.keep.shape[0]} images, this one for {self.keep.shape[0]}"
+            )
         if next_plan.num_tokens_in != self.num_tokens:
             raise ShapeError(f"the next plan starts from {next_plan.num_tokens_in} rows, this one ends with "
                              f"{self.num_tokens}")  # fmt: skip
@@ -205,15 +234,17 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _check_apply(plan: MergePlan, x: Tensor, size: Tensor | None, reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ConfigError(f"unknown reduction {reduction!r}; supported: {', '.join(REDUCTIONS)}")
+    checks.choice("MergePlan.apply", "reduction", reduction, REDUCTIONS)
     check_rows(plan, x, size)
     if reduction in ("wavg", "mean") and not x.is_floating_point():
         raise ConfigError(f"{reduction!r} averages, which {x.dtype} cannot hold; use 'amax' or 'prune', or convert x")
 
 
 def check_rows(plan: MergePlan, x: Tensor, size: Tensor | None) -> None:
-    """Raise ShapeError if rows [B, T, C] or sizes do not fit the plan."""
+    """Raise ShapeError if rows [B, T, C] or sizes do not fit the plan, InputError if they are no tensors."""
+    checks.tensor("MergePlan.apply", "x", x)
+    if size is not None:
+        checks.tensor("MergePlan.apply", "size", size)
     expected = (plan.keep.shape[0], plan.num_tokens_in)
     if x.dim() != 3 or tuple(x.shape[:2]) != expected:
         raise ShapeError(f"the plan takes x of shape [{expected[0]}, {expected[1]}, C], got {tuple(x.shape)}")

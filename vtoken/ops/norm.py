@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.core.errors import ShapeError
+from vtoken import checks
+from vtoken.core.errors import InputError, ShapeError
 from vtoken.ops import kernels
-from vtoken.ops.backend import norm_reason, use_triton
+from vtoken.ops.backend import BACKENDS, norm_reason, use_triton
 from vtoken.ops.merge import MergePlan, check_rows
 
 
@@ -38,8 +39,18 @@ def add_merge_norm(
         Merged rows [B, T', C], their norm [B, T', C], and float32 sizes as `MergePlan.apply` returns them.
 
     Raises:
-        ShapeError: if x, branch or size do not fit.
+        ShapeError: if x, branch, size, weight or bias do not fit. InputError: if one is no tensor, or `plan` no plan.
+        ConfigError: if `eps` is negative, the backend unknown.
     """
+    if not isinstance(plan, MergePlan):
+        raise InputError(f"add_merge_norm(plan=...): must be a MergePlan, got {type(plan).__name__}")
+    for name, rows in (("x", x), ("branch", branch)):
+        checks.tensor("add_merge_norm", name, rows, 3, shape="[B, T, C]")
+    for name, of_norm in (("weight", weight), ("bias", bias)):
+        if of_norm is not None and checks.tensor("add_merge_norm", name, of_norm).shape != x.shape[2:]:
+            raise ShapeError(f"{name} must be [{x.shape[2]}], got {tuple(of_norm.shape)}")
+    eps = checks.number("add_merge_norm", "eps", eps, 0)
+    checks.choice("add_merge_norm", "backend", backend, BACKENDS)
     if x.shape != branch.shape:
         raise ShapeError(f"x and branch must have one shape, got {tuple(x.shape)} and {tuple(branch.shape)}")
     if plan.removed == 0 or not use_triton(backend, x, lambda: norm_reason(x, branch)):

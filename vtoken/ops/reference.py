@@ -43,7 +43,8 @@ def pitome_reference(
 ) -> ReferencePlan:
     """Energy matching of a metric [B, T, d]; arguments as `vtoken.ops.plan_pitome`.
 
-    Source: pitome.md section 2 ("pitome"), section 8 ("pitome_pairs"), section 6 (`protect`), section 11.1 ("eq4").
+    Source: pitome.md section 2 ("pitome"), section 8 ("pitome_pairs"), section 6 (`protect`), section 11.1 ("eq4"),
+    section 8 ("text").
     """
     if variant == "tome":
         return tome_reference(metric, r, num_prefix=num_prefix)
@@ -53,10 +54,13 @@ def pitome_reference(
     plan = ReferencePlan([], [], [])
     for b in range(batch):
         unit = _unit_rows(metric, b, num_prefix)
-        energies = _energies(unit, margin, alpha, energy)
+        energies = _energies(unit, margin, alpha, "text" if variant == "text" else energy)
         # Highest energy first, ties by index; protected tokens after everything else.
         order = sorted(range(num_mergeable), key=lambda i: (i in protected[b], -energies[i], i))
-        if variant == "pitome":
+        if variant == "text":
+            destinations = order[r : 2 * r]
+            pairs = [(a, _most_similar(unit, a, destinations)) for a in order[:r]]
+        elif variant == "pitome":
             merge_set = order[: 2 * r]
             destinations = merge_set[1::2]
             pairs = [(a, _most_similar(unit, a, destinations)) for a in merge_set[0::2]]
@@ -189,7 +193,9 @@ def _energies(unit: list[Row], margin: float, alpha: float, kind: str) -> list[f
             # Exactly 1 for a token with itself, so that the self term is the same constant for all; 0 for zero vectors.
             similarity = float(any(row)) if i == j else _similarity(row, other)
             below = alpha * (math.exp(similarity - margin) - 1.0)
-            if kind == "elu":
+            if kind == "text":
+                terms.append(math.exp(-(((1.0 - similarity) / (1.0 - margin)) ** 2) / 2.0))
+            elif kind == "elu":
                 terms.append(similarity - margin if similarity > margin else below)
             else:
                 terms.append(similarity if similarity >= margin else below)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.core.errors import ShapeError
 
 
@@ -19,12 +20,17 @@ def resize_rows(rows: Tensor, old: tuple[int, int], new: tuple[int, int], *, num
         mean: multiply patch rows by T_old / T_new (w_down), so that a mixture of all tokens keeps its magnitude.
 
     Raises:
-        ShapeError: if `rows` does not fit `old`.
+        ShapeError: if `rows` does not fit `old`. InputError, ConfigError: if it is no tensor, if a grid or `num_prefix`
+            is none.
 
     Source: sparsifiner.md section 10.
     """
+    checks.tensor("resize_rows", "rows", rows, 2, shape="[P + T, K]")
+    old, new = checks.grid("resize_rows", "old", old), checks.grid("resize_rows", "new", new)
+    num_prefix = checks.whole("resize_rows", "num_prefix", num_prefix, 0)
+    checks.flag("resize_rows", "mean", mean)
     patches, count = rows[num_prefix:], old[0] * old[1]
-    if patches.shape[0] != count or min(new) < 1:
+    if patches.shape[0] != count:
         raise ShapeError(f"{rows.shape[0]} rows are not {num_prefix} prefix tokens and a grid of {old[0]} x {old[1]}")
     image = patches.to(torch.promote_types(patches.dtype, torch.float32)).t().reshape(1, -1, *old)
     resized = F.interpolate(image, size=new, mode="bicubic", align_corners=False, antialias=False)

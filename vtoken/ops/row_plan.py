@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import isqrt
 
-from vtoken.core.errors import ConfigError, InputError
+from vtoken import checks
+from vtoken.core.errors import InputError
 
 SHAPES = ("exact", "floor")
 
@@ -27,10 +28,10 @@ def row_widths(t: int, height: int, width: int, *, shape: str = "exact") -> list
         >>> row_widths(23, 9, 9)
         [4, 5, 4, 5, 5]
     """
-    if shape not in SHAPES:
-        raise ConfigError(f"unknown shape {shape!r}; supported: {', '.join(SHAPES)}")
-    if height < 1 or width < 1:
-        raise InputError(f"a grid has at least one row and column, got {height} x {width}")
+    checks.choice("row_widths", "shape", shape, SHAPES)
+    height = checks.whole("row_widths", "height", height, 1, error=InputError)
+    width = checks.whole("row_widths", "width", width, 1, error=InputError)
+    t = checks.whole("row_widths", "t", t, error=InputError)
     if t < 0 or (t > height * width and shape == "exact"):
         raise InputError(f"t={t}: a grid of {height} x {width} gives 0 to {height * width} tokens")
     if t == 0:

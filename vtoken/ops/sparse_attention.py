@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError, ShapeError
+from vtoken import checks
+from vtoken.core.errors import ConfigError, InputError, ShapeError
 from vtoken.ops import lists
 from vtoken.ops.backend import use_triton
 from vtoken.ops.connections import Connections
@@ -63,10 +64,14 @@ def sparse_attention(
     Returns: [B, H, N, D] in the dtype of `q`.
 
     Raises:
-        ShapeError, ConfigError: if shapes do not fit each other; if the backend is unknown or cannot serve the call.
+        ShapeError: if shapes do not fit each other. InputError: if something is no tensor, or no connections.
+        ConfigError: if a number is out of range, if the backend is unknown or cannot serve the call.
 
     Source: arXiv 2303.13755 section 3.3; empty rows as sparsifiner.md section 4.
     """
+    checks.choice("sparse_attention", "backend", backend, BACKENDS)
+    scale = checks.number("sparse_attention", "scale", scale)
+    dropout_p = checks.number("sparse_attention", "dropout_p", dropout_p, 0, 1)
     bias = _checked(q, k, v, connections, num_prefix, key_bias, attn_mask)
     if backend == "auto":
         backend = explain(q, k, v, connections, bias, dropout_p).backend
@@ -79,10 +84,8 @@ def sparse_attention(
             return (weights @ v.to(weights.dtype)).to(q.dtype)
     if backend in ("sparse", "grouped"):
         return _by_head(q, k, v, connections, bias, scale, dropout_p, backend)
-    if backend == "triton":
-        use_triton(backend, q, lambda: lists.reason(q, k, v, bias, dropout_p))
-        return lists.attend(q, k, v, connections, bias, scale)
-    raise ConfigError(f"unknown backend {backend!r}; supported: {', '.join(BACKENDS)}")
+    use_triton(backend, q, lambda: lists.reason(q, k, v, bias, dropout_p))
+    return lists.attend(q, k, v, connections, bias, scale)
 
 
 def attention_map(
@@ -95,6 +98,7 @@ def attention_map(
     attn_mask: Tensor | None = None,
 ) -> Tensor:
     """The whole attention matrix of `sparse_attention`, [B, H, N, N], at least float32; for pictures, not for speed."""
+    scale = checks.number("attention_map", "scale", scale)
     bias = _checked(q, k, k, connections, None, key_bias, attn_mask)
     return attention_weights(q, k, connections.mask(), bias, scale)
 
@@ -147,12 +151,17 @@ def _checked(
     key_bias: Tensor | None,
     attn_mask: Tensor | None,
 ) -> LogitBias:
+    if not isinstance(connections, Connections):
+        raise InputError(f"connections must be what a vtoken.ops.select_ function returns, got {connections!r}")
     expected = (*connections.batch_and_heads, connections.num_tokens)
     for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.tensor("sparse_attention", name, x)
         if x.dim() != 4 or tuple(x.shape[:3]) != expected:
             shape = ", ".join(map(str, expected))
             raise ShapeError(f"{name} must be [{shape}, D] to fit the connections, got {tuple(x.shape)}")
-    if num_prefix is not None and num_prefix != connections.num_prefix:
+    if q.shape[3] != k.shape[3]:
+        raise ShapeError(f"q and k must be equally wide, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if num_prefix is not None and checks.whole("sparse_attention", "num_prefix", num_prefix) != connections.num_prefix:
         raise ShapeError(f"num_prefix={num_prefix}, but the connections were selected with {connections.num_prefix}")
     return LogitBias.of(key_bias, attn_mask, (*expected, connections.num_tokens))
 
@@ -161,6 +170,8 @@ def _by_head(
     q: Tensor, k: Tensor, v: Tensor, c: Connections, bias: LogitBias, scale: float, dropout_p: float, backend: str
 ) -> Tensor:
     """Patch queries by a backend that yields them head by head, prefix queries, which keep all keys, densely."""
+    if q.shape[0] == 0:  # no head yields anything
+        return v.new_empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
     parts = (_sparse if backend == "sparse" else _grouped)(q, k, v, c, bias, scale, dropout_p)
     if c.num_prefix:
         first = slice(c.num_prefix)
@@ -212,7 +223,7 @@ def _grouped(
     home = order.argsort(1)
     added = bias.of_pairs(connections, q.dtype)
     if added is not None:
-        added = added.expand(batch, heads, groups, -1, kept)
+        added = added.expand(batch, heads, groups, rows.shape[2], kept)
     if branch_free(q) or (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
         keys, values = (take_rows(x.flatten(0, 1), index.flatten(0, 1).flatten(1)) for x in (k, v))
         queries = take_rows(q.flatten(0, 1), _per_head(rows.flatten(1), batch, heads))

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtoken import checks
 from vtoken.core.apply import config_tuple, configure
-from vtoken.core.errors import ConfigError, VTokenError
+from vtoken.core.errors import ShapeError, VTokenError
 from vtoken.core.patch import PREDICTOR
 from vtoken.core.trace import tracing
 
@@ -17,7 +18,8 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
     """Set every head's threshold so that patch queries keep the share `density` of the keys, and switch to "threshold".
 
     The scores are those of a forward that keeps exactly that share per query, so what later blocks see is as sparse as
-    it will be. The thresholds are buffers of the predictors and go into the state dict.
+    it will be. The thresholds are buffers of the predictors and go into the state dict. The backend "grouped", which
+    serves no thresholds, becomes "auto".
 
     Args:
         model: with Sparsifiner applied; in eval mode.
@@ -28,16 +30,18 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
         The share that `images` then keep, by block.
 
     Raises:
-        ConfigError: if density is out of range.
+        ConfigError: if density is out of range. ShapeError, InputError: if `images` are no images.
         VTokenError: if Sparsifiner is not applied.
 
     Source: sparsifiner.md section 8.
     """
-    if not 0 < density < 1:
-        raise ConfigError(f"calibrate_threshold(density={density!r}): the share of keys to keep, in (0, 1)")
+    what = "the share of keys to keep, "
+    density = checks.number("calibrate_threshold", "density", density, above=0, below=1, what=what)
+    if checks.tensor("calibrate_threshold", "images", images, 4, shape="[B, C, H, W]").shape[0] == 0:
+        raise ShapeError("calibrate_threshold needs at least one image to see scores of")
     if [c.method for c in config_tuple(model)] != ["sparsifiner"]:
         raise VTokenError("calibrate_threshold needs a model with Sparsifiner, and nothing else, applied")
-    before = config_tuple(model)[0]
+    before: Any = config_tuple(model)[0]
     predictors: dict[int, Any] = {
         m.__dict__["_vtoken_index"]: m.get_submodule(PREDICTOR)
         for m in model.modules()
@@ -46,7 +50,8 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
     thresholds = {layer: predictor.threshold.clone() for layer, predictor in predictors.items()}
     try:
         with torch.no_grad():
-            configure(model, mode="exact", keep_ratio=density, phase="sparse")
+            backend = "auto" if before.backend == "grouped" else before.backend
+            configure(model, mode="exact", keep_ratio=density, phase="sparse", backend=backend)
             with tracing(model, maps=("scores",)) as found:
                 model(images)
             for record in found.attention:
@@ -60,7 +65,7 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
             with tracing(model) as reached:
                 model(images)
     except BaseException:
-        configure(model, **{name: getattr(before, name) for name in ("mode", "keep_ratio", "phase")})
+        configure(model, **{name: getattr(before, name) for name in ("mode", "keep_ratio", "phase", "backend")})
         for layer, threshold in thresholds.items():
             predictors[layer].threshold.copy_(threshold)
         raise
