@@ -25,3 +25,7 @@ class InputError(VTokenError, ValueError):
 
 class ShapeError(InputError):
     """A tensor has the wrong number of dimensions or a size that contradicts another tensor."""
+
+
+class VTokenWarning(UserWarning):
+    """A call runs, but not as its caller may believe; the message says what runs and what to call instead."""

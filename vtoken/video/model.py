@@ -153,8 +153,8 @@ class QuotaVideoModel(nn.Module):
         """The model's `generate` on the rebuilt prompt; see `prepare` for the arguments.
 
         Returns:
-            As the model does, with the caller's ids in front of the new tokens. Caches, scores and streamers see the
-            rebuilt prompt.
+            As the model does, with the caller's ids in front of the new tokens. That is also what stopping criteria,
+            logits processors and streamers see; caches, scores and attentions are of the rebuilt prompt.
         """
         model: Any = self.model
         given = calls.by_name(self._core.generate, args, kwargs)
@@ -166,7 +166,9 @@ class QuotaVideoModel(nn.Module):
         given = {name: value for name, value in given.items() if name != "inputs"} | {"input_ids": ids}
         if given.get("attention_mask") is None and isinstance(ids, Tensor):
             given["attention_mask"] = calls.inferred_mask(self._core, given, ids)
-        calls.refuse_assistant(self._core, given)
+        from vtoken.hosts.generation import FullPrompt, check_way, generate_on  # only with a model of transformers
+
+        check_way(self._core, given)
         if self.adapter.inject == "embeds":
             calls.refuse_chunks(self._core, given, "cannot be combined with a rebuilt prompt")
         prepared = self.prepare(
@@ -175,7 +177,8 @@ class QuotaVideoModel(nn.Module):
         short = prepared["input_ids"]
         target, call = self.adapter.handed_over(self._core, dict(prepared))
         calls.count_from_full(self._core, call, ids.shape[1])
-        out = (model if target is self._core else target).generate(**call)
+        full = FullPrompt(target, ids, given.get("attention_mask"), short.shape[1])
+        out = generate_on(target.generate, call, full)
         returned = calls.cache_of(out)
         calls.mark(calls.cache_of(call) if returned is None else returned, short, token_id)
         return calls.with_prompt(out, ids, short.shape[1])
