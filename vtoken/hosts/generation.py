@@ -167,7 +167,7 @@ def _alias(model: Any, full: FullPrompt) -> Any:
     return alias
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _alias_class(cls: type) -> type:
     # What belongs to one call is in a slot, as the attributes are the model's own.
     body = {"__slots__": ("_vtoken_full",), "__module__": cls.__module__, "__qualname__": cls.__qualname__}

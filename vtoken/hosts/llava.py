@@ -100,7 +100,7 @@ class LlavaAdapter(HostAdapter):
         return [(f"model.{name}.{n}", layer) for n, layer in HFAdapter().blocks(tower)]
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
-        """The model, and the one inside for those who run it alone; what happens in its tower happens in a view of it."""
+        """The model, and the one inside for those who run it alone; its tower runs in a view."""
         return [(model, PromptMixin, {}), (model.model, InnerMixin, {})]
 
     def tower(self, model: nn.Module) -> Any:

@@ -168,7 +168,8 @@ def prepare(
     call = {name: value for name, value in without_images(given).items() if name not in (*_ALONG, "position_ids")}
     call |= {**short.arguments(), "features": features.pruned()}
     if embeds is not None:
-        call |= {"input_ids": given.get("input_ids"), "inputs_embeds": rows_at(embeds, short.index)}
+        blank = model.get_input_embeddings()(ids.new_tensor(0 if pad is None else pad))
+        call |= {"input_ids": given.get("input_ids"), "inputs_embeds": rows_at(embeds, short.index, blank)}
     return call, short.input_ids, changed
 
 

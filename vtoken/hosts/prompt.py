@@ -146,10 +146,11 @@ def placeholders_in(embeds: Tensor, table: Any, token_id: int) -> Tensor:
     return torch.where(same, token_id, -1)
 
 
-def rows_at(embeds: Tensor, index: Tensor) -> Tensor:
-    """Rows of embeddings [B, L, C] at index [B, L'], zeros where it is -1."""
+def rows_at(embeds: Tensor, index: Tensor, fill: Tensor) -> Tensor:
+    """Rows of embeddings [B, L, C] at index [B, L'], `fill` [C] where it is -1."""
     index = index.to(embeds.device).unsqueeze(-1)
-    return embeds.gather(1, index.clamp_min(0).expand(-1, -1, embeds.shape[2])).masked_fill(index < 0, 0)
+    rows = embeds.gather(1, index.clamp_min(0).expand(-1, -1, embeds.shape[2]))
+    return torch.where(index < 0, fill.to(rows), rows)
 
 
 def default_positions(attention_mask: Tensor) -> Tensor:
