@@ -115,9 +115,9 @@ def test_prompts_of_the_original_code_are_refused_by_name() -> None:
     model, pixels = build("llava"), images(1)
     vtoken.apply(model, vtoken.VTCCLS(num_tokens=6))
     ids = torch.tensor([[1, -200, 5, 6]])
-    with pytest.raises(vtoken.InputError, match="-200.*AutoProcessor"):
+    with pytest.raises(vtoken.InputError, match=r"-200.*AutoProcessor"):
         model(input_ids=ids, pixel_values=pixels)
-    with pytest.raises(vtoken.InputError, match="-200.*AutoProcessor"):
+    with pytest.raises(vtoken.InputError, match=r"-200.*AutoProcessor"):
         model.generate(ids, pixel_values=pixels, **GREEDY)
 
 

@@ -45,7 +45,8 @@ def test_published_rounding_and_shape(kind: str, budget: int) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"rounding": "up"}, {"shape": "Exact"}, {"shape": "floor", "mode": "merge"}, {"rounding": "floor", "max_tokens": 4},
+        {"rounding": "up"}, {"shape": "Exact"}, {"shape": "floor", "mode": "merge"},
+        {"rounding": "floor", "max_tokens": 4},
         {"rounding": "floor", "min_tokens": 1}, {"scorer": 3}, {"decoupler": "cot"},
     ],
     ids=str,
@@ -84,3 +85,18 @@ def test_features_that_are_ready_are_warned_of() -> None:
     rest = {name: given[name] for name in ("input_ids", "mm_token_type_ids", "video_grid_thw")}
     with pytest.warns(VTokenWarning, match="without a budget"):
         quota(**rest, mm_encoder_outputs={"video": ready})
+
+
+def test_counts_are_compared_before_anything_is_scored() -> None:
+    model, given = build("onevision"), one_video("onevision")
+
+    class Never:
+        def score(self, frames: Any, clue: Any) -> Any:
+            raise AssertionError("scored")
+
+    quota = vtoken.QuotaVideoModel(model, budget=9, scorer=Never())
+    frames = [torch.zeros(3, 8, 8)] * 7
+    with pytest.raises(vtoken.InputError, match=r"7 scores .* 4 frames.*do_sample_frames=False"):
+        quota(**given, frames=frames, query="what?")
+    with pytest.raises(vtoken.InputError, match="do_sample_frames"):
+        quota.generate(**given, frame_scores=[0.5] * 7, max_new_tokens=2)

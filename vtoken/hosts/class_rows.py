@@ -166,7 +166,7 @@ def _rotation(attn: Any, given: dict[str, Any]) -> Rotation | None:
     """How an attention rotates queries and keys in a call with these arguments, by the host's own function."""
     if given.get("rope") is None:
         return None
-    from timm.layers import apply_rot_embed_cat  # of timm, whose prefix tokens have no place
+    from timm.layers.pos_embed_sincos import apply_rot_embed_cat  # of timm, whose prefix tokens have no place
 
     prefix, half, rope = int(attn.num_prefix_tokens), bool(getattr(attn, "rotate_half", False)), given["rope"]
 

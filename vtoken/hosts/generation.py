@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from vtoken.core.errors import InputError
 from vtoken.hosts.prompt_calls import refuse_assistant, setting
@@ -106,8 +107,9 @@ class _Processors(LogitsProcessorList):
 
     full: FullPrompt
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        return super().__call__(self.full.ids_for(input_ids), scores, **kwargs)
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        shown: Any = self.full.ids_for(input_ids)
+        return super().__call__(shown, scores, **kwargs)
 
 
 class _Criteria(StoppingCriteriaList):
@@ -115,8 +117,9 @@ class _Criteria(StoppingCriteriaList):
 
     full: FullPrompt
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return super().__call__(self.full.ids_for(input_ids), scores, **kwargs)
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        shown: Any = self.full.ids_for(input_ids)
+        return super().__call__(shown, scores, **kwargs)
 
     @property
     def max_length(self) -> int | None:
@@ -161,7 +164,8 @@ class _Aliased:
 
 def _alias(model: Any, full: FullPrompt) -> Any:
     """A second object over everything that the model holds, of a class that differs in `_Aliased`'s methods."""
-    alias = object.__new__(_alias_class(type(model)))
+    cls: Any = _alias_class(type(model))
+    alias: Any = object.__new__(cls)
     object.__setattr__(alias, "__dict__", model.__dict__)
     object.__setattr__(alias, "_vtoken_full", full)
     return alias

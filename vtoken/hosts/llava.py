@@ -101,7 +101,8 @@ class LlavaAdapter(HostAdapter):
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, and the one inside for those who run it alone; its tower runs in a view."""
-        return [(model, PromptMixin, {}), (model.model, InnerMixin, {})]
+        inner: Any = model.model
+        return [(model, PromptMixin, {}), (inner, InnerMixin, {})]
 
     def tower(self, model: nn.Module) -> Any:
         """The image tower."""

@@ -90,9 +90,9 @@ def shrink_inputs(
         "attention_mask": attention_mask, "labels": labels, "token_type_ids": token_type_ids,
         "mm_token_type_ids": mm_token_type_ids,
     }  # fmt: skip
-    for name, value, choices in (("padding_side", padding_side, SIDES), ("positions", positions, POSITIONS)):
-        if value not in choices:
-            raise InputError(f"shrink_inputs({name}={value!r}): supported: {', '.join(choices)}")
+    for word, said, choices in (("padding_side", padding_side, SIDES), ("positions", positions, POSITIONS)):
+        if said not in choices:
+            raise InputError(f"shrink_inputs({word}={said!r}): supported: {', '.join(choices)}")
     check_shapes(input_ids, along, position_ids)
     counts = _counts(input_ids, kept, lengths, token_id)
     if bool((counts == 1).all()):

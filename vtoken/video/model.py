@@ -311,7 +311,7 @@ class QuotaVideoModel(nn.Module):
             if self.scorer is None:
                 self._warn_uniform()
                 return [[1.0] * layout.cells for layout in layouts]
-            frame_scores = self._scored(len(layouts), query, frames)
+            frame_scores = self._scored(layouts, query, frames)
         found = scores_by_video(frame_scores, len(layouts))
         return [per_cell(s, layout, i) for i, (s, layout) in enumerate(zip(found, layouts, strict=True))]
 
@@ -325,7 +325,8 @@ class QuotaVideoModel(nn.Module):
                 stacklevel=3,
             )
 
-    def _scored(self, count: int, query: Any, frames: Any) -> list[Tensor]:
+    def _scored(self, layouts: Sequence[VideoLayout], query: Any, frames: Any) -> list[Tensor]:
+        count = len(layouts)
         if frames is None or query is None:
             raise InputError("the scorer needs frames=... and query=...; or pass frame_scores=...")
         videos = list(frames) if _holds_videos(frames) else [frames]
@@ -334,6 +335,8 @@ class QuotaVideoModel(nn.Module):
             raise InputError(
                 f"frames for {len(videos)} video(s) and {len(queries)} question(s), but there are {count} video(s)"
             )
+        for i, (video, layout) in enumerate(zip(videos, layouts, strict=True)):  # before the scorer's work
+            per_cell([0.0] * len(video), layout, i)
         pairs = zip(videos, queries, strict=True)
         return [score_frames(self.scorer, list(video), self.decoupler.decouple(asked)) for video, asked in pairs]
 
