@@ -225,6 +225,8 @@ class RowTap:
             key: functools.partial(self._keys, getattr(attn, key)),
         }
         tapped = view_as(type(attn), attn, **parts)
+        if "rope" not in inspect.signature(type(attn).forward).parameters:
+            return tapped
 
         def run(*args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(type(attn).forward).bind(attn, *args, **kwargs).arguments

@@ -164,7 +164,8 @@ class _Aliased:
 
 def _alias(model: Any, full: FullPrompt) -> Any:
     """A second object over everything that the model holds, of a class that differs in `_Aliased`'s methods."""
-    cls: Any = _alias_class(type(model))
+    kind: Any = type(model)
+    cls: Any = _alias_class(kind)
     alias: Any = object.__new__(cls)
     object.__setattr__(alias, "__dict__", model.__dict__)
     object.__setattr__(alias, "_vtoken_full", full)

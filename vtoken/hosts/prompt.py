@@ -90,7 +90,8 @@ def shrink_inputs(
         "attention_mask": attention_mask, "labels": labels, "token_type_ids": token_type_ids,
         "mm_token_type_ids": mm_token_type_ids,
     }  # fmt: skip
-    for word, said, choices in (("padding_side", padding_side, SIDES), ("positions", positions, POSITIONS)):
+    named: Any = (("padding_side", padding_side, SIDES), ("positions", positions, POSITIONS))
+    for word, said, choices in named:
         if said not in choices:
             raise InputError(f"shrink_inputs({word}={said!r}): supported: {', '.join(choices)}")
     check_shapes(input_ids, along, position_ids)

@@ -216,6 +216,6 @@ def per_cell(scores: Sequence[float], layout: VideoLayout, video: int) -> list[f
     frames = f"{cells} frames" if each == 1 else f"{cells} cells of {each} frames ({cells} or {cells * each} scores)"
     raise InputError(
         f"{len(scores)} scores for video {video}, which has {frames}. Video processors take frames of their own choice "
-        "from what they are given (their sampling: fps, num_frames): pass do_sample_frames=False with video_metadata, or "
+        "from what they are given (their own sampling): pass do_sample_frames=False with video_metadata, or "
         "score the frames that they kept"
     )
