@@ -112,8 +112,8 @@ def shrink_inputs(
 def check_shapes(input_ids: Tensor, along: dict[str, Tensor | None], position_ids: Tensor | None) -> None:
     """Raise ShapeError unless everything that goes along with the ids [B, L] has their shape, InputError for no ids."""
     if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        got = str(input_ids.dtype) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise InputError(f"input_ids must be a tensor of whole numbers [B, L], got {got}")
+        found = str(input_ids.dtype) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise InputError(f"input_ids must be a tensor of whole numbers [B, L], got {found}")
     if input_ids.dim() != 2:
         raise ShapeError(f"input_ids must be [B, L], got {tuple(input_ids.shape)}")
     for name, value in along.items():
