@@ -145,3 +145,13 @@ def test_received_scores_of_one_layer() -> None:
     cost = vtoken.prompt_report(model, vtoken.VTCCLS(num_tokens=64))
     assert (cost.after.tower_macs - cost.before.tower_macs) / 1e9 == pytest.approx(0.61, abs=0.01)
     assert cost.before.image_tokens == 729
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"images": -1}, {"images": 0}, {"text_tokens": -1}, {"bytes_per_element": 0}, {"images": 1.5}], ids=str
+)
+def test_counts_that_no_prompt_has(wrong: dict[str, Any]) -> None:
+    from tests.hosts.llavas import build
+
+    with pytest.raises(vtoken.ConfigError, match=next(iter(wrong))):
+        vtoken.prompt_report(build("llava"), vtoken.VTCCLS(num_tokens=3), **wrong)

@@ -57,8 +57,51 @@ def test_timm(kind: str) -> None:
         for k in (1, 9, 30):
             assert torch.equal(vtoken.select_tokens(found, k), vtoken.select_tokens(expected, k))
     assert float(expected.std(1).mean()) > 1e-4
-    total = vtoken.cls_attention_scores(model, x, start_layer=0, how="sum")
+    total = vtoken.cls_attention_scores(model, x, start_layer=0, ensemble="sum")
     assert_close("sum", torch.stack([m.mean(1)[:, 0, prefix:] for m in maps]).sum(0), total, 1e-5)
+
+
+ROTARY = ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_pe_core_tiny_patch16_384",
+          "vit_small_patch16_rope_mixed_224"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_towers_are_read_behind_the_rotation(name: str) -> None:
+    size = 56 if "patch14" in name else 64
+    model = randomise_(timm.create_model(name, img_size=size, depth=BLOCKS, num_classes=0), 0).eval()
+    x = images((3, size, size))
+    maps = attention_maps(model, [], lambda: model.forward_features(x))
+    assert len(maps) == BLOCKS
+    expected = torch.stack([m.mean(1)[:, 0, -16:] for m in maps]).mean(0)
+    found = vtoken.cls_attention_scores(model, x, start_layer=0)
+    assert float((found - expected).abs().max()) < 1e-6
+    assert torch.equal(vtoken.select_tokens(found, 5), vtoken.select_tokens(expected, 5))
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+def test_a_llava_is_read_up_to_the_block_that_its_projector_reads(layer: int) -> None:
+    pytest.importorskip("transformers")
+    from tests.hosts.llavas import build, images, prompt
+
+    model = build("llava", vision_feature_layer=layer)
+    pixels = images(2)
+    scores = vtoken.cls_attention_scores(model, pixels)
+    vtoken.apply(model, vtoken.VTCCLS(num_tokens=4))
+    with vtoken.tracing(model) as record:
+        model(**prompt([1, -36, -36]), pixel_values=pixels)
+    assert record.prompt is not None
+    for row, kept in zip(scores, record.prompt.kept, strict=True):
+        assert torch.equal(vtoken.select_tokens(row, 4), kept)
+
+
+def test_the_old_name_of_the_ensemble() -> None:
+    model, x = randomise_(vit(), 0).eval(), images((3, 32, 32))
+    with pytest.warns(DeprecationWarning, match="ensemble") as seen:
+        old = vtoken.cls_attention_scores(model, x, start_layer=0, how="sum")
+    assert len(seen) == 1
+    assert torch.equal(old, vtoken.cls_attention_scores(model, x, start_layer=0, ensemble="sum"))
+    with pytest.raises(vtoken.ConfigError, match="ensemble"):
+        vtoken.cls_attention_scores(model, x, ensemble="median")
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["packed", "custom"])
@@ -124,8 +167,5 @@ def test_towers_that_cannot_be_read() -> None:
     vtoken.apply(model, vtoken.PiToMe(ratio=0.9))
     with pytest.raises(vtoken.VTokenError, match="remove"):
         vtoken.cls_attention_scores(model, images((3, 32, 32)))
-    rotary = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1)
-    with pytest.raises(vtoken.UnsupportedModelError, match="rotates"):
-        vtoken.cls_attention_scores(rotary, images((3, 28, 28)))
     with pytest.raises(vtoken.UnsupportedModelError):
         vtoken.cls_attention_scores(nn.Linear(2, 2), images((3, 32, 32)))

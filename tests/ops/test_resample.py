@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -315,3 +316,16 @@ def test_errors_state_the_numbers() -> None:
         assign(grid.expand(2, 4, 5, 8), 3)
     with pytest.raises(ShapeError, match=r"got \(0, 5, 8\)"):
         assign(grid[:0], 0)
+
+
+@pytest.mark.parametrize(
+    ("grid", "t", "words"),
+    [
+        (torch.zeros(4, 4, 8).numpy(), 3, "torch.as_tensor"), (torch.zeros(4, 4, 8).long(), 3, "floating"),
+        (torch.zeros(64, 4, 5), 3, r"\[C, H, W\]"), (torch.zeros(4, 4, 8), 2.5, "whole number"),
+        (torch.zeros(4, 4, 8), True, "whole number"),
+    ],
+)  # fmt: skip
+def test_what_is_no_grid_or_count_has_a_name(grid: Any, t: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        assign(grid, t)

@@ -18,6 +18,13 @@ SCORES = [0.1, 0.9, 0.4, 0.3]
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 
 
+class Scoring(torch.nn.Linear):
+    """A scorer that is a module."""
+
+    def score(self, frames: Any, clue: Any) -> torch.Tensor:
+        return torch.ones(len(frames))
+
+
 @pytest.mark.parametrize(
     ("budget", "tokens"),
     [
@@ -164,7 +171,7 @@ def test_settings_change_between_calls_and_are_checked() -> None:
 def test_a_scorer_set_later_is_no_part_of_the_state() -> None:
     quota = vtoken.QuotaVideoModel(build("onevision"))
     before = list(quota.state_dict())
-    quota.scorer = torch.nn.Linear(2, 2)
+    quota.scorer = Scoring(2, 2)
     assert list(quota.state_dict()) == before
     assert isinstance(quota.scorer, torch.nn.Linear)
 

@@ -36,6 +36,13 @@ SCORES = [0.1, 0.9, 0.4, 0.3]
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
 
 
+class Scoring(nn.Linear):
+    """A scorer that is a module."""
+
+    def score(self, frames: Any, clue: Any) -> torch.Tensor:
+        return torch.ones(len(frames))
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_calls_without_video_are_the_models_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(kind)
@@ -57,7 +64,7 @@ def test_calls_without_video_are_the_models_own(kind: str, monkeypatch: pytest.M
 def test_the_wrapper_is_a_window_to_the_model() -> None:
     model = build("onevision")
     keys = list(model.state_dict())
-    quota = vtoken.QuotaVideoModel(model, scorer=nn.Linear(2, 2))
+    quota = vtoken.QuotaVideoModel(model, scorer=Scoring(2, 2))
     assert list(quota.state_dict()) == [f"model.{key}" for key in keys]
     assert list(model.state_dict()) == keys
     assert quota.unwrap() is model

@@ -156,6 +156,9 @@ def test_scoring_leaves_train_and_eval_flags_and_gradients(lvlm: tuple[Any, Any]
             assert not self.training
             raise RuntimeError("broken")
 
+        def encode_text(self, ids: Tensor) -> Tensor:
+            raise RuntimeError("broken")
+
     broken = Broken()
     broken.weight = nn.Parameter(torch.ones(1))
     with pytest.raises(RuntimeError, match="broken"):

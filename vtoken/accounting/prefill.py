@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from vtoken.core.errors import ConfigError
@@ -69,7 +70,7 @@ def prefill_macs(decoder: Any, num_tokens: int, *, causal: bool = False) -> int:
         4.225
     """
     d = Decoder.of(decoder)
-    _check(num_tokens)
+    check_count("num_tokens", num_tokens, 0)
     queries = d.width if d.q_width is None else d.q_width
     linear = 2 * d.width * queries + 2 * d.width * d.kv_width + 3 * d.width * d.mlp_width
     attention = num_tokens * num_tokens * queries * (1 if causal else 2)
@@ -84,10 +85,12 @@ def prefill_flops(decoder: Any, num_tokens: int, *, causal: bool = False) -> int
 def kv_cache_bytes(decoder: Any, num_tokens: int, bytes_per_element: int = 2) -> int:
     """Bytes of the keys and values of `num_tokens` tokens; two bytes per element in half precision."""
     d = Decoder.of(decoder)
-    _check(num_tokens)
+    check_count("num_tokens", num_tokens, 0)
+    check_count("bytes_per_element", bytes_per_element, 1)
     return 2 * d.layers * d.kv_width * num_tokens * bytes_per_element
 
 
-def _check(num_tokens: int) -> None:
-    if num_tokens < 0:
-        raise ConfigError(f"num_tokens={num_tokens}: a prompt has no fewer than 0 tokens")
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise ConfigError unless it is a whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigError(f"{name}={value!r}: must be a whole number from {least} on")

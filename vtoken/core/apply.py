@@ -223,6 +223,8 @@ def chosen(
     if not configs:
         raise ConfigError("no settings given and no method applied to this model")
     in_tower = tuple(c for c in configs if c.part == "tower")
+    if not in_tower:
+        find_adapter(model, "prompt")  # or says why no prompt of the model can be shortened
     method = build_methods(model, adapter, in_tower).get("on_block", KeepAll())
     assert isinstance(method, BlockMethod)
     return adapter, configs, method

@@ -6,6 +6,8 @@ The tower runs through a view whose chosen layers keep one row of scores each; n
 from __future__ import annotations
 
 import functools
+import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -13,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtoken.core.config import check_choice
 from vtoken.core.errors import ConfigError, ShapeError, UnsupportedModelError, VTokenError
 from vtoken.core.host import find_adapter
 from vtoken.core.patch import is_patched, view_as
 from vtoken.core.state import Slot, TokenState
-from vtoken.ops import class_row, ensemble, received_row, scored_layers
+from vtoken.ops import ENSEMBLES, class_row, received_row, scored_layers
+from vtoken.ops import ensemble as as_one
 
 
 def cls_attention_scores(
@@ -26,16 +30,19 @@ def cls_attention_scores(
     *,
     start_layer: int | None = None,
     last: int | None = None,
-    how: str = "mean",
+    ensemble: str = "mean",
+    how: str | None = None,
 ) -> Tensor:
     """How much the class token of a vision transformer attends to every patch, averaged over heads and layers.
 
     Args:
         tower: an unpatched transformers, open_clip or timm model with a class token, or a model that holds one.
+            Queries and keys are read as they meet, behind their norms and rotation.
         pixel_values: images [B, C, H, W].
         start_layer, last: first and last block that is read; negative ones count from the end. By default from
-            ceil(2/3 depth) to the last block.
-        how: "mean", "sum", "max" or "min" over the blocks.
+            ceil(2/3 depth) to the last block, of a LLaVA to the block that its projector reads, as `vtoken.VTCCLS`.
+        ensemble: "mean", "sum", "max" or "min" over the blocks.
+        how: the old name of `ensemble`.
 
     Returns:
         Scores [B, N], float32, detached; rows sum to less than 1, the rest is what prefix tokens get.
@@ -54,20 +61,37 @@ def cls_attention_scores(
 
     Source: arXiv 2412.05819.
     """
+    if how is not None:
+        warnings.warn("cls_attention_scores(how=...) is now called ensemble", DeprecationWarning, stacklevel=2)
+        ensemble = how
+    check_choice("cls_attention_scores", "ensemble", ensemble, ENSEMBLES)
     adapter = find_adapter(tower)
     spec = adapter.spec(tower)
     if any(is_patched(m) for m in tower.modules()):
         raise VTokenError(f"{spec.name} carries a method; use vtoken.remove first, or read the record of vtoken.trace")
     if spec.num_prefix == 0 or not spec.class_token:  # registers alone are no class token
         raise ConfigError(f"{spec.name} has no class token whose attention could be read")
-    if spec.position == "rotary":
-        raise UnsupportedModelError(f"cannot read class attention of {spec.name}: it rotates queries and keys")
     if isinstance(pixel_values, Tensor) and pixel_values.dim() != 4:
         raise ShapeError(f"expected images [B, C, H, W], got {tuple(pixel_values.shape)}")
-    rows = ClassRows(scored_layers(spec.depth, start_layer, spec.depth - 1 if last is None else last), "cls")
+    if last is None:
+        last = _read_last(tower, spec.depth)
+    rows = ClassRows(scored_layers(spec.depth, start_layer, last), "cls")
     with torch.no_grad():
         adapter.run_watched(tower, rows, pixel_values)
-    return rows.scores(spec.depth - 1, how)[0][:, spec.num_prefix :]
+    if spec.position == "rotary" and not rows.rotated:
+        raise UnsupportedModelError(f"cannot read class attention of {spec.name}: its rotation of keys is not shown")
+    return rows.scores(spec.depth - 1, ensemble)[0][:, spec.num_prefix :]
+
+
+def _read_last(model: Any, depth: int) -> int:
+    """The block whose output is handed on: what a LLaVA's projector reads, else the last one."""
+    config = getattr(model, "config", None)
+    named = [getattr(config, n, None) for n in ("vision_feature_layer", "vision_feature_layers")]
+    value = next((v for v in named if v is not None), depth)
+    block = max(v % (depth + 1) for v in ([value] if isinstance(value, int) else value)) - 1
+    if block < 0:
+        raise ConfigError("the projector reads the embeddings themselves: no block is there to read attention from")
+    return block
 
 
 class ClassRows:
@@ -84,6 +108,8 @@ class ClassRows:
         self._rows: dict[int, Tensor] = {}
         #: Where every token went, if the tower merges tokens.
         self._state: TokenState | None = None
+        #: Whether queries and keys were rotated in any of them.
+        self.rotated = False
 
     def watched(self, layers: Iterable[Any], tapped: Callable[[Any, RowTap], Any]) -> Layers:
         """The layers of a tower, the chosen ones reporting here.
@@ -106,7 +132,7 @@ class ClassRows:
         if slot.anchor is not None and self._state is not None and self._state.method.order == "raster":
             slot = slot.in_raster_order(slot.anchor.new_empty(*slot.anchor.shape, 0))[1]
         rows = [self._carried(layer, slot) for layer in self._layers]
-        return ensemble([row.to(rows[-1].device) for row in rows], how), slot.anchor
+        return as_one([row.to(rows[-1].device) for row in rows], how), slot.anchor
 
     def _carried(self, layer: int, slot: Slot) -> Tensor:
         """One layer's scores brought to the rows of `slot`: tokens that merged later pass on their sum."""
@@ -129,7 +155,26 @@ class ClassRows:
         tap = RowTap(self._scorer, bias)
         out = tapped(layer, tap)(*args, **kwargs)
         self._rows[index] = tap.row
+        self.rotated |= tap.rotate is not None
         return out
+
+
+Rotation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _rotation(attn: Any, given: dict[str, Any]) -> Rotation | None:
+    """How an attention rotates queries and keys in a call with these arguments, by the host's own function."""
+    if given.get("rope") is None:
+        return None
+    from timm.layers.pos_embed_sincos import apply_rot_embed_cat  # of timm, whose prefix tokens have no place
+
+    prefix, half, rope = int(attn.num_prefix_tokens), bool(getattr(attn, "rotate_half", False)), given["rope"]
+
+    def turned(x: Tensor) -> Tensor:
+        patches = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
+        return torch.cat([x[:, :, :prefix], patches], dim=2).type_as(x)
+
+    return lambda q, k: (turned(q), turned(k))
 
 
 class Layers(list[Any]):
@@ -154,6 +199,8 @@ class RowTap:
     def __init__(self, scorer: str, bias: Tensor | None) -> None:
         self._score = class_row if scorer == "cls" else received_row
         self._bias = bias
+        #: What the attention does to queries and keys [B, H, T, D] in front of their product, where it rotates them.
+        self.rotate: Rotation | None = None
         self._head_dim = 0
         self._scale: float | None = None
         self._q: Tensor | None = None
@@ -177,7 +224,16 @@ class RowTap:
             query: functools.partial(self._queries, getattr(attn, query)),
             key: functools.partial(self._keys, getattr(attn, key)),
         }
-        return view_as(type(attn), attn, **parts)
+        tapped = view_as(type(attn), attn, **parts)
+        if "rope" not in inspect.signature(type(attn).forward).parameters:
+            return tapped
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(type(attn).forward).bind(attn, *args, **kwargs).arguments
+            self.rotate = _rotation(attn, given)
+            return tapped(*args, **kwargs)
+
+        return run
 
     def on_packed(self, attn: Any) -> Callable[..., Any]:
         """`nn.MultiheadAttention` with this tap; queries and keys are projected once more, it does not show its own."""
@@ -197,7 +253,7 @@ class RowTap:
         q = project(x)
         if self._row is None:
             heads = self._heads(q)
-            self._q = heads[:, :, 0] if self._score is class_row else heads
+            self._q = heads[:, :, :1] if self._score is class_row and self.rotate is None else heads
             self._finish()
         return q
 
@@ -216,5 +272,9 @@ class RowTap:
     def _finish(self) -> None:
         if self._q is not None and self._k is not None:
             scale = self._head_dim**-0.5 if self._scale is None else self._scale
-            self._row = self._score(self._q, self._k, scale=scale, bias=self._bias)
+            q, k = (self._q, self._k) if self.rotate is None else self.rotate(self._q, self._k)
+            if k.shape[1] != q.shape[1]:  # grouped queries
+                k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            q = q[:, :, 0] if self._score is class_row else q
+            self._row = self._score(q, k, scale=scale, bias=self._bias)
             self._q = self._k = self._bias = None

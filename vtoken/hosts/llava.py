@@ -17,7 +17,7 @@ from vtoken.core.method import FeatureMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.hosts.hf_entry import grid_of, num_prefix
 from vtoken.hosts.hf_vision import HFAdapter, keys_of
-from vtoken.hosts.llava_entry import PromptMixin
+from vtoken.hosts.llava_entry import InnerMixin, PromptMixin
 from vtoken.hosts.llava_features import drops_first, feature_layer, tower_of
 
 MODELS = {
@@ -100,8 +100,9 @@ class LlavaAdapter(HostAdapter):
         return [(f"model.{name}.{n}", layer) for n, layer in HFAdapter().blocks(tower)]
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
-        """The model alone: what happens in its tower happens in a view of it."""
-        return [(model, PromptMixin, {})]
+        """The model, and the one inside for those who run it alone; its tower runs in a view."""
+        inner: Any = model.model
+        return [(model, PromptMixin, {}), (inner, InnerMixin, {})]
 
     def tower(self, model: nn.Module) -> Any:
         """The image tower."""

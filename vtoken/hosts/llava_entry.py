@@ -9,20 +9,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtoken.core.errors import InputError, ShapeError
+from vtoken.core.errors import InputError, ShapeError, VTokenWarning
 from vtoken.core.prompt import PromptRecord
 from vtoken.core.trace import current_trace
 from vtoken.hosts.hf_entry import grid_of, pair
 from vtoken.hosts.llava_features import PIXELS, ImageFeatures, encode, tower_of, without_images
-from vtoken.hosts.prompt import ShortPrompt, check_shapes, shrink_inputs
+from vtoken.hosts.prompt import ShortPrompt, check_ids, check_shapes, placeholders_in, rows_at, shrink_inputs
 from vtoken.hosts.prompt_calls import (
+    as_it_is,
     by_name,
     cache_of,
     check_cache,
     count_from_full,
+    inferred_mask,
+    is_chosen,
+    is_decided,
     is_filled,
     mark,
-    refuse_assistant,
     refuse_chunks,
     setting,
     with_prompt,
@@ -36,7 +39,8 @@ class PromptMixin:
 
     `forward` returns logits of the shortened prompt [B, L', V]; `vtoken.trace(model, ...)` tells which position is
     which, and `vtoken.shrink_inputs` shortens labels for a loss that is computed outside. `generate` returns the ids
-    that the caller passed, followed by the new tokens; cache, scores and streamers see the short prompt.
+    that the caller passed, followed by the new tokens, and that is what stopping criteria, logits processors and
+    streamers see; cache, scores and attentions are of the short prompt.
     """
 
     _vtoken: Any
@@ -44,12 +48,16 @@ class PromptMixin:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
-        if len(args) < 2 and not _has_images(kwargs):
+        if (len(args) < 2 and not _has_vision(kwargs)) or is_decided(self.model):
             return stock(*args, **kwargs)
         given = by_name(stock, args, kwargs)
-        prepared = prepare(self, given, padding_side="right") if _is_prunable(given, stacklevel=5) else None
+        both = given.get("input_ids") is not None and given.get("inputs_embeds") is not None  # the library says so
+        prepared = None
+        if _is_prunable(given, stacklevel=5) and not both:
+            prepared = prepare(self, given, padding_side="right")
         if prepared is None:
-            return stock(*args, **kwargs)
+            with as_it_is(self):
+                return stock(*args, **kwargs)
         call, short, _ = prepared
         before = is_filled(cache_of(given))
         out = stock(**_handed_over(self, call))
@@ -60,33 +68,58 @@ class PromptMixin:
         stock: Any = super().generate  # type: ignore[misc]
         given = by_name(stock, args, kwargs)
         ids: Any = given.get("input_ids", given.get("inputs"))
-        if not _has_images(given):
+        if not any(given.get(name) is not None for name in (*PIXELS, "pixel_values_videos")):
             check_cache(cache_of(given), ids, image_token_id(self))
-            return stock(*args, **kwargs)
-        given["input_ids"] = ids
-        # Where generate hands videos on to forward, that warns of them.
-        if not _is_prunable(given, stacklevel=3 if _takes_outputs(self) else None):
-            return stock(*args, **kwargs)
+        prepared = None
         with torch.no_grad():
-            prepared = prepare(self, given, padding_side="left")
+            if _is_prunable(given | {"input_ids": ids}, stacklevel=4):
+                given["input_ids"] = ids
+                if given.get("attention_mask") is None and isinstance(ids, Tensor):
+                    given["attention_mask"] = inferred_mask(self, given, ids)
+                prepared = prepare(self, given, padding_side="left")
             if prepared is None:
-                return stock(*args, **kwargs)
+                with as_it_is(self):
+                    return stock(*args, **kwargs)
             call, short, changed = prepared
             call.pop("inputs", None)
-            _check_generation(self, call, changed)
+            _check_generation(self, call)
+            full = given["inputs_embeds"].shape[1] if ids is None else ids.shape[1]
             if changed:
-                count_from_full(self, call, ids.shape[1])
+                count_from_full(self, call, full)
             call = _handed_over(self, call, generating=True)
-        out = stock(**call)
+        with as_it_is(self):
+            out = _generated(self, stock, call, given, short.shape[1], changed)
         returned = cache_of(out)
         mark(cache_of(call) if returned is None else returned, short, image_token_id(self))
-        return with_prompt(out, ids, short.shape[1])
+        return out
+
+
+class InnerMixin:
+    """The model inside, which has no place to shorten the labels and the ids that its caller holds."""
+
+    _vtoken_part: ClassVar[str] = "prompt"
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super().forward  # type: ignore[misc]
+        if (len(args) >= 2 or _has_vision(kwargs)) and not is_decided(self):
+            given = by_name(stock, args, kwargs) | {"mm_encoder_outputs": None}  # as its caller made them
+            if any(given.get(name) is not None for name in PIXELS):
+                raise InputError(
+                    f"{type(self).__name__} is the inner model (base_model, model.model) of a model whose prompts are "
+                    "shortened, and was called with images past that model's own forward: it would run with all image "
+                    "tokens. Call the model itself (leave out what replaces its forward, such as a fused loss), or "
+                    "take the method off with vtoken.remove. get_image_features may be called"
+                )
+            _is_prunable(given, stacklevel=5)  # warns of what is not pruned
+        return stock(*args, **kwargs)
 
 
 def prepare(
     model: Any, given: dict[str, Any], *, padding_side: str
 ) -> tuple[dict[str, Any], Tensor, bool] | None:  # fmt: skip
     """Encode the images of a call and shorten its prompt.
+
+    Where the prompt comes as embeddings, its placeholders are those that equal a placeholder's own, as for the host.
 
     Returns:
         The arguments of the shortened call, its features under "features"; the short ids; and whether anything was
@@ -96,7 +129,12 @@ def prepare(
         ShapeError: if the placeholders fit neither the full nor the kept features.
         InputError: if something else of the call cannot be shortened.
     """
-    ids, token_id = given["input_ids"], image_token_id(model)
+    token_id, embeds = image_token_id(model), given.get("inputs_embeds")
+    if embeds is None:
+        ids = given["input_ids"]
+        check_ids(ids)
+    else:
+        ids = placeholders_in(embeds, model.get_input_embeddings(), token_id)
     total = int((ids == token_id).sum())
     if total == 0:  # the library says so
         return None
@@ -129,6 +167,9 @@ def prepare(
     _record(model, given, features, short)
     call = {name: value for name, value in without_images(given).items() if name not in (*_ALONG, "position_ids")}
     call |= {**short.arguments(), "features": features.pruned()}
+    if embeds is not None:
+        blank = model.get_input_embeddings()(ids.new_tensor(0 if pad is None else pad))
+        call |= {"input_ids": given.get("input_ids"), "inputs_embeds": rows_at(embeds, short.index, blank)}
     return call, short.input_ids, changed
 
 
@@ -189,24 +230,43 @@ def _takes_outputs(model: Any) -> bool:
 
 def _handed_over(model: Any, call: dict[str, Any], *, generating: bool = False) -> dict[str, Any]:
     """The call with its features in the form that this version of the host takes."""
-    features, ids = call.pop("features"), call["input_ids"]
-    if _takes_outputs(model):
+    features, embeds = call.pop("features"), call.get("inputs_embeds")
+    if embeds is None and _takes_outputs(model):
         return call | {"mm_encoder_outputs": {"image": features}}
     rows = features.pooler_output
     rows = rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(list(rows))
-    embeds = model.get_input_embeddings()(ids)
-    places = (ids == image_token_id(model)).unsqueeze(-1).to(embeds.device)
-    call["inputs_embeds"] = embeds.masked_scatter(places, rows.to(embeds.device, embeds.dtype))
-    if not generating:
-        del call["input_ids"]
+    table, token_id = model.get_input_embeddings(), image_token_id(model)
+    if embeds is None:
+        ids = call["input_ids"]
+        embeds = table(ids)
     else:
-        refuse_chunks(model, call, "needs a transformers whose generate takes mm_encoder_outputs")
+        ids = placeholders_in(embeds, table, token_id)
+    places = (ids == token_id).unsqueeze(-1).to(embeds.device)
+    call["inputs_embeds"] = embeds.masked_scatter(places, rows.to(embeds.device, embeds.dtype))
+    if generating:
+        refuse_chunks(model, call, "needs a prompt of ids and a transformers whose generate takes mm_encoder_outputs")
+    if not generating or call["input_ids"] is None:
+        del call["input_ids"]
     return call
 
 
-def _check_generation(model: Any, call: dict[str, Any], changed: bool) -> None:
-    if changed:
-        refuse_assistant(model, call)
+def _generated(
+    model: Any, stock: Any, call: dict[str, Any], given: dict[str, Any], short: int, changed: bool
+) -> Any:  # fmt: skip
+    """What `generate` makes of the shortened call, with the caller's ids in front, if there are any."""
+    from vtoken.hosts.generation import FullPrompt, check_way, generate_on
+
+    ids = given["input_ids"]
+    if not changed and "inputs_embeds" not in call:
+        return stock(**call)
+    if given.get("inputs_embeds") is not None:  # then the ids are only shown to callbacks, and may be any
+        check_way(model, call)
+        return stock(**call)
+    out = generate_on(stock, call, FullPrompt(model, ids, given.get("attention_mask"), short))
+    return with_prompt(out, ids, short)
+
+
+def _check_generation(model: Any, call: dict[str, Any]) -> None:
     uncached = setting(model, call, "use_cache") is False
     if (
         uncached
@@ -216,18 +276,19 @@ def _check_generation(model: Any, call: dict[str, Any], changed: bool) -> None:
         raise InputError("positions='original' leaves gaps, which generate(use_cache=False) takes for packed sequences")
 
 
-def _is_prunable(given: dict[str, Any], stacklevel: int | None) -> bool:
-    """Whether the call's images are still to be encoded and can be pruned; warns of videos at that level."""
-    ready = given.get("inputs_embeds") is not None or bool(given.get("mm_encoder_outputs"))
-    if given.get("input_ids") is None or ready or not _has_images(given):
-        return False
-    if given.get("pixel_values_videos") is None:
-        return True
-    if stacklevel is not None:
+def _is_prunable(given: dict[str, Any], stacklevel: int) -> bool:
+    """Whether the call's images are still to be encoded and can be pruned; warns, at that level, of what cannot."""
+    ready = given.get("mm_encoder_outputs") or {}
+    if given.get("pixel_values_videos") is not None:
         message = "vtc_cls does not prune video tokens: this call runs unpruned, its images too"
-        warnings.warn(message, stacklevel=stacklevel)
+    elif ready.get("image") is not None and not is_chosen(ready["image"]):
+        message = "vtc_cls prunes images that it encodes: this call came with mm_encoder_outputs and runs unpruned"
+    else:
+        prompt = given.get("input_ids") is not None or given.get("inputs_embeds") is not None
+        return prompt and any(given.get(name) is not None for name in PIXELS)
+    warnings.warn(message, VTokenWarning, stacklevel=stacklevel)
     return False
 
 
-def _has_images(given: dict[str, Any]) -> bool:
-    return any(given.get(name) is not None for name in (*PIXELS, "pixel_values_videos"))
+def _has_vision(given: dict[str, Any]) -> bool:
+    return any(given.get(name) is not None for name in (*PIXELS, "pixel_values_videos", "mm_encoder_outputs"))

@@ -16,6 +16,7 @@ from vtoken.core.patch import view
 from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.hf_entry import num_prefix
 from vtoken.hosts.hf_watch import watched_tower
+from vtoken.hosts.prompt_calls import chosen
 
 #: Where transformers keeps the image tower inside the inner model.
 TOWER_NAMES = ("vision_tower", "image_tower")
@@ -64,7 +65,7 @@ class ImageFeatures:
         if self.lengths != self.full_lengths:
             rows = [f.index_select(0, k.to(f.device)) for f, k in zip(features, self.kept, strict=True)]
             features = torch.stack(rows) if isinstance(features, Tensor) else rows
-        return type(self.output)(**{**self.output, "pooler_output": features})
+        return chosen(type(self.output)(**{**self.output, "pooler_output": features}))
 
 
 def tower_of(model: Any) -> tuple[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vtoken.core.errors import InputError, ShapeError
 
+SIDES, POSITIONS = ("right", "left"), ("compact", "original")
 _FILL = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "attention_mask": 0, "position_ids": 0}
 
 
@@ -75,7 +76,8 @@ def shrink_inputs(
 
     Raises:
         ShapeError: if the counts or the shapes do not belong together, or the mask has more than two dimensions.
-        InputError: for positions of your own in "compact" mode, and for a selection that is no tensor of indices.
+        InputError: for positions of your own in "compact" mode, for a selection that is no tensor of indices, and for
+            an unknown side or mode.
 
     Example:
         >>> import torch, vtoken
@@ -88,6 +90,10 @@ def shrink_inputs(
         "attention_mask": attention_mask, "labels": labels, "token_type_ids": token_type_ids,
         "mm_token_type_ids": mm_token_type_ids,
     }  # fmt: skip
+    named: Any = (("padding_side", padding_side, SIDES), ("positions", positions, POSITIONS))
+    for word, said, choices in named:
+        if said not in choices:
+            raise InputError(f"shrink_inputs({word}={said!r}): supported: {', '.join(choices)}")
     check_shapes(input_ids, along, position_ids)
     counts = _counts(input_ids, kept, lengths, token_id)
     if bool((counts == 1).all()):
@@ -104,7 +110,10 @@ def shrink_inputs(
 
 
 def check_shapes(input_ids: Tensor, along: dict[str, Tensor | None], position_ids: Tensor | None) -> None:
-    """Raise ShapeError unless everything that goes along with the ids [B, L] has their shape."""
+    """Raise ShapeError unless everything that goes along with the ids [B, L] has their shape, InputError for no ids."""
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        found = str(input_ids.dtype) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise InputError(f"input_ids must be a tensor of whole numbers [B, L], got {found}")
     if input_ids.dim() != 2:
         raise ShapeError(f"input_ids must be [B, L], got {tuple(input_ids.shape)}")
     for name, value in along.items():
@@ -115,6 +124,34 @@ def check_shapes(input_ids: Tensor, along: dict[str, Tensor | None], position_id
     rows, columns = input_ids.shape
     if position_ids is not None and tuple(position_ids.shape) not in ((rows, columns), (1, columns)):
         raise ShapeError(f"position_ids must be [B, L] = {[rows, columns]}, got {tuple(position_ids.shape)}")
+
+
+def check_ids(input_ids: Tensor) -> None:
+    """Raise InputError for ids that no embedding has, such as the placeholder -200 of the original LLaVA code."""
+    lowest = int(input_ids.min()) if isinstance(input_ids, Tensor) and input_ids.numel() else 0
+    if lowest < 0:
+        raise InputError(
+            f"input_ids holds {lowest}: prompts as the original LLaVA code writes them have one placeholder -200 per "
+            "image, those of transformers one placeholder with the id of model.config for every image token. Let the "
+            "model's AutoProcessor write the prompt"
+        )
+
+
+def placeholders_in(embeds: Tensor, table: Any, token_id: int) -> Tensor:
+    """Ids [B, L] of a prompt of embeddings [B, L, C]: `token_id` where they are that token's own, else -1."""
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3:
+        got = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ShapeError(f"inputs_embeds must be [B, L, C], got {got}")
+    own = table(torch.full((), token_id, dtype=torch.int64, device=embeds.device)).to(embeds.device)
+    same = (embeds == own).all(-1)
+    return torch.where(same, token_id, -1)
+
+
+def rows_at(embeds: Tensor, index: Tensor, fill: Tensor) -> Tensor:
+    """Rows of embeddings [B, L, C] at index [B, L'], `fill` [C] where it is -1."""
+    index = index.to(embeds.device).unsqueeze(-1)
+    rows = embeds.gather(1, index.clamp_min(0).expand(-1, -1, embeds.shape[2]))
+    return torch.where(index < 0, fill.to(rows), rows)
 
 
 def default_positions(attention_mask: Tensor) -> Tensor:

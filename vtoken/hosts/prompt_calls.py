@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -44,7 +47,8 @@ def count_from_full(model: Any, call: dict[str, Any], full: int) -> None:
 
 def refuse_assistant(model: Any, call: dict[str, Any]) -> None:
     """Raise InputError if another model, or the prompt itself, is to guess tokens: it would guess from the full ids."""
-    if call.get("assistant_model") is not None or setting(model, call, "prompt_lookup_num_tokens") is not None:
+    names = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+    if call.get("assistant_model") is not None or any(setting(model, call, name) for name in names):
         raise InputError("assisted decoding of a shortened prompt is not supported; leave out the assistant")
 
 
@@ -113,3 +117,33 @@ def inferred_mask(model: Any, call: dict[str, Any], ids: Tensor) -> Tensor | Non
     if pad is None or pad in ends or not bool((ids == pad).any()):
         return None
     return (ids != pad).long()
+
+
+#: Inner models of those whose patched entry is running, and has decided what enters.
+_decided: ContextVar[tuple[Any, ...]] = ContextVar("vtoken_decided", default=())
+
+
+@contextlib.contextmanager
+def as_it_is(model: Any) -> Iterator[None]:
+    """For its length what is handed to the model and to the model inside it enters as it is, without a word."""
+    token = _decided.set((*_decided.get(), model.model))
+    try:
+        yield
+    finally:
+        _decided.reset(token)
+
+
+def is_decided(inner: Any) -> bool:
+    """Whether that is so for the model inside."""
+    return any(module is inner for module in _decided.get())
+
+
+def chosen(output: Any) -> Any:
+    """An output of features, marked as holding what a method chose."""
+    output._vtoken_chosen = True
+    return output
+
+
+def is_chosen(output: Any) -> bool:
+    """Whether a method has chosen what is in it."""
+    return getattr(output, "_vtoken_chosen", False) is True

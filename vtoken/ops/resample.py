@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.core.errors import ConfigError, InputError, ShapeError
 from vtoken.ops.matching import plan_tome
 from vtoken.ops.row_plan import row_widths
 
@@ -40,7 +41,9 @@ def assign(grid: Tensor, t: int, mode: str = "bilinear", *, shape: str = "exact"
         shape: of the rows for "bilinear" and "pool", as in `row_widths`; "floor" gives at most `t` tokens.
 
     Raises:
-        ShapeError: if `grid` is not [H, W, C] with H and W at least 1. InputError: if `t` does not fit it.
+        ShapeError: if `grid` is not [H, W, C] with H and W at least 1, or where H is more than
+            twice W and C, as channels come first there. InputError: if it is no tensor of floating numbers, or if `t`
+            is no whole number that fits it.
         ConfigError: if mode or shape is unknown, or the mode has no rows to shape.
 
     Source: arXiv 2503.08689 section 3.4; exact counts and sizes kept over rounds are quota.md section 7.
@@ -54,8 +57,22 @@ def assign(grid: Tensor, t: int, mode: str = "bilinear", *, shape: str = "exact"
     """
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; supported: {', '.join(MODES)}")
+    if not isinstance(grid, Tensor):
+        raise InputError(
+            f"grid must be a tensor [H, W, C], got {type(grid).__name__}; of an array: torch.as_tensor(it)"
+        )
+    if not grid.is_floating_point():
+        raise InputError(f"grid holds features, floating numbers, got {grid.dtype}")
+    if isinstance(t, bool) or not isinstance(t, Integral):
+        raise InputError(f"t={t!r}: must be a whole number of tokens")
+    t = int(t)
     if grid.dim() != 3 or min(grid.shape[:2]) < 1:
         raise ShapeError(f"grid must be [H, W, C], the features of one frame, got {tuple(grid.shape)}")
+    if grid.shape[0] > 2 * max(grid.shape[1:]):  # frames are not that tall, and features not that thin
+        raise ShapeError(
+            f"grid of {tuple(grid.shape)} looks like [C, H, W], channels first; it must be [H, W, C]: "
+            "grid.permute(1, 2, 0)"
+        )
     if mode in ("merge", "stride") and shape != "exact":
         raise ConfigError(f'shape={shape!r} lays out rows, which mode={mode!r} does not have; use "bilinear" or "pool"')
     height, width, _ = grid.shape

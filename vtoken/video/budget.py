@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from vtoken.core.config import check_choice
 from vtoken.core.errors import ConfigError, InputError
 from vtoken.hosts.video import VideoLayout
-from vtoken.ops.allocate import allocate_tokens, checked_scores
+from vtoken.ops.allocate import ROUNDINGS, allocate_tokens, checked_scores
 from vtoken.ops.resample import MODES
-from vtoken.ops.row_plan import row_widths
+from vtoken.ops.row_plan import SHAPES, row_widths
 
 Budget = int | float | None
 #: Cells' worth of default tokens that a video gets if no budget is named.
@@ -27,6 +28,7 @@ class Spending:
     """How budgets are spent; see `QuotaVideoModel` for the fields of the same names.
 
     Args:
+        rounding, shape: see `vtoken.ops.allocate_tokens` and `vtoken.ops.row_widths`.
         newline: separators of the model, "none", "video" or "row".
         floor: what `min_tokens=None` stands for.
 
@@ -41,9 +43,18 @@ class Spending:
     count_separators: bool
     newline: str
     floor: int = 0
+    rounding: str = "exact"
+    shape: str = "exact"
 
     def __post_init__(self) -> None:
         check_settings(self.mode, self.min_tokens, self.max_tokens, self.power, self.count_separators)
+        check_choice("QuotaVideoModel", "rounding", self.rounding, ROUNDINGS)
+        check_choice("QuotaVideoModel", "shape", self.shape, SHAPES)
+        if self.rounding == "floor" and (self.min_tokens or self.max_tokens is not None):
+            raise ConfigError("rounding='floor' is the published code's and has no bounds; leave out min_tokens and "
+                              "max_tokens")  # fmt: skip
+        if self.shape == "floor" and self.mode in ("merge", "stride"):
+            raise ConfigError(f"shape='floor' lays out rows, which mode={self.mode!r} does not have")
         if self.max_tokens is not None and self.max_tokens < self.least:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least min_tokens={self.least}")
         if self.mode in ("merge", "stride") and self.newline == "row":
@@ -54,6 +65,8 @@ class Spending:
     @property
     def least(self) -> int:
         """Tokens that every cell gets."""
+        if self.rounding == "floor":
+            return 0
         return self.floor if self.min_tokens is None else operator.index(self.min_tokens)
 
     def grid(self, layout: VideoLayout) -> tuple[int, int]:
@@ -79,7 +92,7 @@ class Spending:
     def separators(self, counts: Sequence[int], layout: VideoLayout) -> int:
         """Separators beside so many tokens per cell."""
         if self.newline == "row":
-            return sum(len(row_widths(t, *self.grid(layout))) for t in counts)
+            return sum(len(row_widths(t, *self.grid(layout), shape=self.shape)) for t in counts)
         return int(self.newline == "video")
 
     def _allocated(self, scores: Sequence[float], content: int, budget: int, layout: VideoLayout) -> list[int]:
@@ -96,6 +109,14 @@ class Spending:
                 f"min_tokens={least} is more than the {height} x {width} features of a frame with mode={self.mode!r}; "
                 f"the most is {height * width}"
             )
+        if self.rounding == "floor":
+            counts = allocate_tokens(scores, content, power=float(self.power), rounding="floor")
+            if self.shape == "exact" and max(counts) > height * width:
+                raise ConfigError(
+                    f"rounding='floor' gives a frame {max(counts)} tokens, its grid of {height} x {width} has "
+                    f"{height * width}; use shape='floor', which enlarges grids, or rounding='exact'"
+                )
+            return counts
         most = height * width if self.max_tokens is None else min(self.max_tokens, height * width)
         return allocate_tokens(
             scores, content, min_tokens=least, max_tokens=most, power=float(self.power), rounding="exact"
@@ -193,4 +214,8 @@ def per_cell(scores: Sequence[float], layout: VideoLayout, video: int) -> list[f
     if (cells - 1) * each < len(scores) <= cells * each:  # the last cell may have been filled up
         return [max(scores[i * each : (i + 1) * each]) for i in range(cells)]
     frames = f"{cells} frames" if each == 1 else f"{cells} cells of {each} frames ({cells} or {cells * each} scores)"
-    raise InputError(f"{len(scores)} scores for video {video}, which has {frames}")
+    raise InputError(
+        f"{len(scores)} scores for video {video}, which has {frames}. Video processors take frames of their own choice "
+        "from what they are given (their own sampling): pass do_sample_frames=False with video_metadata, or "
+        "score the frames that they kept"
+    )

@@ -33,7 +33,8 @@ class CLIPScorer:
         batch_size: frames per call of the image tower.
 
     Raises:
-        ConfigError: if an option is unknown, or "sigmoid" is asked of a model without logit bias.
+        ConfigError: if the model has no two encoders, an option is unknown, or "sigmoid" is asked of a model without
+            logit bias.
 
     Source: arXiv 2503.08689, ablation of scorers.
     """
@@ -52,8 +53,15 @@ class CLIPScorer:
             raise ConfigError(
                 f"reduce={reduce!r}, scale={scale!r}: supported are {', '.join(REDUCES)} and {', '.join(SCALES)}"
             )
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} must be at least 1")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size!r} must be a whole number of at least 1")
+        if not all(callable(getattr(model, name, None)) for name in ("encode_image", "encode_text")):
+            raise ConfigError(
+                f"CLIPScorer takes an open_clip model with encode_image and encode_text, not a {type(model).__name__}"
+            )
+        for name, function in (("tokenizer", tokenizer), ("preprocess", preprocess)):
+            if not callable(function):
+                raise ConfigError(f"CLIPScorer({name}={function!r}): must be a function; open_clip has them")
         if scale == "sigmoid" and getattr(model, "logit_bias", None) is None:
             raise ConfigError(
                 f'scale="sigmoid" needs a logit bias, which this {type(model).__name__} does not have; use "minmax"'

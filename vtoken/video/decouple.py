@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 
 from vtoken.core.errors import ConfigError
 
+KINDS = ("objects", "event", "query")
 _log = logging.getLogger(__name__)
 
 
@@ -27,11 +28,24 @@ class Clue:
         kind: "objects" (any of `items`), "event" (the one in `items`), or "query" (whatever answers the question).
         items: names of things, or one phrase; empty for "query".
         text: the question as it was asked.
+
+    Raises:
+        ConfigError: for another kind, and for items or a text that are none.
     """
 
     kind: Literal["objects", "event", "query"]
     items: tuple[str, ...]
     text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"Clue(kind={self.kind!r}): must be one of {', '.join(KINDS)}")
+        if isinstance(self.items, str) or not all(isinstance(item, str) for item in self.items):
+            raise ConfigError(f"Clue(items={self.items!r}): must be texts, a tuple of them")
+        if not self.items and self.kind != "query":
+            raise ConfigError(f"Clue({self.kind!r}, ()): needs items to look for; a bare question has kind 'query'")
+        if not isinstance(self.text, str):
+            raise ConfigError(f"Clue(text={self.text!r}): must be the question as it was asked")
 
 
 class Decoupler(Protocol):
@@ -103,7 +117,7 @@ class CoTDecoupler:
         last_reply: what the model said last, "" before the first call.
 
     Raises:
-        ConfigError: if the mode is unknown.
+        ConfigError: if the mode is unknown, or `generate` is no function.
 
     Source: arXiv 2503.08689 section 3.2; prompt and examples are our own.
 
@@ -117,6 +131,8 @@ class CoTDecoupler:
     def __init__(self, generate: Callable[[str], str], *, mode: str = "objects") -> None:
         if mode not in ("objects", "event"):
             raise ConfigError(f'unknown mode {mode!r}; supported: "objects", "event"')
+        if not callable(generate):
+            raise ConfigError(f"CoTDecoupler({generate!r}): must be a function from a prompt to a model's reply")
         self.generate, self.mode, self.last_reply = generate, mode, ""
 
     def prompt(self, query: str) -> str:

@@ -19,7 +19,13 @@ PROBABILITIES = ("pair", "full")
 
 
 def frame_question(clue: Clue, yes: str = "A", no: str = "B") -> str:
-    """What a model is asked about one frame."""
+    """What a model is asked about one frame.
+
+    Raises:
+        ConfigError: if it is given no clue.
+    """
+    if not isinstance(clue, Clue):
+        raise ConfigError(f"frame_question({clue!r}): must be a vtoken.video.Clue")
     asked = {
         "objects": f"Can any of these be seen in the picture: {', '.join(clue.items)}?",
         "event": f"Does the picture show this happening: {'; '.join(clue.items)}?",
@@ -63,8 +69,18 @@ class LVLMScorer:
     ) -> None:
         if probability not in PROBABILITIES:
             raise ConfigError(f"unknown probability {probability!r}; supported: {', '.join(PROBABILITIES)}")
-        if batch_size < 1 or (max_pixels is not None and max_pixels < 1):
-            raise ConfigError(f"batch_size={batch_size} and max_pixels={max_pixels} must be at least 1")
+        for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels)):
+            if name == "max_pixels" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"LVLMScorer({name}={value!r}): must be a whole number of at least 1")
+        if not callable(model) or not hasattr(processor, "apply_chat_template"):
+            raise ConfigError(
+                f"LVLMScorer takes a transformers model and its processor with a chat template, got "
+                f"{type(model).__name__} and {type(processor).__name__}"
+            )
+        if template is not None and not callable(template):
+            raise ConfigError(f"LVLMScorer(template={template!r}): must be a function from a clue to the question")
         self.model, self.processor = model, processor
         self.answers = (_one_token(processor, yes), _one_token(processor, no))
         if self.answers[0] == self.answers[1]:

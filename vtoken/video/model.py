@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.errors import ConfigError, InputError
+from vtoken.core.errors import ConfigError, InputError, VTokenWarning
 from vtoken.core.host import find_adapter
 from vtoken.core.options import checked, fixed, held
 from vtoken.core.prompt import VideoRecord
@@ -51,6 +51,9 @@ class QuotaVideoModel(nn.Module):
         count_separators: whether newlines count towards the budget.
         vision_chunk: frames in one run of the tower; None means all of a call. Where a call needs several runs, the
             last bits of features may differ from the model's own.
+        rounding: "exact", or "floor" as the published code: shares of the budget rounded down, without bounds.
+        shape: of a frame's rows for "bilinear" and "pool": "exact", or "floor" as the published code: at most the
+            frame's tokens, in nearly square grids.
 
     Raises:
         UnsupportedModelError: if no adapter knows the model.
@@ -68,6 +71,8 @@ class QuotaVideoModel(nn.Module):
     max_tokens = held("spending", "max_tokens")
     power = held("spending", "power")
     count_separators = held("spending", "count_separators")
+    rounding = held("spending", "rounding")
+    shape = held("spending", "shape")
     adapter = fixed("adapter")
 
     def __init__(
@@ -84,6 +89,8 @@ class QuotaVideoModel(nn.Module):
         adapter: VideoAdapter | str = "auto",
         count_separators: bool = False,
         vision_chunk: int | None = 32,
+        rounding: str = "exact",
+        shape: str = "exact",
     ) -> None:
         super().__init__()
         self.budget = budget
@@ -91,7 +98,9 @@ class QuotaVideoModel(nn.Module):
         known = _adapter(model, adapter)
         self._fixed = {"adapter": known}
         floor = 1 if known.runs == "per_frame" else 0
-        self.spending = Spending(mode, min_tokens, max_tokens, power, count_separators, known.newline, floor)
+        self.spending = Spending(
+            mode, min_tokens, max_tokens, power, count_separators, known.newline, floor, rounding, shape
+        )
         self.model = model
         self.scorer: Any = scorer
         self.decoupler = IdentityDecoupler() if decoupler is None else decoupler
@@ -100,6 +109,9 @@ class QuotaVideoModel(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # Past nn.Module: a scorer that is a module is not part of the model's state.
         if name in ("scorer", "decoupler"):
+            needs = "score" if name == "scorer" else "decouple"
+            if not callable(getattr(value, needs, None)) and not (name == "scorer" and value is None):
+                raise ConfigError(f"QuotaVideoModel({name}={value!r}): must have a method {needs}; see vtoken.video")
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -112,6 +124,11 @@ class QuotaVideoModel(nn.Module):
                 raise
         if name == "last_report":
             raise AttributeError("nothing is remembered of a call; use vtoken.tracing(model) and its record.video")
+        if name in ("base_model", "get_decoder", "language_model"):
+            raise AttributeError(
+                f"{name} of a QuotaVideoModel would run past its budget (a fused loss takes it so); call the wrapper "
+                f"itself, or ask the model inside: .model.{name}"
+            )
         return getattr(self.model, name)
 
     def unwrap(self) -> nn.Module:
@@ -153,8 +170,8 @@ class QuotaVideoModel(nn.Module):
         """The model's `generate` on the rebuilt prompt; see `prepare` for the arguments.
 
         Returns:
-            As the model does, with the caller's ids in front of the new tokens. Caches, scores and streamers see the
-            rebuilt prompt.
+            As the model does, with the caller's ids in front of the new tokens. That is also what stopping criteria,
+            logits processors and streamers see; caches, scores and attentions are of the rebuilt prompt.
         """
         model: Any = self.model
         given = calls.by_name(self._core.generate, args, kwargs)
@@ -166,7 +183,9 @@ class QuotaVideoModel(nn.Module):
         given = {name: value for name, value in given.items() if name != "inputs"} | {"input_ids": ids}
         if given.get("attention_mask") is None and isinstance(ids, Tensor):
             given["attention_mask"] = calls.inferred_mask(self._core, given, ids)
-        calls.refuse_assistant(self._core, given)
+        from vtoken.hosts.generation import FullPrompt, check_way, generate_on  # only with a model of transformers
+
+        check_way(self._core, given)
         if self.adapter.inject == "embeds":
             calls.refuse_chunks(self._core, given, "cannot be combined with a rebuilt prompt")
         prepared = self.prepare(
@@ -175,7 +194,8 @@ class QuotaVideoModel(nn.Module):
         short = prepared["input_ids"]
         target, call = self.adapter.handed_over(self._core, dict(prepared))
         calls.count_from_full(self._core, call, ids.shape[1])
-        out = (model if target is self._core else target).generate(**call)
+        full = FullPrompt(target, ids, given.get("attention_mask"), short.shape[1])
+        out = generate_on(target.generate, call, full)
         returned = calls.cache_of(out)
         calls.mark(calls.cache_of(call) if returned is None else returned, short, token_id)
         return calls.with_prompt(out, ids, short.shape[1])
@@ -222,7 +242,10 @@ class QuotaVideoModel(nn.Module):
         spent = budgets(self.budget, layouts)
         counts = [self.spending.counts(*each) for each in zip(scores, spent, layouts, strict=True)]
         encoded = adapter.encode(core, given, self.vision_chunk) if known is None else known
-        videos = [resample(f, c, self.spending.mode, adapter.pooling) for f, c in zip(encoded, counts, strict=True)]
+        videos = [
+            resample(f, c, self.spending.mode, adapter.pooling, self.spending.shape)
+            for f, c in zip(encoded, counts, strict=True)
+        ]
         call = build(adapter, core, given, encoded, videos, padding_side=padding_side)
         scoring = None if frame_scores is None and self.scorer is not None else 0
         call.reports = reports(
@@ -265,6 +288,14 @@ class QuotaVideoModel(nn.Module):
         if frame_scores is not None or frames is not None:
             raise InputError(f"frame_scores or frames came without {_PIXELS} or features")
         ids = given.get("input_ids")
+        outputs = (given.get("mm_encoder_outputs") or {}).get("video")
+        if outputs is not None and not calls.is_chosen(outputs):
+            warnings.warn(
+                "a QuotaVideoModel spends its budget on videos that it encodes: this call came with mm_encoder_outputs "
+                "and runs without a budget; pass pixel_values_videos, or features of encode_video",
+                VTokenWarning,
+                stacklevel=3,
+            )
         ready = any(given.get(name) is not None for name in ("inputs_embeds", "mm_encoder_outputs"))
         if isinstance(ids, Tensor) and not ready and not calls.is_filled(calls.cache_of(given)):
             count = int((ids == self.adapter.placeholder_id(self._core)).sum())
@@ -280,7 +311,7 @@ class QuotaVideoModel(nn.Module):
             if self.scorer is None:
                 self._warn_uniform()
                 return [[1.0] * layout.cells for layout in layouts]
-            frame_scores = self._scored(len(layouts), query, frames)
+            frame_scores = self._scored(layouts, query, frames)
         found = scores_by_video(frame_scores, len(layouts))
         return [per_cell(s, layout, i) for i, (s, layout) in enumerate(zip(found, layouts, strict=True))]
 
@@ -290,10 +321,12 @@ class QuotaVideoModel(nn.Module):
             self._warned = True
             warnings.warn(
                 "QuotaVideoModel has neither frame_scores nor a scorer: the budget is spread evenly over the frames",
+                VTokenWarning,
                 stacklevel=3,
             )
 
-    def _scored(self, count: int, query: Any, frames: Any) -> list[Tensor]:
+    def _scored(self, layouts: Sequence[VideoLayout], query: Any, frames: Any) -> list[Tensor]:
+        count = len(layouts)
         if frames is None or query is None:
             raise InputError("the scorer needs frames=... and query=...; or pass frame_scores=...")
         videos = list(frames) if _holds_videos(frames) else [frames]
@@ -302,6 +335,8 @@ class QuotaVideoModel(nn.Module):
             raise InputError(
                 f"frames for {len(videos)} video(s) and {len(queries)} question(s), but there are {count} video(s)"
             )
+        for i, (video, layout) in enumerate(zip(videos, layouts, strict=True)):  # before the scorer's work
+            per_cell([0.0] * len(video), layout, i)
         pairs = zip(videos, queries, strict=True)
         return [score_frames(self.scorer, list(video), self.decoupler.decouple(asked)) for video, asked in pairs]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vtoken.core.errors import ConfigError, InputError, ShapeError
 from vtoken.core.trace import current_trace, tracing
-from vtoken.hosts.prompt import ShortPrompt, check_shapes, default_positions, shrink_inputs
-from vtoken.hosts.prompt_calls import cache_of, is_filled
+from vtoken.hosts.prompt import ShortPrompt, check_ids, check_shapes, default_positions, shrink_inputs
+from vtoken.hosts.prompt_calls import cache_of, chosen, is_filled
 from vtoken.hosts.video import VISION_SIDE, VideoAdapter, VideoFeatures, VideoLayout, embed, rows_of
 from vtoken.video.tokens import VideoTokens, placeholders, with_separators
 
@@ -46,7 +46,11 @@ def check_call(adapter: VideoAdapter, model: Any, given: dict[str, Any]) -> None
     """Raise InputError for calls whose prompt cannot be rebuilt, before anything runs."""
     ids = given.get("input_ids")
     if ids is None or any(given.get(name) is not None for name in _BUILT):
-        raise InputError("a call with a video needs input_ids, and neither inputs_embeds nor mm_encoder_outputs")
+        raise InputError(
+            "a call with a video needs input_ids, and neither inputs_embeds nor mm_encoder_outputs: its prompt is "
+            "rebuilt from ids. Tuned prompts (peft's PromptTuningConfig and the like) cannot be combined with it"
+        )
+    check_ids(ids)
     check_shapes(ids, {name: given.get(name) for name in (*_ALONG, "mm_token_type_ids")}, None)
     if is_filled(cache_of(given)):
         raise InputError(
@@ -104,7 +108,7 @@ def build(
         _number(adapter, model, call, numbered, given.get("attention_mask"), short)
     levels = _tokens_by_level(adapter, model, features, videos)
     if adapter.inject == "encoder_outputs":
-        outputs = {"video": adapter.outputs(model, levels)}
+        outputs = {"video": chosen(adapter.outputs(model, levels))}
         call["mm_encoder_outputs"] = outputs if images.output is None else outputs | {"image": images.output}
     else:
         rows = [] if images.output is None else [(adapter.image_id(model), rows_of(images.output))]

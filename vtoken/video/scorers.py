@@ -69,10 +69,17 @@ class PrecomputedScorer:
     """Scores that are known already, for these frames in this order, whatever is asked.
 
     Raises:
-        InputError: from `score`, if there is not one per frame.
+        InputError: if they are not numbers [T], finite and at least 0; from `score`, if there is not one per frame.
     """
 
     def __init__(self, scores: Sequence[float] | Tensor) -> None:
+        try:
+            count = len(scores)
+            checked(scores, count, "PrecomputedScorer")
+        except (TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"PrecomputedScorer({scores!r}): must be one number per frame: {error}") from None
         self.scores = scores
 
     def score(self, frames: Sequence[Any], clue: Clue) -> Tensor:

@@ -30,11 +30,14 @@ class VideoTokens:
     places: tuple[Tensor, ...]
 
 
-def resample(features: VideoFeatures, counts: Sequence[int], mode: str, pooling: str) -> VideoTokens:
+def resample(
+    features: VideoFeatures, counts: Sequence[int], mode: str, pooling: str, shape: str = "exact"
+) -> VideoTokens:
     """The grids of a video as so many tokens per cell; all levels in one go, so that they stay aligned.
 
     Args:
         pooling: how the model itself comes to its default grid, from which "merge" starts.
+        shape: of the rows of a cell; "floor" gives fewer tokens than counted.
     """
     widths = [level.shape[-1] for level in (features.grid, *features.extra)]
     grids = torch.cat([features.grid, *features.extra], dim=-1) if features.extra else features.grid
@@ -42,11 +45,11 @@ def resample(features: VideoFeatures, counts: Sequence[int], mode: str, pooling:
     for grid, t in zip(grids, counts, strict=True):
         if mode == "merge" and tuple(grid.shape[:2]) != features.layout.default:
             grid = assign(grid, features.layout.default_tokens, pooling).tokens.unflatten(0, features.layout.default)
-        found.append(assign(grid, t, mode))
+        found.append(assign(grid, t, mode, shape=shape))
     columns = features.layout.default[1] if mode == "merge" else features.layout.grid[1]
     return VideoTokens(
         levels=torch.cat([a.tokens for a in found]).split(widths, dim=-1),
-        counts=tuple(counts),
+        counts=tuple(len(a.tokens) for a in found),
         rows=tuple(tuple(a.rows) for a in found),
         places=tuple(a.coords[:, 0] * columns + a.coords[:, 1] for a in found),
     )
