@@ -25,7 +25,7 @@ class StepWatch:
         before: called with the module when gradients come, which also happens where forwards are compiled.
     """
 
-    def __init__(self, module: nn.Module, before: Callable[[nn.Module], None]) -> None:
+    def __init__(self, module: nn.Module, before: Callable[[Any], None]) -> None:
         self._module = weakref.ref(module)
         self._before = before
         self._watched: Tensor | None = None

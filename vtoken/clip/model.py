@@ -391,7 +391,7 @@ class AttentiveMaskCLIP(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_watch"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[operator]
+        super().__setstate__(state)
         self._watch_steps()  # a copy has no optimiser yet
 
     def momentum_at(self, n: int) -> float:
