@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import pickle
+import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip.transform import _convert_to_rgb
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import resized_crop
 
 import vtoken
 from tests.clip.models import batch, wrap
+from tests.helpers import assert_same
 from vtoken.clip.crop import teacher_box
 
 
@@ -88,6 +93,92 @@ def test_transforms_and_pil_images() -> None:
     assert torch.allclose(dark["views"][0], torch.tensor(100 / 255))
 
 
+def photo(height: int = 40, width: int = 50) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+MODES = (
+    "1",
+    "L",
+    "P",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "HSV",
+    "LAB",
+    "LA",
+    "PA",
+    "I",
+    "F",
+    "I;16",
+    "I;16B",
+)
+
+
+def in_mode(mode: str) -> Image.Image:
+    source = photo() if mode not in ("I", "F", "I;16", "I;16B") else photo().convert("L")
+    return source.convert("LA").convert("PA") if mode == "PA" else source.convert(mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures_of_every_mode_are_made_rgb_first(mode: str) -> None:
+    """The crops of a picture and of what open_clip's transform makes of it are the same; transforms see RGB."""
+    picture, seen = in_mode(mode), []
+    assert picture.mode == mode
+    crop = vtoken.MultiViewCrop(16, student_transform=lambda x: seen.append(x.mode) or x)
+    found = []
+    for source in (picture, _convert_to_rgb(picture)):
+        torch.manual_seed(0)
+        found.append(crop(source))
+    assert_same("crops", *found)
+    assert [x.shape for x in (*found[0]["views"], found[0]["teacher"])] == [(3, 16, 16)] * 3
+    assert set(seen) == {"RGB"}
+    assert picture.mode == mode
+    default_collate([crop(picture), crop(photo())])
+
+
+def test_a_palette_is_colours_not_indices(tmp_path: Path) -> None:
+    """With its transparency too, from a file, where Pillow keeps the transparent colours beside the palette."""
+    blue = Image.new("RGB", (20, 20), (0, 0, 255)).convert("P", palette=Image.Palette.ADAPTIVE)
+    blue.save(tmp_path / "blue.png", transparency=bytes([0]))
+    for picture in (blue, Image.open(tmp_path / "blue.png")):
+        assert picture.mode == "P"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            teacher = vtoken.MultiViewCrop(8)(picture)["teacher"]
+        assert teacher.flatten(1).mean(1).tolist() == [0.0, 0.0, 1.0]
+
+
+def test_tensors_keep_their_dtype() -> None:
+    for dtype in (torch.uint8, torch.float32, torch.float64, torch.bfloat16):
+        assert vtoken.MultiViewCrop(8)(torch.ones(3, 20, 20, dtype=dtype))["teacher"].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "said"),
+    [(np.zeros((20, 20, 3), np.uint8), vtoken.InputError, "numpy.ndarray.*Image.fromarray"),
+     ("photo.png", vtoken.InputError, "builtins.str"), (None, vtoken.InputError, "NoneType"),
+     ([torch.zeros(3, 8, 8)], vtoken.InputError, "builtins.list"),
+     (torch.zeros(20, 20), vtoken.ShapeError, r"\(20, 20\)"),
+     (torch.zeros(1, 20, 20), vtoken.ShapeError, r"\(1, 20, 20\)"),
+     (torch.zeros(20, 20, 3), vtoken.ShapeError, r"\(20, 20, 3\)"),
+     (torch.zeros(4, 20, 20), vtoken.ShapeError, "4, 20"),
+     (torch.zeros(2, 3, 20, 20), vtoken.ShapeError, "one image"), (torch.zeros(3, 0, 20), vtoken.ShapeError, "3, 0"),
+     (Image.new("RGB", (0, 4)), vtoken.ShapeError, "0 x 4 pixels")],
+)  # fmt: skip
+def test_what_is_no_picture_is_refused_by_name(image: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        vtoken.MultiViewCrop(8)(image)
+
+
+def test_a_mode_that_pillow_cannot_make_rgb() -> None:
+    with pytest.raises(vtoken.InputError, match="mode 'La' RGB"):
+        vtoken.MultiViewCrop(8)(photo().convert("LA").convert("La"))
+
+
 def test_batches_go_into_the_wrapper() -> None:
     """From a DataLoader with worker processes, collated, into a training forward."""
     torch.manual_seed(0)
@@ -114,7 +205,9 @@ def test_batches_go_into_the_wrapper() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"views": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.6, 0.5)}, {"scale": (0.5, 1.5)}, {"ratio": (0.0, 1.0)},
-     {"size": 0}, {"size": 2.5}, {"size": (1, 2, 3)}, {"size": "8"}, {"teacher_size": (4, -1)}],
+     {"views": 1.5}, {"views": True}, {"views": "2"}, {"scale": 0.5}, {"scale": (0.5, float("nan"))}, {"ratio": "ab"},
+     {"ratio": (1, 2, 3)}, {"ratio": (1.0, float("inf"))}, {"student_transform": 3}, {"teacher_transform": "flip"},
+     {"size": True}, {"size": 0}, {"size": 2.5}, {"size": (1, 2, 3)}, {"size": "8"}, {"teacher_size": (4, -1)}],
 )  # fmt: skip
 def test_bad_values(options: dict[str, object]) -> None:
     with pytest.raises(vtoken.ConfigError, match="size" if "size" in next(iter(options)) else next(iter(options))):

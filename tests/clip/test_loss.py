@@ -83,6 +83,27 @@ def test_published_writing_gives_the_same_numbers(made: dict[str, Any]) -> None:
     assert abs(float(found["byol_loss"]) - 2 * float(np.mean(both))) < 1e-5
 
 
+@pytest.mark.parametrize("theirs", [None, ClipLoss(), SigLipLoss()], ids=["ours", "ClipLoss", "SigLipLoss"])
+def test_features_of_any_length_are_normalised(theirs: Any) -> None:
+    """Of orthogonal pairs at scale 1 the CLIP loss is log(1 + 1/e), whatever the features' lengths."""
+    u, loss = torch.eye(2), vtoken.AttentiveMaskLoss(contrastive=theirs)
+    scale, bias = torch.tensor(1.0), torch.zeros(()) if isinstance(theirs, SigLipLoss) else None
+    expected = float(loss(u, u, scale, bias))
+    if theirs is None or isinstance(theirs, ClipLoss):
+        assert abs(expected - np.log1p(np.exp(-1))) < 1e-6
+    for image, text in ((2 * u, u), (u, 0.1 * u), (torch.stack([3 * u, 0.5 * u], 1), 7 * u)):
+        assert abs(float(loss(image, text, scale, bias)) - expected) < 1e-6
+
+
+def test_a_loss_of_the_users_gets_the_dtype_of_the_features() -> None:
+    seen = []
+    loss = vtoken.AttentiveMaskLoss(contrastive=lambda u, t, s: seen.append((u, t)) or (u * t).sum())
+    u = torch.randn(3, 8).bfloat16()
+    loss(5 * u, u, torch.tensor(1.0))
+    assert {x.dtype for x in seen[0]} == {torch.bfloat16}
+    assert torch.allclose(seen[0][0].float().norm(dim=1), torch.ones(3), atol=1e-2)
+
+
 def test_one_view_is_open_clips_loss(made: dict[str, Any]) -> None:
     given = tensors({name: made[name] for name in ("image_features", "text_features", "logit_scale")})
     given["image_features"] = given["image_features"][:, 0]
@@ -143,7 +164,16 @@ def test_errors(made: dict[str, Any]) -> None:
         vtoken.AttentiveMaskLoss()(**given | {"byol_target": torch.zeros(6, 8)})
     with pytest.raises(vtoken.InputError, match="belong together"):
         vtoken.AttentiveMaskLoss()(**{name: value for name, value in given.items() if name != "byol_target"})
-    for bad in ({"simclr_weight": -1.0}, {"byol_weight": -1.0}, {"temperature": 0.0}):
+    with pytest.raises(vtoken.InputError, match="no text_features"):
+        vtoken.AttentiveMaskLoss()(**given | {"text_features": None})
+    for shape in ((10,), (6, 2, 2, 10), (5, 10), (6, 9)):
+        with pytest.raises(vtoken.ShapeError, match="expected image_features"):
+            vtoken.AttentiveMaskLoss()(**given | {"image_features": torch.zeros(shape)})
+    for bad in (
+        {"simclr_weight": -1.0}, {"byol_weight": -1.0}, {"temperature": 0.0}, {"simclr_weight": float("nan")},
+        {"byol_weight": "1"}, {"temperature": float("inf")}, {"temperature": True}, {"world_size": 0}, {"rank": 0.5},
+        {"rank": -1}, {"contrastive": 3},
+    ):  # fmt: skip
         with pytest.raises(vtoken.ConfigError, match=next(iter(bad))):
             vtoken.AttentiveMaskLoss(**bad)
     with pytest.raises(vtoken.ConfigError, match="rank=2"):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import vtoken
+from tests.clip.models import batch, wrap
 from vtoken.clip.mapping import _places, check_boxes, map_scores
 
 
@@ -43,6 +44,46 @@ def test_against_the_formula() -> None:
         for v in range(2):
             expected = slow(scores[b], (4, 6), views[b][v], teacher[b])
             assert float((found[b, v] - expected).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_zeros_outside_are_the_published_way(seed: int) -> None:
+    """The map of the teacher's crop pasted on black, cut at the view and read at the patches' centres."""
+    rng = torch.Generator().manual_seed(seed)
+    scores = torch.rand(1, 4, 4, generator=rng) + 0.5
+    teacher, view = [16, 24, 64, 64], [16 * seed, 8, 64, 64]  # centres of patches are 4 + 8 * n: never on a border
+    inside = torch.zeros(1, 8, 8)
+    for i in range(8):
+        for j in range(8):
+            y, x = view[0] + 8 * i + 4, view[1] + 8 * j + 4
+            inside[0, i, j] = teacher[0] < y < teacher[0] + teacher[2] and teacher[1] < x < teacher[1] + teacher[3]
+    boxes = (torch.tensor([[view]]), torch.tensor([teacher]))
+    border, zeros = (map_scores(scores, (8, 8), *boxes, outside=how)[0] for how in ("border", "zeros"))
+    assert torch.equal(zeros, border * inside)
+    assert bool((border > 0.4).all())
+    assert 0 < int(inside.sum()) < 64
+    covered = map_scores(scores, (8, 8), boxes[1].unsqueeze(1), boxes[1], outside="zeros")
+    assert torch.equal(covered, map_scores(scores, (8, 8), boxes[1].unsqueeze(1), boxes[1]))
+
+
+def test_the_wrapper_keeps_no_patch_that_the_teacher_did_not_see() -> None:
+    """With zeros, as long as there are others; the setting changes between steps."""
+    x, t = batch()
+    seen: list[Tensor] = []
+    wrapper = wrap(outside="zeros", keep_ratio=0.25)
+    stock = wrapper._selection.choose
+    object.__setattr__(wrapper._selection, "choose", lambda *args: seen.append(stock(*args)) or seen[-1])
+    boxes = {"view_boxes": torch.tensor([[[0, 0, 32, 32]]] * 4), "teacher_boxes": torch.tensor([[0, 16, 32, 16]] * 4)}
+    wrapper(x, t, teacher_image=x, **boxes)
+    assert bool((seen[0] % 8 >= 4).all())
+    wrapper.outside = "border"
+    wrapper(x, t, teacher_image=x, **boxes)
+    assert bool((seen[1] % 8 < 4).any())
+    for bad in ("zero", None, 0):
+        with pytest.raises(vtoken.ConfigError, match="outside="):
+            wrapper.outside = bad
+        with pytest.raises(vtoken.ConfigError, match="outside="):
+            wrap(outside=bad)
 
 
 def test_identical_boxes_are_the_identity() -> None:

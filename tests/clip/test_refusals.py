@@ -126,6 +126,25 @@ def test_methods_are_not_applied_to_the_wrapper_itself() -> None:
         ({"byol_weight": -1.0}, "byol_weight=-1.0"),
         ({"hidden_dim": 0}, "hidden_dim=0"),
         ({"head_norm": "group"}, "head_norm='group'"),
+        ({"head_norm": ["batch"]}, "head_norm="),
+        ({"top_fraction": 0}, r"top_fraction=0 .*mode=\"random\""),
+        ({"top_fraction": True}, "top_fraction=True"),
+        ({"keep_ratio": True}, "keep_ratio=True"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"layers": [True]}, r"layers=\[True\]"),
+        ({"warmup_steps": float("inf")}, "warmup_steps=inf"),
+        ({"teacher_scale": True}, "teacher_scale=True"),
+        ({"momentum": True}, "momentum=True"),
+        ({"momentum": float("nan")}, "momentum=nan"),
+        ({"total_steps": float("inf")}, "total_steps=inf"),
+        ({"simclr_weight": float("inf")}, "simclr_weight=inf"),
+        ({"byol_weight": True}, "byol_weight=True"),
+        ({"hidden_dim": 2.5}, "hidden_dim=2.5 must be a whole number"),
+        ({"out_dim": True}, "out_dim=True"),
+        ({"ema_text": 3}, "ema_text=3 must be True or False"),
+        ({"freeze_patch_embed": "no"}, "freeze_patch_embed='no' must be True or False"),
+        ({"generator": 5}, "generator=5 must be a torch.Generator"),
+        ({"outside": "mean"}, "outside='mean'"),
     ],
 )
 def test_settings(options: dict[str, Any], said: str) -> None:
@@ -138,7 +157,7 @@ def test_settings(options: dict[str, Any], said: str) -> None:
 
 CHANGES: dict[str, Any] = {
     "keep_ratio": 0.25, "mode": "mix", "block": 2, "layers": "last", "top_fraction": 0.25, "temperature": 2.0,
-    "warmup_steps": 3, "teacher_scale": 0.5, "momentum": 0.9, "total_steps": 7,
+    "warmup_steps": 3, "teacher_scale": 0.5, "momentum": 0.9, "total_steps": 7, "outside": "zeros",
 }  # fmt: skip
 FIXED: dict[str, Any] = {
     "simclr_weight": 0.5, "byol_weight": 2.0, "hidden_dim": 16, "out_dim": 4, "head_norm": "layer", "ema_text": True,
@@ -157,7 +176,7 @@ def test_settings_change_between_steps_and_are_checked() -> None:
     assert torch.equal(wrapper.select(scores), built.select(scores))
     for name, value in {
         "keep_ratio": 0, "mode": "best", "block": 3, "layers": [3], "top_fraction": 2.0, "temperature": 0.0,
-        "warmup_steps": -1, "teacher_scale": 0.3, "momentum": 1.5, "total_steps": 0,
+        "warmup_steps": -1, "teacher_scale": 0.3, "momentum": 1.5, "total_steps": 0, "generator": "cpu", "outside": 0,
     }.items():  # fmt: skip
         before = getattr(wrapper, name)
         with pytest.raises(vtoken.ConfigError, match=name):
@@ -177,8 +196,12 @@ def test_maps_and_step_costs() -> None:
     with pytest.raises(vtoken.ShapeError, match=r"relevance maps \[B, h, w\], got \(8, 8\)"):
         wrap().select(torch.rand(8, 8))
     for name in ("views", "batch"):
-        with pytest.raises(vtoken.ConfigError, match=f"{name}=0"):
-            wrap().step_macs(**{name: 0})
+        for bad in (0, 1.5, True):
+            with pytest.raises(vtoken.ConfigError, match=f"{name}={bad}"):
+                wrap().step_macs(**{name: bad})
+    for options in ({"keep_ratio": 0}, {"mode": "best"}, {"teacher_scale": 0}, {"teacher_scale": -0.5}):
+        with pytest.raises(vtoken.ConfigError, match=next(iter(options))):
+            wrap().step_macs(**options)
 
 
 def test_calls() -> None:

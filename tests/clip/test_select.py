@@ -156,6 +156,7 @@ def test_auto_blocks_are_32_pixels(grid: tuple[int, int], patch: int, block: int
         ({"block": 0}, "block=0"),
         ({"block": "2"}, "block='2'"),
         ({"top_fraction": -0.1}, "top_fraction=-0.1"),
+        ({"top_fraction": 0.0}, "top_fraction=0.0"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"temperature": float("inf")}, "temperature=inf"),
     ],

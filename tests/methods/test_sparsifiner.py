@@ -547,6 +547,37 @@ def test_the_module_is_the_patched_attention(name: str, mode: str) -> None:
     assert_same("copy", module(rows), twin(rows))
 
 
+def test_a_trace_of_the_module() -> None:
+    """As of the patched attention that it is; also of a network that holds several, forward by forward."""
+    module, attn = module_like("cls", vtoken.Sparsifiner(keep_ratio=0.4))
+    rows = torch.randn(2, 25, 16, generator=torch.Generator().manual_seed(0), dtype=F64)
+    expected = AttentionRecord(0, wants=frozenset(("mask", "scores", "attention")))
+    out = module(rows, record=expected)
+    with vtoken.tracing(module, maps=("mask", "scores", "attention")) as found:
+        assert torch.equal(module(rows), out)
+    [record] = found.attention
+    assert (record.layer, record.density, record.kept) == (0, expected.density, expected.kept)
+    assert 0 < record.density < 1
+    for name in ("mask", "scores", "attention"):
+        assert torch.equal(getattr(record, name), getattr(expected, name)), name
+    assert (found.num_forwards, found.num_prefix, found.grid, found.tokens) == (1, 1, GRID, [25, 25])
+    assert vtoken.trace(module, rows)[1].attention[0].mask is None
+
+    network = torch.nn.Sequential(module, torch.nn.Identity(), copy.deepcopy(module), copy.deepcopy(module))
+    with vtoken.tracing(network, maps=("mask",)) as several:
+        network(rows)
+        network(rows[:1])
+    assert several.num_forwards == 2
+    assert [r.layer for r in several.attention] == [0, 1, 2]
+    assert [len(r.mask) for r in several.attention] == [1, 1, 1]
+    assert several.tokens == [25] * 4
+    assert not torch.equal(several.attention[0].mask, several.attention[1].mask)
+    assert several.kept(0, layer=2).tolist() == list(range(24))
+    assert module(rows).equal(out)
+    assert len(several.attention) == 3
+    assert attn is not module
+
+
 def test_the_module_refuses_what_does_not_fit() -> None:
     with pytest.raises(vtoken.ConfigError, match="heads"):
         vtoken.nn.SparseAttention(16, 3, grid=GRID)

@@ -118,6 +118,67 @@ def test_a_shared_projection_under_either_name() -> None:
         assert_same("output", run(model, x), run(other, x))
 
 
+def test_a_shared_projection_under_both_names() -> None:
+    """The same numbers, with the second name given or not; two different matrices are no shared one."""
+    config, x = vtoken.Sparsifiner(keep_ratio=0.4, share_proj=True), HOSTS["cls"].images()
+    model = sparse(HOSTS["cls"].model(), config)
+    one_name = {part: name for part, name in NAMES.items() if part != "w_down"}
+    for turned in ((), ("w_down",), ("w_down", "w_up")):
+        for names in (NAMES, one_name):
+            other = vtoken.apply(HOSTS["cls"].model(seed=4), config)
+            load_published_state_dict(other, published(model, turned), names)
+            assert_same("output", run(model, x), run(other, x))
+    apart = sparse(HOSTS["cls"].model(), vtoken.Sparsifiner(keep_ratio=0.4))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(vtoken.ConfigError, match=r"mix' and .*basis' differ.*share_proj=False"):
+        load_published_state_dict(model, published(apart), NAMES)
+    with pytest.raises(vtoken.ConfigError, match=r"mix'.*no place"):
+        load_published_state_dict(model, published(apart), one_name)
+    assert_same("untouched", before, dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("place", ["bare", "inside"])
+def test_an_attention_of_a_network_of_ones_own(place: str, share: bool) -> None:
+    def build(seed: int) -> Any:
+        config = vtoken.Sparsifiner(keep_ratio=0.4, share_proj=share, seed=seed)
+        torch.manual_seed(seed)
+        made = [vtoken.nn.SparseAttention(16, 2, grid=(4, 4), config=config) for _ in range(2)]
+        return made[0] if place == "bare" else torch.nn.Sequential(*made)
+
+    model, other, x = build(0), build(1), torch.randn(2, 17, 16)
+    state = {}
+    for key, value in model.state_dict().items():
+        before, _, part = key.rpartition("predictor.")
+        if part != "threshold":
+            state[before + NAMES.get(part, part)] = value
+    assert not torch.equal(model(x), other(x))
+    load_published_state_dict(other, state, NAMES)
+    assert torch.equal(model(x), other(x))
+
+
+def test_two_keys_for_one_parameter_and_values_that_are_no_tensors() -> None:
+    model = sparse(HOSTS["cls"].model(), keep_ratio=0.4)
+    state, before = published(model), {k: v.clone() for k, v in model.state_dict().items()}
+    key = "blocks.0.attn.predictor.w_up"  # the library's own name beside the given one
+    load_published_state_dict(model, state | {key: before[key]}, NAMES)
+    with pytest.raises(vtoken.ConfigError, match=r"basis' and 'blocks\.0\.attn\.predictor\.w_up' differ"):
+        load_published_state_dict(model, state | {key: before[key] + 1}, NAMES)
+    with pytest.raises(vtoken.ConfigError, match="'epoch' is no tensor but a int"):
+        load_published_state_dict(model, state | {"epoch": 3}, NAMES)
+    assert_same("untouched", before, dict(model.state_dict()))
+
+
+def test_of_two_ends_that_fit_the_longer_is_meant() -> None:
+    model = sparse(HOSTS["cls"].model(), keep_ratio=0.4)
+    other = vtoken.apply(HOSTS["cls"].model(seed=4), vtoken.Sparsifiner(keep_ratio=0.4))
+    names = NAMES | {"w_down": "basis", "w_up": "up.basis"}
+    state = {k.replace("attn.basis", "attn.up.basis").replace("attn.mix", "attn.basis"): v
+             for k, v in published(model).items()}  # fmt: skip
+    load_published_state_dict(other, state, names)
+    assert_same("output", run(model, HOSTS["cls"].images()), run(other, HOSTS["cls"].images()))
+
+
 def test_what_does_not_fit_is_refused_and_nothing_is_loaded() -> None:
     model = sparse(HOSTS["cls"].model(), keep_ratio=0.4)
     state, before = published(model), {k: v.clone() for k, v in model.state_dict().items()}

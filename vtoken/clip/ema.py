@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from numbers import Real
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vtoken.clip.settings import is_number
 from vtoken.core.errors import ConfigError, VTokenError
 
 
@@ -108,9 +108,9 @@ def _frozen(part: Any) -> Any:
 
 def check_schedule(momentum: float, total_steps: int | None) -> None:
     """Raise ConfigError for a momentum outside of [0, 1] or a total below 1."""
-    if not isinstance(momentum, Real) or not 0 <= momentum <= 1:
+    if not is_number(momentum) or not 0 <= momentum <= 1:
         raise ConfigError(f"momentum={momentum!r} must be in [0, 1]; 0.996 is the published start")
-    if total_steps is not None and not (isinstance(total_steps, Real) and total_steps >= 1):
+    if total_steps is not None and not (is_number(total_steps) and total_steps >= 1):
         raise ConfigError(f"total_steps={total_steps!r} is the number of optimiser steps planned: from 1 on, or None")
 
 

@@ -14,7 +14,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer"
 
 def check_norm(norm: str) -> None:
     """Raise ConfigError for a norm other than "batch" and "layer"."""
-    if norm not in NORMS:
+    if not isinstance(norm, str) or norm not in NORMS:
         raise ConfigError(f"head_norm={norm!r} must be one of {', '.join(NORMS)}")
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtoken.clip.settings import check_counts, check_least, is_number, is_whole
 from vtoken.core.errors import ConfigError, InputError, ShapeError
 from vtoken.ops.rows import full_precision
 
@@ -15,10 +16,12 @@ from vtoken.ops.rows import full_precision
 class AttentiveMaskLoss(nn.Module):
     """Contrastive loss averaged over views, plus the self-supervised terms that the model's output holds.
 
+    All terms see features of length 1: those that are not are normalised here, in float32.
+
     Args:
-        contrastive: called once per view as (image_features, text_features, logit_scale[, logit_bias]); None is the
-            ordinary CLIP loss over all processes. open_clip's ClipLoss and SigLipLoss fit, with their own settings
-            for several processes.
+        contrastive: called once per view as (image_features, text_features, logit_scale[, logit_bias]), the features
+            normalised and in the dtype that came; None is the ordinary CLIP loss over all processes. open_clip's
+            ClipLoss and SigLipLoss fit, with their own settings for several processes.
         simclr_weight, byol_weight: factors on the two self-supervised terms.
         temperature: of the SimCLR term.
         rank, world_size: of this process; with several, features are gathered from all.
@@ -39,13 +42,14 @@ class AttentiveMaskLoss(nn.Module):
         world_size: int = 1,
     ) -> None:
         super().__init__()
-        if min(simclr_weight, byol_weight) < 0 or not temperature > 0:
-            raise ConfigError(
-                f"simclr_weight={simclr_weight} and byol_weight={byol_weight} must not be negative, "
-                f"temperature={temperature} must be positive"
-            )
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"rank={rank} must be in 0 to world_size - 1 = {world_size - 1}")
+        if contrastive is not None and not callable(contrastive):
+            raise ConfigError(f"contrastive={contrastive!r} must be a loss that can be called, or None")
+        check_least(0, simclr_weight=simclr_weight, byol_weight=byol_weight)
+        if not is_number(temperature) or not temperature > 0:
+            raise ConfigError(f"temperature={temperature!r} must be a positive number")
+        check_counts(world_size=world_size)
+        if not is_whole(rank) or not 0 <= rank < world_size:
+            raise ConfigError(f"rank={rank!r} must be in 0 to world_size - 1 = {world_size - 1}")
         self.contrastive = contrastive
         self.simclr_weight = simclr_weight
         self.byol_weight = byol_weight
@@ -67,15 +71,21 @@ class AttentiveMaskLoss(nn.Module):
         """The total loss, or its weighted terms by name; called as `loss(**model_output)`.
 
         Args:
-            image_features: [B, E], or [B, V, E] of V views.
+            image_features: [B, E], or [B, V, E] of V views; of any length, as the next.
             text_features: [B, E].
             logit_scale, logit_bias: scalars.
             simclr: [B, 2, D] of the head.
             byol, byol_target: [B, V, D] of the predictor, [B, D] of the teacher's projector.
             output_dict: terms instead of their sum.
+
+        Raises:
+            ShapeError: for features of other shapes.
+            InputError: if text features, or one of `byol` and `byol_target`, are missing.
         """
+        check_features(image_features, text_features)
         extra = () if logit_bias is None else (logit_bias,)
         loss = self._clip_loss if self.contrastive is None else self.contrastive
+        image_features, text_features = (self._unit(x) for x in (image_features, text_features))
         views = image_features.unbind(1) if image_features.dim() == 3 else (image_features,)
         per_view = torch.stack([loss(features, text_features, logit_scale, *extra) for features in views])
         terms = {"contrastive_loss": per_view.mean()}
@@ -87,6 +97,12 @@ class AttentiveMaskLoss(nn.Module):
             terms["byol_loss"] = self.byol_weight * byol_loss(byol, byol_target)
         return terms if output_dict else torch.stack(list(terms.values())).sum()
 
+    def _unit(self, features: Tensor) -> Tensor:
+        with full_precision(features):
+            unit = F.normalize(features.float(), dim=-1)
+        # A loss of the user's may have parameters of its own that must meet the model's dtype.
+        return unit if self.contrastive is None else unit.to(features.dtype)
+
     def _clip_loss(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
         everyone = (gather(image, self.world_size), gather(text, self.world_size))
         return clip_loss(image, text, scale, bias, everyone=everyone, rank=self.rank)
@@ -97,6 +113,17 @@ class AttentiveMaskLoss(nn.Module):
         z = F.normalize(z.float(), dim=-1)
         everyone = gather(z, self.world_size)
         return simclr_loss(z, temperature=self.temperature, everyone=everyone, rank=self.rank)
+
+
+def check_features(image: Tensor, text: Tensor | None) -> None:
+    """Raise unless image features [B, E] or [B, V, E] and text features [B, E] are there and fit."""
+    if text is None:
+        raise InputError("no text_features: the contrastive loss compares images with texts; give the model both")
+    if image.dim() not in (2, 3) or text.shape != (image.shape[0], image.shape[-1]):
+        raise ShapeError(
+            f"expected image_features [B, E] or [B, V, E] and text_features [B, E], got {tuple(image.shape)} and "
+            f"{tuple(text.shape)}"
+        )
 
 
 def clip_loss(

@@ -9,6 +9,8 @@ from torch import Tensor
 from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.ops.rows import full_precision
 
+OUTSIDE = ("border", "zeros")
+
 
 def check_boxes(view_boxes: Tensor | None, teacher_boxes: Tensor | None, batch: int, views: int) -> None:
     """Raise unless both boxes are there in their shapes, or neither is."""
@@ -24,16 +26,28 @@ def check_boxes(view_boxes: Tensor | None, teacher_boxes: Tensor | None, batch: 
         )
 
 
+def check_outside(outside: str) -> None:
+    """Raise ConfigError for another way to score what the teacher's image does not show."""
+    if outside not in OUTSIDE:
+        raise ConfigError(f"outside={outside!r} must be one of {', '.join(OUTSIDE)}")
+
+
 def map_scores(
-    scores: Tensor, grid: tuple[int, int], view_boxes: Tensor | None = None, teacher_boxes: Tensor | None = None
+    scores: Tensor,
+    grid: tuple[int, int],
+    view_boxes: Tensor | None = None,
+    teacher_boxes: Tensor | None = None,
+    outside: str = "border",
 ) -> Tensor:
-    """Scores on the patch grid of each view, bilinear, the nearest score outside of the teacher's image.
+    """Scores on the patch grid of each view, bilinear.
 
     Args:
         scores: of the teacher's patches, [B, ht, wt].
         grid: rows h and columns w of a view.
         view_boxes: (top, left, height, width) of the views in source pixels, [B, V, 4].
         teacher_boxes: of the teacher's image, [B, 4]. Without the two, views show what the teacher's image shows.
+        outside: of patches whose centre lies outside of the teacher's image: "border" gives them the nearest score,
+            "zeros" 0.
 
     Returns:
         [B, V, h, w] float32; V = 1 without boxes.
@@ -50,8 +64,8 @@ def map_scores(
         )  # [B, V, h, w, 2], x first
         found = F.grid_sample(
             scores.unsqueeze(1), points.flatten(1, 2), mode="bilinear", padding_mode="border", align_corners=False
-        )
-    return found.view(points.shape[:4])
+        ).view(points.shape[:4])
+    return found if outside == "border" else found.masked_fill((points.abs() > 1).any(-1), 0.0)
 
 
 def _places(view_boxes: Tensor, teacher_boxes: Tensor, axis: int, count: int) -> Tensor:

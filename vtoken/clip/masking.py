@@ -38,6 +38,7 @@ def scores_of_units(
     views: int = 1,
     view_boxes: Tensor | None = None,
     teacher_boxes: Tensor | None = None,
+    outside: str = "border",
 ) -> Tensor:
     """Scores of the units of all views.
 
@@ -46,14 +47,14 @@ def scores_of_units(
         grid: rows and columns of a view's patches.
         block: side of a unit.
         views: V.
-        view_boxes, teacher_boxes: see `map_scores`.
+        view_boxes, teacher_boxes, outside: see `map_scores`.
 
     Returns:
         [V*B, n], all of the first view first.
     """
     if view_boxes is None and scores.shape[1:] == (grid[0] // block, grid[1] // block):
         return scores.flatten(1).repeat(views, 1)  # a small teacher's patches are the units
-    mapped = map_scores(scores, grid, view_boxes, teacher_boxes).expand(-1, views, -1, -1)
+    mapped = map_scores(scores, grid, view_boxes, teacher_boxes, outside).expand(-1, views, -1, -1)
     return unit_scores(mapped.transpose(0, 1).flatten(0, 1), block)
 
 

@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from vtoken.clip import cost, heads, settings
 from vtoken.clip.ema import EmaTeacher, attach, check_schedule, momentum_after
+from vtoken.clip.follow import StepWatch
+from vtoken.clip.mapping import check_outside
 from vtoken.clip.masking import by_view, scores_of_units, shrunk, token_rows
 from vtoken.clip.select import Selection, patches_of
 from vtoken.clip.settings import Image, Layers
@@ -26,9 +28,12 @@ class AttentiveMaskCLIP(nn.Module):
 
     In train mode each image is looked at by the teacher, a moving average of the image tower; the class token's
     attention there says which patches the student gets. In eval mode it is the wrapped model. Call
-    `attach_ema(optimizer)` once (or `update_ema()` after each optimiser step): without it the teacher stays what the
-    tower was at the start. Wrap first, then DDP or compile. Unknown attributes are those of the wrapped model. Settings
-    up to `total_steps` and the generator may be changed between steps; the others refuse.
+    `attach_ema(optimizer)` once (or `update_ema()` after each optimiser step). Where neither is called, as in a
+    training script of others, the teacher follows by itself: weights that changed after a backward pass are one step,
+    taken over when the next training forward, or anything else, needs the teacher (with a compiled forward at the next
+    backward, so that masks lag one step behind). An optimiser that runs several backward passes in a step, as LBFGS
+    does, must be attached. Wrap first, then DDP or compile. Unknown attributes are those of the wrapped model. Settings
+    up to `total_steps`, `outside` and the generator may be changed between steps; the others refuse.
 
     On cluttered images, trained from scratch, the attention of the first steps means nothing and "topk" can lock in on
     the background: give `warmup_steps`, or use mode "mix".
@@ -45,7 +50,8 @@ class AttentiveMaskCLIP(nn.Module):
             does not divide the grid.
         layers: blocks of the teacher whose attention counts, with equal weight: "all", "last" or indices, negative
             ones too.
-        top_fraction, temperature: of modes "mix" and "sample".
+        top_fraction: of mode "mix", in (0, 1].
+        temperature: of mode "sample", above 0.
         warmup_steps: optimiser steps without masking at the start.
         teacher_scale: factor on the sides of the teacher's image; 0.5 is the efficient variant.
         momentum: of the average after the first steps; grows to 1 by a half cosine over `total_steps`.
@@ -57,6 +63,8 @@ class AttentiveMaskCLIP(nn.Module):
         ema_text: average the text tower too, for `unwrap(ema=True)`.
         freeze_patch_embed: do not train the patch embedding, as published.
         generator: of the random modes; None is torch's own, which is also the one that compiles.
+        outside: score of a patch whose centre the teacher's image does not show: "border" takes the nearest score,
+            "zeros" takes 0 as the published code does. Only for boxes of your own: `MultiViewCrop` covers every view.
 
     Raises:
         UnsupportedModelError: if the model is not understood, with the reason.
@@ -78,6 +86,8 @@ class AttentiveMaskCLIP(nn.Module):
     )
     momentum = checked("momentum", lambda _, value: check_schedule(value, None))
     total_steps = checked("total_steps", lambda _, value: check_schedule(1.0, value))
+    outside = checked("outside", lambda _, value: check_outside(value))
+    generator = checked("generator", lambda _, value: settings.check_generator(value))
     simclr_weight, byol_weight = fixed("simclr_weight"), fixed("byol_weight")
     hidden_dim, out_dim, head_norm = fixed("hidden_dim"), fixed("out_dim"), fixed("head_norm")
     ema_text, freeze_patch_embed = fixed("ema_text"), fixed("freeze_patch_embed")
@@ -104,6 +114,7 @@ class AttentiveMaskCLIP(nn.Module):
         ema_text: bool = False,
         freeze_patch_embed: bool = False,
         generator: torch.Generator | None = None,
+        outside: str = "border",
     ) -> None:
         super().__init__()
         from vtoken.clip.towers import tower_of
@@ -113,7 +124,9 @@ class AttentiveMaskCLIP(nn.Module):
             keep_ratio=keep_ratio, mode=mode, block=block, top_fraction=top_fraction, temperature=temperature
         )
         settings.check_least(0, simclr_weight=simclr_weight, byol_weight=byol_weight)
-        settings.check_least(1, hidden_dim=hidden_dim, out_dim=out_dim)
+        settings.check_counts(hidden_dim=hidden_dim, out_dim=out_dim)
+        settings.check_switches(ema_text=ema_text, freeze_patch_embed=freeze_patch_embed)
+        heads.check_norm(head_norm)
         self._fixed = {
             "simclr_weight": simclr_weight, "byol_weight": byol_weight, "hidden_dim": hidden_dim, "out_dim": out_dim,
             "head_norm": head_norm, "ema_text": ema_text, "freeze_patch_embed": freeze_patch_embed,
@@ -129,10 +142,10 @@ class AttentiveMaskCLIP(nn.Module):
         self.momentum = momentum
         self.total_steps = total_steps
         self.generator = generator
+        self.outside = outside
 
         like = next(visual.parameters())
         sizes: dict[str, Any] = {"hidden": hidden_dim, "out": out_dim, "norm": head_norm}
-        heads.check_norm(head_norm)
         width, made = self._tower.features(visual), {"device": like.device, "dtype": like.dtype}
         self.model: Any = model
         self.simclr_head = heads.simclr_head(width, **sizes).to(**made) if simclr_weight else None
@@ -141,6 +154,7 @@ class AttentiveMaskCLIP(nn.Module):
         self.teacher = EmaTeacher(**self._averaged())
         self.register_buffer("ema_step", torch.zeros((), dtype=torch.int64, device=like.device))
         self._freeze()
+        self._watch_steps()
 
     def _check_units(self, how: Selection) -> None:
         """Raise ConfigError if the units do not fit the patches of a tower that takes one size only."""
@@ -177,6 +191,8 @@ class AttentiveMaskCLIP(nn.Module):
         self.model.output_dict = value
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("teacher", "ema_step"):  # whoever reads them finds all steps taken over
+            self._follow()
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -214,6 +230,7 @@ class AttentiveMaskCLIP(nn.Module):
         """
         if image is None or not self.training:
             return self.model(settings.single(image), text)
+        self._follow()
         views = [image] if isinstance(image, Tensor) else list(image)
         self._tower.refuse_patched(self.model.visual)
         settings.check_views(views, self._image_size, self._patch_size)
@@ -268,7 +285,7 @@ class AttentiveMaskCLIP(nn.Module):
         if scores is None:  # random: only the shape counts
             units = torch.empty(len(views) * len(views[0]), grid[0] * grid[1] // block**2, device=views[0].device)
         else:
-            units = scores_of_units(scores, grid, block, len(views), view_boxes, teacher_boxes)
+            units = scores_of_units(scores, grid, block, len(views), view_boxes, teacher_boxes, self.outside)
         return token_rows(self._selection.choose(units, self.generator), grid, block, self._spec.num_prefix), target
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
@@ -317,19 +334,65 @@ class AttentiveMaskCLIP(nn.Module):
         Raises:
             ConfigError: if it does not train this model, or is attached already.
         """
-        return attach(optimizer, self, self._after_step)
+        self._follow()
+        handle = attach(optimizer, self, self._after_step)
+        self._stop_watching()
+        return handle
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimisers are stepped by the scaler in any case and told whether to do nothing.
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is None or not skipped.item():
-            self.update_ema()
+            self._take_step()
 
     def update_ema(self) -> None:
-        """Move the teacher towards the student, after an optimiser step; `attach_ema` does it by itself."""
+        """Move the teacher towards the student, after an optimiser step; from then on it is yours to call."""
+        self._stop_watching()
+        self._take_step()
+
+    def _take_step(self) -> None:
         self.teacher.update(self._averaged(), self.momentum_at(self._steps + 1))
         self._count_steps(self._steps + 1)
         self.ema_step.fill_(self._steps)
+
+    def _watch_steps(self) -> None:
+        """Follow the student until somebody else sees to it."""
+        self._watch: StepWatch | None = StepWatch(self, lambda owner: owner._follow())
+        self._watch.arm()
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _follow(self) -> None:
+        """Take over a step that nobody announced."""
+        if torch.compiler.is_compiling():
+            return
+        watch = self.__dict__.get("_watch")
+        if watch is None:
+            return
+        if watch.stepped():
+            self._take_step()
+        watch.arm()
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; the teacher stays in eval mode."""
+        self._follow()
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module: the wrapped model's under "model.", the teacher's, the heads' and `ema_step`."""
+        self._follow()
+        return super().state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._follow()
+        return {name: value for name, value in self.__dict__.items() if name != "_watch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch_steps()  # a copy has no optimiser yet
 
     def momentum_at(self, n: int) -> float:
         """Weight of the old average in the update after optimiser step n = 1, 2, ..."""
@@ -365,7 +428,9 @@ class AttentiveMaskCLIP(nn.Module):
 
         Source: attentive_clip.md 12.
         """
-        settings.check_least(1, batch=batch, views=views)
+        settings.check_counts(batch=batch, views=views)
+        if teacher_scale is not None:
+            settings.check_scale(teacher_scale, None, self._patch_size)
         how = self._selection if keep_ratio is None else replace(self._selection, keep_ratio=keep_ratio)
         how = how if mode is None else replace(how, mode=mode)
         scale = self.teacher_scale if teacher_scale is None else teacher_scale
@@ -408,4 +473,6 @@ class AttentiveMaskCLIP(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        if self._watch is not None:
+            self._watch.forget()
         self._count_steps(int(self.ema_step))

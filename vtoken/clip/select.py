@@ -33,7 +33,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         for name in ("keep_ratio", "top_fraction", "temperature"):
-            if not isinstance(getattr(self, name), Real):
+            if not isinstance(getattr(self, name), Real) or isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
         if not 0 < self.keep_ratio <= 1:
             raise ConfigError(f"keep_ratio={self.keep_ratio} is the share of patches kept and must be in (0, 1]")
@@ -41,8 +41,11 @@ class Selection:
             raise ConfigError(f"mode={self.mode!r} must be one of {', '.join(MODES)}")
         if self.block != "auto" and not (type(self.block) is int and self.block >= 1):
             raise ConfigError(f'block={self.block!r} is the side of a unit in patches: an integer from 1 on, or "auto"')
-        if not 0 <= self.top_fraction <= 1:
-            raise ConfigError(f"top_fraction={self.top_fraction} must be in [0, 1]")
+        if not 0 < self.top_fraction <= 1:
+            raise ConfigError(
+                f"top_fraction={self.top_fraction} is the share of the best units among those kept and must be in "
+                '(0, 1]; mode="random" keeps any'
+            )
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature={self.temperature} must be positive")
 

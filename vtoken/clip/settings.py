@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
 from vtoken.clip.mapping import check_boxes
@@ -24,7 +26,7 @@ def resolve_layers(layers: Layers, depth: int) -> tuple[int, ...]:
         if layers not in ("all", "last"):
             raise ConfigError(f'layers={layers!r} must be "all", "last" or block indices')
         return tuple(range(depth)) if layers == "all" else (depth - 1,)
-    if not isinstance(layers, Collection) or not all(isinstance(index, Integral) for index in layers):
+    if not isinstance(layers, Collection) or not all(is_whole(index) for index in layers):
         raise ConfigError(f'layers={layers!r} must be "all", "last" or a list of block indices')
     found = sorted({index % depth for index in layers if -depth <= index < depth})
     if not found or any(not -depth <= index < depth for index in layers):
@@ -33,15 +35,45 @@ def resolve_layers(layers: Layers, depth: int) -> tuple[int, ...]:
 
 
 def check_least(least: float, **numbers: float) -> None:
-    """Raise ConfigError unless all are numbers from `least` on."""
+    """Raise ConfigError unless all are finite numbers from `least` on."""
     for name, value in numbers.items():
-        if not isinstance(value, Real) or not value >= least:
+        if not is_number(value) or not value >= least:
             raise ConfigError(f"{name}={value!r} must be a number from {least} on")
+
+
+def check_counts(**numbers: int) -> None:
+    """Raise ConfigError unless all are whole numbers from 1 on."""
+    for name, value in numbers.items():
+        if not is_whole(value) or value < 1:
+            raise ConfigError(f"{name}={value!r} must be a whole number from 1 on")
+
+
+def check_switches(**switches: bool) -> None:
+    """Raise ConfigError unless all are True or False."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}={value!r} must be True or False")
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Raise ConfigError for anything but a torch generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ConfigError(f"generator={generator!r} must be a torch.Generator, or None for torch's own")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_scale(scale: float, size: tuple[int, int] | None, patch_size: tuple[int, int]) -> None:
     """Raise ConfigError unless `teacher_scale` shrinks images of `size` (None: of any) to a whole number of patches."""
-    if not isinstance(scale, Real) or not 0 < scale <= 1:
+    if not is_number(scale) or not 0 < scale <= 1:
         raise ConfigError(f"teacher_scale={scale!r} shrinks the teacher's image and must be a number in (0, 1]")
     seen = size if size is None else tuple(round(side * scale) for side in size)
     if seen != size and seen and any(side < 1 or side % patch for side, patch in zip(seen, patch_size, strict=True)):

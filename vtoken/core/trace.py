@@ -60,6 +60,8 @@ class Trace:
     dropped: bool = False
     attention: list[AttentionRecord] = field(default_factory=list)
     maps: frozenset[str] = frozenset()
+    #: Attention modules of a network of the user's own that ran in the latest forward.
+    _ran: list[nn.Module] = field(default_factory=list)
 
     def record(self, state: TokenState, grid: tuple[int, int] | None) -> None:
         """Take over what `state` knows after a forward."""
@@ -80,6 +82,23 @@ class Trace:
         self.dest = rows if last.dest is None else last.dest
         self.anchor = rows if last.anchor is None else last.anchor
         self.size = torch.ones(self.anchor.shape, device=device) if last.size is None else last.size
+
+    def record_attention(self, module: nn.Module, state: TokenState, grid: tuple[int, int] | None) -> None:
+        """Take over what one attention of a network of the user's own did; where it ran before, a forward begins."""
+        if not self._ran or module in self._ran:
+            self._ran = [module]
+            self.record(state, grid)
+            return
+        for record in state.records:
+            record.layer = len(self._ran)
+        self._ran.append(module)
+        self.attention += state.records
+        assert state.embedded is not None
+        batch, num_tokens, device = state.embedded
+        rows = torch.arange(num_tokens, device=device).expand(batch, num_tokens)
+        self.tokens.append(num_tokens)
+        self.layer_dest.append(rows)
+        self.layer_anchor.append(rows)
 
     def record_prompt(self, record: PromptRecord) -> None:
         """Take over what a method did to the image tokens of a prompt."""

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from vtoken import checks
 from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.core.host import HostSpec
-from vtoken.core.state import AttentionCall, AttentionRecord, Slot
+from vtoken.core.method import KeepAll
+from vtoken.core.state import AttentionRecord, TokenState
+from vtoken.core.trace import current_trace
 from vtoken.methods.sparsifiner import SparseAttention as SparseAttentionMethod
 from vtoken.methods.sparsifiner import Sparsifiner
 
@@ -16,7 +18,8 @@ class SparseAttention(nn.Module):
     """Multi-head self-attention over the keys that a connectivity predictor keeps.
 
     Its parameters are called as those of timm's Attention (`qkv`, `proj`) with the `predictor` beside them, which is
-    what `vtoken.apply` makes of an attention that is already there.
+    what `vtoken.apply` makes of an attention that is already there. `vtoken.tracing` of it, or of a network that holds
+    several, records what each one did in `Trace.attention`, in the order in which they ran.
 
     Args:
         dim: channels C.
@@ -34,7 +37,13 @@ class SparseAttention(nn.Module):
         >>> attention = vtoken.nn.SparseAttention(48, 3, grid=(4, 4), config=vtoken.Sparsifiner(keep_ratio=0.5))
         >>> attention(torch.randn(2, 17, 48)).shape
         torch.Size([2, 17, 48])
+        >>> with vtoken.tracing(attention, maps=("mask",)) as record:
+        ...     out = attention(torch.randn(2, 17, 48))
+        >>> record.attention[0].mask.shape
+        torch.Size([2, 3, 17, 17])
     """
+
+    _vtoken_records = True  # for vtoken.tracing
 
     def __init__(
         self,
@@ -69,7 +78,7 @@ class SparseAttention(nn.Module):
 
         Args:
             attn_mask: bool (True: may attend) or bias, broadcastable to [B, H, T, T].
-            record: filled with what happened; see `vtoken.Trace.attention`.
+            record: filled with what happened instead of a record of its own; `vtoken.tracing` needs none.
 
         Raises:
             ShapeError, InputError: if the tokens do not fit the module, or are no tensor.
@@ -78,8 +87,18 @@ class SparseAttention(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.qkv.in_features:
             raise ShapeError(f"x must be [B, T, {self.qkv.in_features}], got {tuple(x.shape)}")
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        scale, slot = q.shape[-1] ** -0.5, Slot(embedded=x.shape[1])
-        call = AttentionCall(0, self.num_prefix, slot, self.grid, scale, attn_mask, record=record)
+        trace = current_trace(self)
+        state = TokenState(
+            KeepAll(), self.num_prefix, track_anchor=False, track_dest=False, maps=None if trace is None else trace.maps
+        )
+        state.enter(0, x)
+        state.grid = self.grid
+        call = state.call(0, scale=q.shape[-1] ** -0.5, mask=attn_mask, dropout=0.0, wants_cls=False)
+        if record is not None:
+            call.record, state.records = record, [record]
         out: Tensor = self._method.attend(q, k, v, self.predictor, call)
+        if trace is not None:
+            state.skip(0)
+            trace.record_attention(self, state, self.grid)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected
