@@ -8,7 +8,7 @@ checkpointing recomputes it during backward) reads what it read the first time.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -145,7 +145,7 @@ class TokenState:
         maps: names of the attention maps that a trace asked for; None if there is no trace.
     """
 
-    __slots__ = ("attention", "embedded", "first", "grid", "maps", "method", "num_prefix", "records", "slots")
+    __slots__ = ("attention", "embedded", "first", "grid", "maps", "method", "num_prefix", "records", "slots", "watch")
 
     def __init__(
         self,
@@ -166,6 +166,8 @@ class TokenState:
         self.grid: tuple[int, int] | None = None
         self.first = Slot(track_anchor=track_anchor, track_dest=track_dest)
         self.slots: dict[int, Slot] = {0: self.first}
+        #: What reads the attention of chosen blocks, if anything does; see hosts/class_rows.py.
+        self.watch: Any = None
         self.maps = maps
         self.records: list[AttentionRecord] = []
 

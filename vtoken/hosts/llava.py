@@ -100,8 +100,8 @@ class LlavaAdapter(HostAdapter):
         return [(f"model.{name}.{n}", layer) for n, layer in HFAdapter().blocks(tower)]
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
-        """The model alone: what happens in its tower happens in a view of it."""
-        return [(model, PromptMixin, {})]
+        """The model, and its tower so that its attention can be read."""
+        return [(model, PromptMixin, {}), *HFAdapter().targets(tower_of(model)[1], {})]
 
     def tower(self, model: nn.Module) -> Any:
         """The image tower."""

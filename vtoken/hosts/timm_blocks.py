@@ -52,7 +52,7 @@ class BlockMixin:
 
     def _vtoken_stock(self: Any, stock: Any, x: Tensor, tap: Tap, **attention: Any) -> Any:
         if attention and adds_sizes(self.attn, x, tap, **attention):
-            return tapped_forward(self, "attn", x, tap, **attention)
+            return tapped_forward(self, "attn", tap, x, **attention)
         return stock_with(self, stock, "attn", x, tap, **attention)
 
     def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
