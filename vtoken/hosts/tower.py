@@ -86,9 +86,10 @@ def _tell(shared: Patched, name: str) -> None:
 
 
 def _caller() -> int:
-    """Frames up to whoever is neither torch nor vtoken, for a warning that names the line to look at."""
+    """Frames up to the user's own line, for a warning that names it."""
     frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "vtoken"):
+    libraries = ("torch", "vtoken", "timm", "open_clip", "transformers")
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in libraries:
         frame, level = frame.f_back, level + 1
     return level
 
