@@ -177,8 +177,7 @@ def around(attn: Any, core: Core, x: Tensor, tap: Tap | None = None) -> Tensor:
     gate = own.get("gate")  # older versions of timm have none
     if gate is not None:
         out = out * gate(x).sigmoid()
-    projected: Tensor = own["proj_drop"](own["proj"](out))
-    return projected
+    return through(own["proj_drop"], own["proj"](out))
 
 
 def adds_sizes(
