@@ -17,6 +17,7 @@ from vtoken.core.patch import (
     PREDICTOR,
     is_patched,
     mixin_of,
+    parts_of,
     patch,
     remembered,
     restore,
@@ -68,24 +69,24 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     configs = resolve(config, options)
     parts = [(find_adapter(model, part), group) for part, group in _by_part(configs).items()]
     built = [build_methods(model, adapter, group) for adapter, group in parts]
-    carriers = [m for m in patched_modules(model) if _part(m) in _by_part(configs)]
+    carriers = [(m, part) for m, part in _carried(model) if part in _by_part(configs)]
     if carriers and not replace:
         names = ", ".join(c.method for c in config_tuple(model) if c.part in _by_part(configs))
         raise AlreadyAppliedError(
             f"{type(model).__name__} already carries {names or 'a method on a submodule'}; "
             "call vtoken.remove(model) first, use vtoken.configure to change settings, or pass replace=True"
         )
-    previous = remembered(carriers)
+    previous = remembered(patched_modules(model))
     try:
-        for module in carriers:
-            unpatch(module)
-        targets = []
+        for module, part in carriers:
+            unpatch(module, part)
         for (adapter, group), methods in zip(parts, built, strict=True):
-            found = adapter.targets(model, methods)
-            found[0][2]["_vtoken"] = Applied(group, methods)
-            targets += found
-        patch(targets)
+            targets = adapter.targets(model, methods)
+            targets[0][2]["_vtoken"] = Applied(group, methods)
+            patch(targets, adapter.part)
     except BaseException:
+        for module in patched_modules(model):
+            unpatch(module)
         restore(previous)
         raise
     return model
@@ -102,7 +103,7 @@ def remove(model: M, method: str | None = None) -> M:
     Raises:
         VTokenError: if nothing (of that name) is applied, or a wrapper around the patched forward would be left behind.
     """
-    carriers = patched_modules(model) if method is None else _carriers_of(model, method)
+    carriers = _carried(model) if method is None else _carriers_of(model, method)
     if not carriers:
         raise VTokenError(f"nothing to remove: no method is applied to this {type(model).__name__}")
     _leave(carriers)
@@ -119,12 +120,12 @@ def applied(model: M, config: Config, **options: Any) -> Iterator[M]:
     try:
         yield model
     finally:
-        _leave([m for m in patched_modules(model) if _part(m) in _by_part(configs)])
+        _leave([(m, part) for m, part in _carried(model) if part in _by_part(configs)])
 
 
 def is_applied(model: nn.Module) -> bool:
     """Whether the model, or a module inside it, carries a method."""
-    return bool(patched_modules(model))
+    return bool(_carried(model))
 
 
 def config_of(model: nn.Module) -> MethodConfig | tuple[MethodConfig, ...] | None:
@@ -299,8 +300,8 @@ def _by_part(configs: tuple[MethodConfig, ...]) -> dict[str, tuple[MethodConfig,
     return {part: tuple(c for c in configs if c.part == part) for part in dict.fromkeys(c.part for c in configs)}
 
 
-def _leave(carriers: list[nn.Module]) -> None:
-    if any(wraps_patched_forward(module) for module in carriers):
+def _leave(carriers: list[tuple[nn.Module, str]]) -> None:
+    if any(wraps_patched_forward(module) for module, _ in carriers):
         raise VTokenError(
             "cannot remove: a wrapper on the instance holds the patched forward (accelerate's mixed precision does); "
             "take it off first: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
@@ -308,11 +309,21 @@ def _leave(carriers: list[nn.Module]) -> None:
     unpatch_all(carriers)
 
 
-def _part(module: nn.Module) -> str:
+def _carried(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The patched modules, each with a part that it serves.
+
+    What serves a model around `model` does not count: the tower of a multimodal model may be watched from there.
+    """
+    owned = {c.part for c in config_tuple(model)}
+    found = [(m, part) for m in patched_modules(model) for part in parts_of(m)]
+    return [(m, part) for m, part in found if part in owned or part == _own_part(m)]
+
+
+def _own_part(module: nn.Module) -> str:
     return getattr(mixin_of(type(module)), "_vtoken_part", "tower")
 
 
-def _carriers_of(model: nn.Module, method: str) -> list[nn.Module]:
+def _carriers_of(model: nn.Module, method: str) -> list[tuple[nn.Module, str]]:
     """The patched modules that serve one method, which must be alone in its part of the model."""
     parts = {c.part for c in config_tuple(model) if c.method == method}
     others = [c.method for c in config_tuple(model) if c.part in parts and c.method != method]
@@ -321,7 +332,7 @@ def _carriers_of(model: nn.Module, method: str) -> list[nn.Module]:
     if not parts:
         names = ", ".join(c.method for c in config_tuple(model)) or "no method"
         raise VTokenError(f"nothing to remove: {type(model).__name__} carries {names}, not {method}")
-    return [m for m in patched_modules(model) if _part(m) in parts]
+    return [(m, part) for m, part in _carried(model) if part in parts]
 
 
 def patched_modules(model: nn.Module) -> list[nn.Module]:

@@ -14,6 +14,8 @@ from torch import nn
 
 #: Name of the child module that holds a learned part; the only child that patching ever adds.
 PREDICTOR = "predictor"
+#: Attribute of every patched module; see `parts_of`.
+_PARTS = "_vtoken_parts"
 
 _derived: dict[tuple[type, type], type] = {}
 _stripped: dict[type, type] = {}
@@ -165,36 +167,57 @@ def wraps_patched_forward(module: nn.Module) -> bool:
     return inspect.unwrap(forward) is type(module).forward
 
 
-def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
-    """Give every module its mixin, `_vtoken*` attributes and learned part; all of them or, if one fails, none."""
-    done: list[nn.Module] = []
+def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]], part: str = "tower") -> None:
+    """Give every module its mixin, `_vtoken*` attributes and learned part; all of them or, if one fails, none.
+
+    A module that another part of the model patched with the same mixin keeps what it has.
+    """
+    targets = list(targets)
+    before = remembered(module for module, _, _ in targets)
     try:
         for module, mixin, attributes in targets:
-            done.append(module)
-            _become(module, derive(type(module), mixin))
-            _add(module, attributes)
+            parts = parts_of(module)
+            if not parts:
+                _become(module, derive(type(module), mixin))
+            elif mixin_of(type(module)) is not mixin:
+                raise TypeError(f"{type(module).__name__} is patched for {', '.join(parts)} already")
+            _add(module, {**attributes, _PARTS: {**parts, part: tuple(attributes)}})
     except BaseException:
-        for module in done:
-            unpatch(module)
+        restore(before)
         raise
 
 
-def unpatch(module: nn.Module) -> None:
-    """Drop what `patch` added to one module and give it its own class back, in this order.
+def parts_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The parts (see MethodConfig.part) for which a module is patched, and the attributes that each of them brought."""
+    found: dict[str, tuple[str, ...]] = module.__dict__.get(_PARTS, {})
+    return found
+
+
+def unpatch(module: nn.Module, part: str | None = None) -> None:
+    """Drop what `patch` added to one module, for one part or (None) for all, and then give it its own class back.
 
     Until the last step it counts as patched, so that whoever was interrupted finds it again.
     """
+    parts = parts_of(module)
+    left = {} if part is None else {other: names for other, names in parts.items() if other != part}
+    if left:
+        kept = {name for names in left.values() for name in names}
+        for name in set(parts.get(part or "", ())) - kept:
+            _drop(module, name)
+        module.__dict__[_PARTS] = left
+        return
     for name in additions(module):
-        (module._modules if name == PREDICTOR else module.__dict__).pop(name)
+        _drop(module, name)
     _become(module, base_of(type(module)))
 
 
-def unpatch_all(modules: Iterable[nn.Module]) -> None:
-    """`unpatch` every module; all of them or, if that is interrupted, none."""
-    before = remembered(modules)
+def unpatch_all(carried: Iterable[tuple[nn.Module, str]]) -> None:
+    """`unpatch` every module for the part beside it; all of them or, if that is interrupted, none."""
+    carried = list(carried)
+    before = remembered(module for module, _ in carried)
     try:
-        for module, _, _ in before:
-            unpatch(module)
+        for module, part in carried:
+            unpatch(module, part)
     except BaseException:
         restore(before)
         raise
@@ -209,9 +232,13 @@ def restore(before: Iterable[tuple[nn.Module, type, dict[str, Any]]]) -> None:
     """Make modules what they were, whatever became of them since."""
     for module, cls, attributes in before:
         for name in additions(module):
-            (module._modules if name == PREDICTOR else module.__dict__).pop(name)
+            _drop(module, name)
         _become(module, cls)
         _add(module, attributes)
+
+
+def _drop(module: nn.Module, name: str) -> None:
+    (module._modules if name == PREDICTOR else module.__dict__).pop(name)
 
 
 def _add(module: nn.Module, attributes: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ checkpointing recomputes it during backward) reads what it read the first time.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -158,6 +158,7 @@ class TokenState:
         "num_prefix",
         "records",
         "slots",
+        "watch",
     )
 
     def __init__(
@@ -181,6 +182,8 @@ class TokenState:
         self.grid: tuple[int, int] | None = None
         self.first = Slot(track_anchor=track_anchor, track_dest=track_dest)
         self.slots: dict[int, Slot] = {0: self.first}
+        #: What reads the attention of chosen blocks, if anything does; see hosts/class_rows.py.
+        self.watch: Any = None
         self.maps = maps
         self.records: list[AttentionRecord] = []
 

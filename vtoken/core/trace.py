@@ -168,7 +168,6 @@ def current_trace(model: nn.Module) -> Trace | None:
     """The record that a caller of `model`, in this thread, asked for."""
     if torch.compiler.is_compiling():  # a compiled graph cannot read a context variable
         return None
-    model = model.__dict__.get("_vtoken_stands_for", model)
     return next((trace for owner, trace in reversed(_active.get()) if owner is model), None)
 
 

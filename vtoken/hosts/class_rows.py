@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.core.config import check_choice
+from vtoken import checks
+from vtoken.core.apply import is_applied
 from vtoken.core.errors import ConfigError, ShapeError, UnsupportedModelError, VTokenError
 from vtoken.core.host import find_adapter
-from vtoken.core.patch import is_patched, view_as
+from vtoken.core.patch import view_as
 from vtoken.core.state import Slot, TokenState
 from vtoken.ops import ENSEMBLES, class_row, received_row, scored_layers
 from vtoken.ops import ensemble as as_one
@@ -64,10 +65,10 @@ def cls_attention_scores(
     if how is not None:
         warnings.warn("cls_attention_scores(how=...) is now called ensemble", DeprecationWarning, stacklevel=2)
         ensemble = how
-    check_choice("cls_attention_scores", "ensemble", ensemble, ENSEMBLES)
+    checks.choice("cls_attention_scores", "ensemble", ensemble, ENSEMBLES)
     adapter = find_adapter(tower)
     spec = adapter.spec(tower)
-    if any(is_patched(m) for m in tower.modules()):
+    if is_applied(tower):
         raise VTokenError(f"{spec.name} carries a method; use vtoken.remove first, or read the record of vtoken.trace")
     if spec.num_prefix == 0 or not spec.class_token:  # registers alone are no class token
         raise ConfigError(f"{spec.name} has no class token whose attention could be read")
@@ -111,8 +112,20 @@ class ClassRows:
         #: Whether queries and keys were rotated in any of them.
         self.rotated = False
 
+    def tap(self, layer: int, state: TokenState) -> RowTap | None:
+        """What reads queries and keys of block `layer` of a patched tower; None if nothing is to be read there.
+
+        Activation checkpointing runs a block again, which changes nothing here.
+        """
+        if layer not in self._layers or layer in self._rows:
+            return None
+        self._state = state
+        sizes = state.bias(layer, torch.float32)
+        bias = None if sizes is None else sizes[:, 0]
+        return RowTap(self._scorer, bias, functools.partial(self._rows.__setitem__, layer))
+
     def watched(self, layers: Iterable[Any], tapped: Callable[[Any, RowTap], Any]) -> Layers:
-        """The layers of a tower, the chosen ones reporting here.
+        """The layers of an unpatched tower, the chosen ones reporting here.
 
         Args:
             tapped: makes the stand-in of a layer whose attention runs with a tap.
@@ -136,6 +149,8 @@ class ClassRows:
 
     def _carried(self, layer: int, slot: Slot) -> Tensor:
         """One layer's scores brought to the rows of `slot`: tokens that merged later pass on their sum."""
+        if layer not in self._rows:
+            raise RuntimeError(f"the attention of block {layer} never computed queries and keys: there are no scores")
         row = self._rows[layer]
         if self._state is None or slot.dest is None or slot.anchor is None:
             return row
@@ -143,18 +158,10 @@ class ClassRows:
         now = slot.dest if was is None else slot.dest.gather(1, was)
         return torch.zeros(slot.anchor.shape, dtype=row.dtype, device=row.device).scatter_add(1, now, row)
 
-    def _run(
-        self, tapped: Any, layer: Any, index: int, *args: Any, vtoken_state: TokenState | None = None, **kwargs: Any
-    ) -> Any:  # fmt: skip
+    def _run(self, tapped: Any, layer: Any, index: int, *args: Any, **kwargs: Any) -> Any:
         """One layer with a tap."""
-        bias = None
-        if vtoken_state is not None:
-            kwargs["vtoken_state"] = self._state = vtoken_state
-            sizes = vtoken_state.bias(index, torch.float32) if index in vtoken_state.slots else None
-            bias = None if sizes is None else sizes[:, 0]
-        tap = RowTap(self._scorer, bias)
+        tap = RowTap(self._scorer, None, functools.partial(self._rows.__setitem__, index))
         out = tapped(layer, tap)(*args, **kwargs)
-        self._rows[index] = tap.row
         self.rotated |= tap.rotate is not None
         return out
 
@@ -194,37 +201,24 @@ class RowTap:
     Args:
         scorer: "cls" or "received".
         bias: added to the logits of the keys, [B, 1, T].
+        take: is given the row [B, T] float32.
     """
 
-    def __init__(self, scorer: str, bias: Tensor | None) -> None:
+    def __init__(self, scorer: str, bias: Tensor | None, take: Callable[[Tensor], None]) -> None:
         self._score = class_row if scorer == "cls" else received_row
         self._bias = bias
+        self._take = take
         #: What the attention does to queries and keys [B, H, T, D] in front of their product, where it rotates them.
         self.rotate: Rotation | None = None
         self._head_dim = 0
         self._scale: float | None = None
         self._q: Tensor | None = None
         self._k: Tensor | None = None
-        self._row: Tensor | None = None
-
-    @property
-    def row(self) -> Tensor:
-        """[B, T] float32."""
-        if self._row is None:
-            raise RuntimeError("the attention never computed queries and keys, so there are no scores")
-        return self._row
+        self._done = False
 
     def on(self, attn: Any, query: str, key: str, scale: float | None = None) -> Any:
-        """The attention with this tap behind its modules `query` and `key`, projections or norms.
-
-        `scale` is the factor on its logits; None: head_dim ** -0.5.
-        """
-        self._head_dim, self._scale = int(attn.head_dim), scale
-        parts = {
-            query: functools.partial(self._queries, getattr(attn, query)),
-            key: functools.partial(self._keys, getattr(attn, key)),
-        }
-        tapped = view_as(type(attn), attn, **parts)
+        """The attention of an unpatched block with this tap behind its modules `query` and `key`."""
+        tapped = view_as(type(attn), attn, **self.parts(attn, query, key, scale))
         if "rope" not in inspect.signature(type(attn).forward).parameters:
             return tapped
 
@@ -234,6 +228,17 @@ class RowTap:
             return tapped(*args, **kwargs)
 
         return run
+
+    def parts(self, attn: Any, query: str, key: str, scale: float | None = None) -> dict[str, Callable[..., Tensor]]:
+        """What stands where the modules `query` and `key` of an attention stood: calls go to them and are read.
+
+        `scale` is the factor on its logits; None: head_dim ** -0.5.
+        """
+        self._head_dim, self._scale = int(attn.head_dim), scale
+        return {
+            query: functools.partial(self._queries, getattr(attn, query)),
+            key: functools.partial(self._keys, getattr(attn, key)),
+        }
 
     def on_packed(self, attn: Any) -> Callable[..., Any]:
         """`nn.MultiheadAttention` with this tap; queries and keys are projected once more, it does not show its own."""
@@ -251,7 +256,7 @@ class RowTap:
 
     def _queries(self, project: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         q = project(x)
-        if self._row is None:
+        if not self._done:
             heads = self._heads(q)
             self._q = heads[:, :, :1] if self._score is class_row and self.rotate is None else heads
             self._finish()
@@ -259,7 +264,7 @@ class RowTap:
 
     def _keys(self, project: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         k = project(x)
-        if self._row is None:
+        if not self._done:
             self._k = self._heads(k)
             self._finish()
         return k
@@ -276,5 +281,6 @@ class RowTap:
             if k.shape[1] != q.shape[1]:  # grouped queries
                 k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             q = q[:, :, 0] if self._score is class_row else q
-            self._row = self._score(q, k, scale=scale, bias=self._bias)
+            self._take(self._score(q, k, scale=scale, bias=self._bias))
+            self._done = True
             self._q = self._k = self._bias = None

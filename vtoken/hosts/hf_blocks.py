@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vtoken.core.errors import InputError
+from vtoken.core.patch import forward_with
 from vtoken.core.state import TokenState
 from vtoken.hosts.tower import Tap, TappedMixin, alone, merged_block
 from vtoken.ops.attention import masked_attention
@@ -37,7 +38,14 @@ class LayerMixin:
     def _vtoken_stock(
         self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Any:  # fmt: skip
-        return stock(x, self._vtoken_mask(x, attn_mask), **options)
+        mask = self._vtoken_mask(x, attn_mask)
+        if tap.row is not None:
+            name = "self_attn" if hasattr(self, "self_attn") else "attention"
+            attn = functools.partial(getattr(self, name), vtoken_tap=tap)
+            # Checkpointing has begun outside; the host's forward would begin it again on a view of its own class.
+            parts = {name: attn, "gradient_checkpointing": False}
+            return forward_with(self, parts, x, mask, **options)
+        return stock(x, mask, **options)
 
     def _vtoken_mask(self: Any, x: Tensor, attn_mask: Tensor | None) -> Tensor | None:
         """Sizes [B, 1, 1, T] as the mask [B, 1, T, T] that transformers wants; the host's own masks as they are."""
@@ -58,9 +66,16 @@ class LayerMixin:
 
 
 class AttentionMixin(TappedMixin):
-    """What the layers' attentions share."""
+    """What the layers' attentions share: projections of their own for queries and keys."""
 
     _vtoken_keys = "k_proj"
+
+    def forward(self: Any, *args: Any, vtoken_tap: Tap | None = None, **options: Any) -> Any:
+        if vtoken_tap is None or vtoken_tap.row is None:
+            return super().forward(*args, vtoken_tap=vtoken_tap, **options)  # type: ignore[misc]
+        scale = getattr(self, "scale", getattr(self, "scaling", None))
+        parts = vtoken_tap.row.parts(self, "q_proj", "k_proj", scale)
+        return forward_with(self, parts | {"k_proj": vtoken_tap.behind(parts["k_proj"])}, *args, **options)
 
 
 class ClipLayerMixin(LayerMixin):

@@ -14,6 +14,7 @@ from vtoken.core.errors import InputError
 from vtoken.core.patch import base_of, forward_with, is_patched, view
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import current_trace
+from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.tower import BoundBlocks, begin, block_method, bound, changed
 from vtoken.ops import size_bias
 from vtoken.ops.rows import take_rows
@@ -26,11 +27,15 @@ class TowerMixin:
     #: Attributes that lead from the tower to its list of layers.
     _vtoken_path: ClassVar[tuple[str, ...]]
 
-    def forward(self: Any, *args: Any, vtoken_weighed: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, *args: Any, vtoken_weighed: bool = False, vtoken_rows: ClassRows | None = None, **kwargs: Any
+    ) -> Any:  # fmt: skip
         if vtoken_weighed:
             return _weighed(self, args, kwargs)
+        if vtoken_rows is None and "_vtoken" not in self.__dict__:  # only watched, and not in this call
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
         return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
-        out = run_tower(self, args, kwargs)[0]
+        out = run_tower(self, args, kwargs, vtoken_rows)[0]
         return out if return_dict else out.to_tuple()
 
     def _vtoken_arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -172,22 +177,25 @@ class Dinov2RegistersHeadMixin(MeanHeadMixin):
     _vtoken_tower = "dinov2_with_registers"
 
 
-def run_tower(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Slot]:
-    """The host's forward with a state of its own.
+def run_tower(
+    tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rows: ClassRows | None = None
+) -> tuple[Any, Slot]:  # fmt: skip
+    """The host's forward with a state of its own, watched by `rows`.
 
     Returns:
         Its output, rows in raster order, and what is known of the rows of `last_hidden_state`.
     """
     raster = block_method(tower).order == "raster"
-    # Whoever put a stand-in here wants to know what became of every token.
-    watched = "_vtoken_stands_for" in tower.__dict__
+    watched = rows is not None  # then it must be known what became of every token
     state = begin(tower, num_prefix(tower), anchor=raster or watched, dest=watched)
+    state.watch = rows
     given = tower._vtoken_arguments(args, kwargs)
     attentions = _asked(tower, given, "output_attentions")
     if attentions or _asked(tower, given, "output_hidden_states"):
         _install_hooks(tower)
     stand_in = tower._vtoken_stand_in(state, _masked(given))
     out = base_of(type(tower)).forward(stand_in, **{**given, "return_dict": True})  # type: ignore[attr-defined]
+    state.watch = None  # which holds the state: without this the two would wait for the garbage collector
     _refuse_attentions(attentions, state)
     record(tower, state, given)
     slot = state.last

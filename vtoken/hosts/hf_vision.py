@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vtoken.core.errors import UnsupportedModelError
 from vtoken.core.host import HostAdapter, HostSpec
-from vtoken.core.method import Method
-from vtoken.core.patch import base_of, forward_is_replaced
+from vtoken.core.method import BlockMethod, Method
+from vtoken.core.patch import base_of, forward_is_replaced, is_patched
 from vtoken.core.plan import Plan
 from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.hf_blocks import LAYERS, AttentionMixin, MasklessDinoLayerMixin, attention_of, refuse_flash
@@ -152,7 +152,8 @@ class HFAdapter(HostAdapter):
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The tower, its layers with their index, and the model itself if it averages the tower's tokens."""
         tower: Any = self.tower(model)
-        if methods["on_block"].has_bias():  # type: ignore[attr-defined]
+        method = methods.get("on_block")  # None: the tower is only watched
+        if isinstance(method, BlockMethod) and method.has_bias():
             refuse_flash(tower.config)
         path = _mixin(tower)._vtoken_path
         found: list[tuple[nn.Module, type, dict[str, Any]]] = [(tower, _mixin(tower), {})]
@@ -162,8 +163,8 @@ class HFAdapter(HostAdapter):
         head = None if held is None else HOLDERS[held][1]
         return found if head is None else [*found, (model, head, {})]
 
-    def run_image(self, model: nn.Module, image: Tensor) -> Any:
-        """The model, or its tower where the model also wants text."""
+    def run_image(self, model: nn.Module, image: Tensor, **options: Any) -> Any:
+        """The model, or its tower where the model also wants text; `options` are for a tower alone."""
         tower: Any = self.tower(model)
         runner: Any = model if model.main_input_name == "pixel_values" else tower
         if tower.config.model_type == "siglip2_vision_model":
@@ -172,15 +173,18 @@ class HFAdapter(HostAdapter):
                 image.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
             )
             shapes = torch.tensor([[height, width]] * image.shape[0])
-            return runner(rows, pixel_attention_mask=None, spatial_shapes=shapes)
+            return runner(rows, pixel_attention_mask=None, spatial_shapes=shapes, **options)
         other_size = (image.shape[2], image.shape[3]) != self.image_size(model)
         resize = other_size and not tower.config.model_type.startswith("dinov2")  # DINOv2 always fits its positions
-        return runner(image, **({"interpolate_pos_encoding": True} if resize else {}))
+        return runner(image, **({"interpolate_pos_encoding": True} if resize else {}), **options)
 
     def run_watched(self, model: nn.Module, rows: ClassRows, image: Tensor) -> None:
         """Class attention of the query and key projections."""
         tower = self.tower(model)
-        self.run_image(watched_tower(tower, _mixin(tower)._vtoken_path, rows), image)
+        if is_patched(tower):  # from a model around it
+            self.run_image(tower, image, vtoken_rows=rows)
+        else:
+            self.run_image(watched_tower(tower, _mixin(tower)._vtoken_path, rows), image)
 
     def num_tokens(self, model: nn.Module, plan: Plan) -> int:
         """For a LLaVA, the placeholders that one image needs."""

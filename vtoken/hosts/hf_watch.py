@@ -13,9 +13,9 @@ from vtoken.hosts.hf_blocks import attention_of
 
 
 def watched_tower(tower: Any, path: tuple[str, ...], rows: ClassRows) -> Any:
-    """A stand-in for the tower, patched or not, whose layers, at the end of `path`, report to `rows`."""
+    """A stand-in for an unpatched tower whose layers, at the end of `path`, report to `rows`."""
     maybe_install_capturing_hooks(tower)  # the host would install them anew on every stand-in
-    return view_as(type(tower), tower, **_watched(tower, path, rows), _vtoken_stands_for=tower)
+    return view_as(type(tower), tower, **_watched(tower, path, rows))
 
 
 def _watched(module: Any, path: tuple[str, ...], rows: ClassRows) -> dict[str, Any]:

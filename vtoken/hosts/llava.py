@@ -100,9 +100,9 @@ class LlavaAdapter(HostAdapter):
         return [(f"model.{name}.{n}", layer) for n, layer in HFAdapter().blocks(tower)]
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
-        """The model, and the one inside for those who run it alone; its tower runs in a view."""
+        """The model, the one inside for those who run it alone, and its tower so that its attention can be read."""
         inner: Any = model.model
-        return [(model, PromptMixin, {}), (inner, InnerMixin, {})]
+        return [(model, PromptMixin, {}), (inner, InnerMixin, {}), *HFAdapter().targets(tower_of(model)[1], {})]
 
     def tower(self, model: nn.Module) -> Any:
         """The image tower."""

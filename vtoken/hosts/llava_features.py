@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from vtoken.core.method import FeatureMethod
-from vtoken.core.patch import view
+from vtoken.core.patch import is_patched, view
 from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.hf_entry import num_prefix
-from vtoken.hosts.hf_watch import watched_tower
 from vtoken.hosts.prompt_calls import chosen
+from vtoken.hosts.tower import changed
 
 #: Where transformers keeps the image tower inside the inner model.
 TOWER_NAMES = ("vision_tower", "image_tower")
@@ -113,7 +113,9 @@ def encode(model: Any, method: FeatureMethod, given: dict[str, Any]) -> ImageFea
     scorer = method.scorer(num_prefix(tower) > 0)
     layers = method.layers(last, scorer)
     rows, packing = ClassRows(layers, scorer), _Packing(model.model)
-    parts: dict[str, Any] = {name: watched_tower(tower, ("encoder", "layers"), rows)}
+    if not is_patched(tower):
+        raise changed("the image tower", tower)
+    parts: dict[str, Any] = {name: functools.partial(tower, vtoken_rows=rows)}
     if hasattr(model.model, "pack_image_features"):
         parts["pack_image_features"] = packing.watch
     output = view(model.model, **parts).get_image_features(**image_arguments(model, given))

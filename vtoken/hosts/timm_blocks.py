@@ -53,7 +53,7 @@ class BlockMixin:
 
     def _vtoken_stock(self: Any, stock: Any, x: Tensor, tap: Tap, **attention: Any) -> Any:
         if attention and adds_sizes(self.attn, x, tap, **attention):
-            return tapped_forward(self, "attn", x, tap, **attention)
+            return tapped_forward(self, "attn", tap, x, **attention)
         return stock_with(self, stock, "attn", x, tap, **attention)
 
     def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
@@ -179,8 +179,7 @@ def around(attn: Any, core: Core, x: Tensor, tap: Tap | None = None) -> Tensor:
     gate = own.get("gate")  # older versions of timm have none
     if gate is not None:
         out = out * gate(x).sigmoid()
-    projected: Tensor = own["proj_drop"](own["proj"](out))
-    return projected
+    return through(own["proj_drop"], own["proj"](out))
 
 
 def adds_sizes(

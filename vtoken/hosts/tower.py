@@ -20,6 +20,7 @@ from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll
 from vtoken.core.patch import PREDICTOR, base_of, forward_with
 from vtoken.core.state import AttentionCall, Slot, TokenState
 from vtoken.core.trace import DROPPED, current_trace
+from vtoken.hosts.class_rows import RowTap
 from vtoken.ops import key_metric
 from vtoken.ops.rows import take_rows
 
@@ -30,7 +31,7 @@ def begin(model: Any, num_prefix: int, *, anchor: bool, dest: bool) -> TokenStat
     Args:
         anchor, dest: whether the host needs them; a trace does in any case.
     """
-    methods, trace = model._vtoken.methods, current_trace(model)
+    methods, trace = _methods(model), current_trace(model)
     method: BlockMethod = methods.get("on_block") or KeepAll()
     attention: AttentionMethod | None = methods.get("on_attention")
     # A connectivity mask of fewer tokens must know which they were.
@@ -48,29 +49,31 @@ def begin(model: Any, num_prefix: int, *, anchor: bool, dest: bool) -> TokenStat
 
 def block_method(model: Any) -> BlockMethod:
     """What removes tokens in a patched model."""
-    method: BlockMethod = model._vtoken.methods.get("on_block") or KeepAll()
+    method: BlockMethod = _methods(model).get("on_block") or KeepAll()
     return method
+
+
+def _methods(model: Any) -> dict[str, Any]:
+    """What is applied to a patched model itself; nothing if it is only watched."""
+    carried = model.__dict__.get("_vtoken")
+    return {} if carried is None else carried.methods
 
 
 @dataclass(eq=False)
 class Patched:
-    """What the blocks of one patched tower share.
+    """What the blocks of one tower that loses tokens share.
 
     Args:
-        depth: how many blocks there were when the method was applied.
-        reduces: whether a method takes tokens away between them.
         told: whether somebody who ran them past the tower has been told.
     """
 
-    depth: int
-    reduces: bool
     told: bool = False
 
 
 def alone(block: Any) -> None:
     """A block is called without the state of a forward: say once per tower that nothing is removed there."""
     shared: Patched | None = block.__dict__.get("_vtoken_shared")
-    if shared is not None and shared.reduces and not shared.told:
+    if shared is not None and not shared.told:
         _tell(shared, type(block).__name__)
 
 
@@ -85,9 +88,10 @@ def _tell(shared: Patched, name: str) -> None:
 
 
 def _caller() -> int:
-    """Frames up to whoever is neither torch nor vtoken, for a warning that names the line to look at."""
+    """Frames up to the user's own line, for a warning that names it."""
     frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "vtoken"):
+    libraries = ("torch", "vtoken", "timm", "open_clip", "transformers")
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in libraries:
         frame, level = frame.f_back, level + 1
     return level
 
@@ -115,7 +119,7 @@ def _renumber(blocks: list[Any]) -> None:
     for place, block in enumerate(blocks):
         if getattr(block, "_vtoken_index", None) is None:
             raise changed(f"block {place}", block)
-    depth = min(block._vtoken_shared.depth for block in blocks)
+    depth = min(block._vtoken_depth for block in blocks)
     if len({id(block) for block in blocks}) < len(blocks) or len(blocks) > depth:
         raise UnsupportedModelError(
             f"the model has {len(blocks)} blocks, some of them twice or from elsewhere; it had {depth} at "
@@ -181,9 +185,10 @@ class ContainerMixin:
 
 
 def is_heard(module: nn.Module) -> bool:
-    """Whether calling the module does more than run its forward: hooks, also global ones, or a compiled call."""
+    """Whether calling the module does more than its class says: hooks, also global ones, another forward or call."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -196,8 +201,9 @@ def is_heard(module: nn.Module) -> bool:
 
 
 def through(module: Any, x: Tensor) -> Tensor:
-    """`module(x)`, without the call where it is an identity that nobody listens to."""
-    if type(module) is nn.Identity and not is_heard(module):
+    """`module(x)`, without the call where it is an identity, or dropout at rest, that nobody listens to."""
+    kind = type(module)
+    if (kind is nn.Identity or (kind is nn.Dropout and not module.training)) and not is_heard(module):
         return x
     result: Tensor = module(x)
     return result
@@ -218,13 +224,15 @@ class Tap:
         self._wanted = state.method.metric if removes else "hidden"
         #: Whether keys are to be left here.
         self.wants_keys = self._wanted == "key" or self._wanted == "key_concat"
+        #: What else reads queries and keys.
+        self.row: RowTap | None = None if state.watch is None else state.watch.tap(layer, state)
         #: Keys [B, H, T, D], once the attention has run.
         self.keys: Tensor | None = None
         self._cls: Tensor | None = None
 
     def attend(self, attn: Any, x: Tensor, **options: Any) -> Any:
         """Call the attention `attn` of the block on normed tokens [B, T, C], with this tap if it has anything to do."""
-        if self.wants_keys or self.acts_in(attn):
+        if self.wants_keys or self.row is not None or self.acts_in(attn):
             if not getattr(attn, "_vtoken_takes_tap", False):
                 raise changed(f"the attention of block {self._layer}", attn)
             return attn(x, vtoken_tap=self, **options)
@@ -440,13 +448,13 @@ def stock_with(block: Any, stock: Callable[..., Any], name: str, x: Tensor, tap:
     attn = getattr(block, name)
     if not tap.acts_in(attn):
         return stock(x, **options)
-    return tapped_forward(block, name, x, tap, **options)
+    return tapped_forward(block, name, tap, x, **options)
 
 
-def tapped_forward(block: Any, name: str, x: Tensor, tap: Tap, **options: Any) -> Any:
+def tapped_forward(block: Any, name: str, tap: Tap, *args: Any, **options: Any) -> Any:
     """The block's own forward, whose attention `name` is called with the tap."""
     attn = functools.partial(getattr(block, name), vtoken_tap=tap)
-    return forward_with(block, {name: attn}, x, **options)
+    return forward_with(block, {name: attn}, *args, **options)
 
 
 def block_targets(
@@ -470,10 +478,10 @@ def block_targets(
     if isinstance(container, nn.Sequential):  # a list is never called
         found.append((container, ContainerMixin, {}))
     blocks, method = list(container), methods.get("on_attention")
-    shared = Patched(len(blocks), "on_block" in methods)
+    shared = {"_vtoken_shared": Patched()} if "on_block" in methods else {}
     for index, block in enumerate(blocks):
         mixin, attn, attention_mixin = parts(block)
-        found.append((block, mixin, {"_vtoken_index": index, "_vtoken_shared": shared}))
+        found.append((block, mixin, {"_vtoken_index": index, "_vtoken_depth": len(blocks), **shared}))
         chosen = method is not None and method.acts_on(index)
         attributes = _attention_attributes(method, spec, index, block.attn, sparse) if chosen else {}
         found.append((attn, attention_mixin, attributes))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtoken.core.config import check_choice
+from vtoken import checks
 from vtoken.core.errors import ConfigError, InputError
 from vtoken.hosts.video import VideoLayout
 from vtoken.ops.allocate import ROUNDINGS, allocate_tokens, checked_scores
@@ -48,8 +48,8 @@ class Spending:
 
     def __post_init__(self) -> None:
         check_settings(self.mode, self.min_tokens, self.max_tokens, self.power, self.count_separators)
-        check_choice("QuotaVideoModel", "rounding", self.rounding, ROUNDINGS)
-        check_choice("QuotaVideoModel", "shape", self.shape, SHAPES)
+        checks.choice("QuotaVideoModel", "rounding", self.rounding, ROUNDINGS)
+        checks.choice("QuotaVideoModel", "shape", self.shape, SHAPES)
         if self.rounding == "floor" and (self.min_tokens or self.max_tokens is not None):
             raise ConfigError("rounding='floor' is the published code's and has no bounds; leave out min_tokens and "
                               "max_tokens")  # fmt: skip
