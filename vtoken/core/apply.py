@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -221,16 +222,28 @@ def chosen(
 def plan_of(model: nn.Module, adapter: HostAdapter, method: BlockMethod, size: tuple[int, int]) -> Plan:
     """Token counts of `method` on images of `size` (height, width) pixels."""
     spec = adapter.spec(model)
+    if spec.fixed_size and tuple(size) != tuple(adapter.image_size(model)):
+        raise ShapeError(
+            f"{spec.name} does not take images of {size} pixels (height, width), only of {adapter.image_size(model)}; build it "
+            "with another img_size, or with dynamic_img_size=True"
+        )
     height, width = adapter.grid(model, size)
     return count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix)
 
 
 def pixels(size: int | Sequence[int]) -> tuple[int, int]:
     """One side or (height, width) in pixels as a pair; raises ShapeError for anything else."""
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+    sides = whole_numbers(tuple(size) if isinstance(size, Sequence) else (size, size))
+    if sides is None or len(sides) != 2 or min(sides) < 1:
         raise ShapeError(f"an image size is one number of pixels or (height, width), got {size!r}")
-    return int(sides[0]), int(sides[1])
+    return sides[0], sides[1]
+
+
+def whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:
+    """The values as ints if all are whole numbers, also numpy's; None if not. A bool is no number."""
+    if not all(isinstance(v, numbers.Integral) and not isinstance(v, bool) for v in values):
+        return None
+    return tuple(int(v) for v in values)
 
 
 def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]:
