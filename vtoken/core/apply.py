@@ -222,10 +222,11 @@ def chosen(
 def plan_of(model: nn.Module, adapter: HostAdapter, method: BlockMethod, size: tuple[int, int]) -> Plan:
     """Token counts of `method` on images of `size` (height, width) pixels."""
     spec = adapter.spec(model)
-    if spec.fixed_size and tuple(size) != tuple(adapter.image_size(model)):
+    own = tuple(adapter.image_size(model)) if spec.fixed_size else tuple(size)
+    if tuple(size) != own:
         raise ShapeError(
-            f"{spec.name} does not take images of {size} pixels (height, width), only of {adapter.image_size(model)}; build it "
-            "with another img_size, or with dynamic_img_size=True"
+            f"{spec.name} does not take images of {size} pixels (height, width), only of {own}; build it for another "
+            "size, or so that it takes any (timm: dynamic_img_size=True)"
         )
     height, width = adapter.grid(model, size)
     return count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix)

@@ -6,10 +6,12 @@ import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vtoken.core.errors import ConfigError
-from vtoken.core.method import Method
+
+if TYPE_CHECKING:  # so that settings can be read without torch
+    from vtoken.core.method import Method
 
 CONFIG_VERSION = 1
 

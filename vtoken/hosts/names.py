@@ -63,7 +63,9 @@ def check_name(name: str) -> None:
         raise ConfigError(f"timm {timm.__version__} has no architecture {name!r}{hint}")
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")] if tag else []
     if tag and tag not in tags:
-        raise ConfigError(f"timm {timm.__version__} has no weights {tag!r} of {architecture}; it has: {', '.join(tags)}")
+        raise ConfigError(
+            f"timm {timm.__version__} has no weights {tag!r} of {architecture}; it has: {', '.join(tags)}"
+        )
 
 
 def build(name: str, **options: Any) -> nn.Module:
@@ -98,7 +100,7 @@ def build_weightless(name: str, **options: Any) -> nn.Module:
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Functions that fill a tensor leave those on the meta device alone: there is nothing to fill, and torch takes long.
+    """Functions that fill tensors leave those on the meta device alone: nothing is there to fill, and torch takes long.
 
     Holds for this thread only, while it is entered.
     """
