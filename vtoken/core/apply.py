@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from vtoken import checks
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter, find_adapter
@@ -234,16 +235,22 @@ def chosen(
 def plan_of(model: nn.Module, adapter: HostAdapter, method: BlockMethod, size: tuple[int, int]) -> Plan:
     """Token counts of `method` on images of `size` (height, width) pixels."""
     spec = adapter.spec(model)
+    own = tuple(adapter.image_size(model)) if spec.fixed_size else tuple(size)
+    if tuple(size) != own:
+        raise ShapeError(
+            f"{spec.name} does not take images of {size} pixels (height, width), only of {own}; build it for another "
+            "size, or so that it takes any (timm: dynamic_img_size=True)"
+        )
     height, width = adapter.grid(model, size)
     return count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix)
 
 
 def pixels(size: int | Sequence[int]) -> tuple[int, int]:
     """One side or (height, width) in pixels as a pair; raises ShapeError for anything else."""
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+    sides = checks.whole_numbers(tuple(size) if isinstance(size, Sequence) else (size, size))
+    if sides is None or len(sides) != 2 or min(sides) < 1:
         raise ShapeError(f"an image size is one number of pixels or (height, width), got {size!r}")
-    return int(sides[0]), int(sides[1])
+    return sides[0], sides[1]
 
 
 def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]:
