@@ -36,7 +36,7 @@ def whole(
     Sizes that are symbols while a graph is captured stay symbols.
     """
     number = value
-    if type(value) is not int and not type(value).__name__ == "SymInt":
+    if type(value) is not int and type(value).__name__ != "SymInt":
         number = None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
     if number is not None and (least is None or number >= least) and (most is None or number <= most):
         return number
