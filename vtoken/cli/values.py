@@ -46,8 +46,9 @@ def number(least: float = -math.inf, most: float = math.inf, *, above: bool = Fa
     return read
 
 
-#: A share of tokens: above 0, at most 1.
-share = number(0, 1, above=True)
+def share(text: str) -> float:
+    """A share of tokens: above 0, at most 1."""
+    return number(0, 1, above=True)(text)
 
 
 def word(text: str) -> str:

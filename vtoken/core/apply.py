@@ -138,7 +138,8 @@ def config_of(model: nn.Module) -> MethodConfig | tuple[MethodConfig, ...] | Non
 def configure(model: M, **changes: Any) -> M:
     """Change settings of the applied method without patching again; for sweeps.
 
-    If several methods are applied, the one that has all the named settings is meant.
+    If several methods are applied, the one that has all the named settings is meant. The method is built anew from its
+    settings: what a method of your own had kept on itself is lost.
 
     Raises:
         VTokenError: if nothing is applied, or it cannot be told which method is meant.
