@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vtoken import checks
+from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter, find_adapter
@@ -34,10 +35,17 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """What a patched model carries: the settings, and the methods built from them by the hook they serve."""
+    """What a patched model carries.
+
+    Args:
+        configs: the settings.
+        methods: built from them, by the hook they serve.
+        compiled: the graphs of its blocks, after `vtoken.compile`.
+    """
 
     configs: tuple[MethodConfig, ...]
     methods: dict[str, Method]
+    compiled: CompiledBlocks | None = None
 
 
 def apply(model: M, config: Config, *, replace: bool = False, **options: Any) -> M:
@@ -152,7 +160,7 @@ def configure(model: M, **changes: Any) -> M:
     owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and meant[0] in m.__dict__["_vtoken"].configs)
     new = tuple(c.replace(**changes) if c is meant[0] else c for c in owner.__dict__["_vtoken"].configs)
     adapter = find_adapter(owner, meant[0].part)
-    applied = Applied(new, build_methods(owner, adapter, new))
+    applied = Applied(new, build_methods(owner, adapter, new), owner.__dict__["_vtoken"].compiled)
     carriers = [m for m in owner.modules() if "_vtoken_method" in m.__dict__]
     attention = applied.methods.get("on_attention")
     if isinstance(attention, AttentionMethod):
