@@ -148,6 +148,39 @@ def training(result: Result) -> str:
     return markdown(head, rows)
 
 
+def video(result: Result) -> str:
+    """The prefill under a budget, by share of the usual tokens of a frame."""
+    rows = [
+        ["1", "1", "1"] if row["share"] == 1 else
+        [f"{row['share']:g}", f"{row['flops_ratio']:.3f}", f"{row['time_ratio']:.3f}"]
+        for row in result["rows"] if row["part"] == "prefill"
+    ]  # fmt: skip
+    return markdown(("budget, of the default 196 tokens a frame", "FLOPs of the prefill", "time"), rows)
+
+
+def video_flops(budget: int, scorer: str, digits: int) -> Callable[[Result], str]:
+    """FLOPs of 96 frames by budget and scorer, against the model's own 64 frames."""
+
+    def figure(result: Result) -> str:
+        wanted = ("QuoTA, 96 frames", budget, scorer)
+        rows = [row for row in result["rows"] if row["part"] == "published"]
+        (row,) = [row for row in rows if (row["name"], row["budget"], row["scorer"]) == wanted]
+        return f"{row['of_baseline']:.{digits}f}"
+
+    return figure
+
+
+def video_milliseconds(name: str, frames: int, *, each: bool = False) -> Callable[[Result], str]:
+    """What allocating or resampling takes, in all or for each frame."""
+
+    def figure(result: Result) -> str:
+        rows = [row for row in result["rows"] if row["part"] in ("allocation", "resampling")]
+        (row,) = [row for row in rows if (row["name"], row["frames"]) == (name, frames)]
+        return f"{row['seconds'] * 1e3 / (frames if each else 1):.1f}"
+
+    return figure
+
+
 def torch_version(result: Result) -> str:
     """The release of torch that gave the figures."""
     return str(result["environment"]["torch"]).split("+")[0]
@@ -160,7 +193,14 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "dense": ("quality_dense.json", copied),
     "clutter": ("quality_clutter.json", copied),
     "mllm": ("mllm.json", copied),
-    "video": ("video.json", copied),
+    "video": ("video.json", video),
+    "video-clip": ("video.json", video_flops(12544, "CLIP ViT-L/14", 2)),
+    "video-clip-half": ("video.json", video_flops(6272, "CLIP ViT-L/14", 2)),
+    "video-2b": ("video.json", video_flops(12544, "2B LVLM, 256 tokens a frame", 1)),
+    "video-2b-720p": ("video.json", video_flops(12544, "2B LVLM, 720p", 1)),
+    "allocate-96": ("video.json", video_milliseconds("exact", 96)),
+    "allocate-1000": ("video.json", video_milliseconds("exact", 1000)),
+    "resample-frame": ("video.json", video_milliseconds("bilinear", 32, each=True)),
     "sparsifiner": ("train_sparsifiner.json", sparsifiner),
     "clip": ("train_clip.json", clip),
     "training": ("training.json", training),
