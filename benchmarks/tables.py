@@ -148,6 +148,31 @@ def training(result: Result) -> str:
     return markdown(head, rows)
 
 
+def dense(result: Result) -> str:
+    """Saliency on merged features: correlation with the unmerged map, mean absolute difference from it, by ratio."""
+    found = {row["name"]: row for row in result["rows"]}
+    rows = []
+    for ratio in result["settings"]["ratio"]:
+        pair = [found[f"{method} ratio={ratio}"] for method in ("pitome", "tome")]
+        factors = dict.fromkeys(f"{row['flops_factor']:.2f}" for row in pair)
+        quality = [
+            ", ".join(f"{row['quality'][name]['mean']:.3f}" for name in ("saliency corr", "saliency err"))
+            for row in pair
+        ]
+        rows.append([f"ratio {ratio}", " and ".join(factors), *quality])
+    return markdown(("", "FLOPs factor", "PiToMe", "ToMe"), rows)
+
+
+def dense_smaller(side: int, *, factor: bool = False) -> Callable[[Result], str]:
+    """Correlation or FLOPs factor of photographs of fewer pixels."""
+
+    def figure(result: Result) -> str:
+        (row,) = [row for row in result["rows"] if row["name"] == f"low resolution {side} px"]
+        return f"{row['flops_factor']:.2f}" if factor else f"{row['quality']['saliency corr']['mean']:.3f}"
+
+    return figure
+
+
 def video(result: Result) -> str:
     """The prefill under a budget, by share of the usual tokens of a frame."""
     rows = [
@@ -190,7 +215,11 @@ def torch_version(result: Result) -> str:
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo.json", demo),
     "demo-torch": ("demo.json", torch_version),
-    "dense": ("quality_dense.json", copied),
+    "dense": ("quality_dense.json", dense),
+    "dense-168": ("quality_dense.json", dense_smaller(168)),
+    "dense-168-flops": ("quality_dense.json", dense_smaller(168, factor=True)),
+    "dense-126": ("quality_dense.json", dense_smaller(126)),
+    "dense-126-flops": ("quality_dense.json", dense_smaller(126, factor=True)),
     "clutter": ("quality_clutter.json", copied),
     "mllm": ("mllm.json", copied),
     "video": ("video.json", video),
