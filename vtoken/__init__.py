@@ -1,6 +1,7 @@
 """vtoken: vision transformers that spend fewer tokens. See `vtoken.apply`."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ def __getattr__(name: str) -> object:
     # The command line and whoever wants a version need no torch, so names come when the first of them is used.
     if name in ("visualize", "viz"):  # one package, two names
         return importlib.import_module("vtoken.visualize")
+    # A part of the package by itself: its files import each other while the names are being collected.
+    if name != "methods" and not name.startswith("_") and importlib.util.find_spec(f"vtoken.{name}") is not None:
+        return importlib.import_module(f"vtoken.{name}")
     if name == "__all__" or not name.startswith("__"):
         public = importlib.import_module("vtoken._public")
         drawing = ("visualize", "viz")

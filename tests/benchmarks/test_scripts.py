@@ -29,6 +29,7 @@ SCRIPTS = (
     "flops",
     "throughput",
     "merge_step",
+    "compile",
     "small",
     "sparse_attention",
     "gpu",
