@@ -1,7 +1,8 @@
-"""Build the sdist and the wheel and import both packages from each, away from the checkout."""
+"""Build the sdist and the wheel; import both packages and run the program from each, away from the checkout."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ CHECK += "; assert str(pathlib.Path(vtoken_kernels.__file__)).startswith({target
 
 
 def main() -> None:
-    """Raise if a package does not build or does not import."""
+    """Raise if a package does not build, import or run."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             [sys.executable, "-m", "build", "--outdir", folder, str(ROOT)], check=True, stdout=subprocess.DEVNULL
@@ -25,7 +26,11 @@ def main() -> None:
             subprocess.run(install, check=True)
             code = f"import sys; sys.path.insert(0, {target!r}); " + CHECK.format(target=target)
             subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
-            print(f"{package.name}: builds, installs and imports")
+            program = [str(Path(target) / "bin" / "vtoken"), "plan", "test_vit", "pitome", "ratio=0.9"]
+            for command in (program, [sys.executable, "-m", "vtoken", *program[1:]]):
+                environment = os.environ | {"PYTHONPATH": target}
+                subprocess.run(command, check=True, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+            print(f"{package.name}: builds, installs, imports and runs")
 
 
 if __name__ == "__main__":

@@ -74,3 +74,22 @@ def test_public_names_exist() -> None:
         assert getattr(vtoken, name) is not None
     wanted = "apply remove applied is_applied config_of configure plan report trace tracing supported methods"
     assert set(wanted.split()) <= set(vtoken.__all__)
+
+
+def test_import_alone_loads_no_torch_and_names_come_when_used() -> None:
+    code = """
+import sys, vtoken
+assert "torch" not in sys.modules
+import vtoken.methods.pitome, inspect, pickle
+assert callable(vtoken.methods) and "tome" in vtoken.methods()
+assert not set(vtoken.__all__) - set(dir(vtoken))
+assert pickle.loads(pickle.dumps(vtoken.PiToMe(ratio=0.9))) == vtoken.PiToMe(ratio=0.9)
+assert vtoken.nn.SparseAttention and inspect.signature(vtoken.apply)
+assert not hasattr(vtoken, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_methods_are_known_by_name_whatever_was_imported_first() -> None:
+    code = "from vtoken.core.config import methods; assert {'pitome', 'vtc_cls', 'sparsifiner'} <= set(methods())"
+    subprocess.run([sys.executable, "-c", code], check=True)

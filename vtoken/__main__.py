@@ -1,54 +1,36 @@
-"""`python -m vtoken`: demo, bench, overlay, video, and small commands that look things up."""
+"""The program `vtoken`, also `python -m vtoken`: demo, bench, overlay, video, and commands that look things up."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import os
 import sys
 from collections.abc import Sequence
 
-from vtoken.cli import bench, demo, inspect, overlay, video
+from vtoken.cli.parser import parser
 from vtoken.core.errors import VTokenError
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog="python -m vtoken", description="Vision transformers that spend fewer tokens.")
-    commands = top.add_subparsers(dest="command", required=True)
-    for name, module in (("demo", demo), ("bench", bench), ("overlay", overlay), ("video", video)):
-        command = commands.add_parser(name, help=(module.__doc__ or "").partition(": ")[2])
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    for name, function in (
-        ("info", inspect.show_info),
-        ("methods", inspect.show_methods),
-        ("models", inspect.show_models),
-        ("plan", inspect.show_plan),
-        ("report", inspect.show_report),
-    ):
-        command = commands.add_parser(name, help=function.__doc__)
-        command.add_argument("--json", action="store_true", help="for machines")
-        if name == "models":
-            command.add_argument("pattern", nargs="?", default="*", help="e.g. 'deit3_*'")
-            command.add_argument("--why", action="store_true", help="list the refused names and why")
-        if name in ("plan", "report"):
-            command.add_argument("model", help="timm architecture")
-            command.add_argument("method", help="see `methods`")
-            command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="e.g. ratio=0.9")
-            command.add_argument("--img-size", type=int)
-        command.set_defaults(run=function)
-    return top
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it went well, 1 if it found something wanting, 2 if it was called wrongly."""
-    args = parser().parse_args(argv)
+    """Run one command; 0 if it went well, 1 if it found something wanting, 2 if it was called wrongly.
+
+    130 if it was interrupted.
+    """
     try:
-        code: int = args.run(args)
-    except VTokenError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f"ImportError: {error}", file=sys.stderr)
+        args = parser().parse_args(argv)
+        module, _, function = args.run.partition(":")
+        code: int = getattr(importlib.import_module(f"vtoken.cli.{module}"), function)(args)
+        sys.stdout.flush()  # so that a pipe that closed is noticed here
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has had enough of it; what is left must not be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (VTokenError, ImportError, OSError) as error:  # OSError: files, disks and hubs
+        told = " ".join(str(error).split())  # one line, also of what other libraries say in many
+        print(f"{type(error).__name__}: {told}", file=sys.stderr)
         return 2
     return code
 

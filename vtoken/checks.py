@@ -10,13 +10,12 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vtoken.core.errors import ConfigError, InputError, ShapeError, VTokenError
+
+if TYPE_CHECKING:  # so that settings can be read without torch
+    from torch import Tensor
 
 #: More than float products miss by: 0.1 * 30 is a little over 3, 100 - 100 * 0.55 a little under 45.
 ROUNDING = 1e-6
@@ -37,7 +36,7 @@ def whole(
     Sizes that are symbols while a graph is captured stay symbols.
     """
     number = value
-    if type(value) is not int and not isinstance(value, torch.SymInt):
+    if type(value) is not int and type(value).__name__ != "SymInt":
         number = None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
     if number is not None and (least is None or number >= least) and (most is None or number <= most):
         return number
@@ -58,12 +57,12 @@ def number(
     error: type[VTokenError] = ConfigError,
 ) -> float:
     """A finite number as a float, within bounds that belong to it (`least`, `most`) or not (`above`, `below`)."""
-    found = type(value) is float or isinstance(value, torch.SymFloat)
+    found = type(value) is float or type(value).__name__ == "SymFloat"
     if not found and isinstance(value, Real) and not isinstance(value, bool):
         found = True
     if found:
         try:
-            x: Any = value if isinstance(value, torch.SymFloat) else float(value)
+            x: Any = value if type(value).__name__ == "SymFloat" else float(value)
         except OverflowError:  # an int beyond every float
             x = math.inf
         if (
@@ -106,7 +105,7 @@ def hint(value: object, known: Sequence[str]) -> str:
 
 def several(value: Any) -> tuple[Any, ...] | None:
     """The entries of a list, a tuple, a range or an array; None for what is one value (a string is)."""
-    if isinstance(value, np.ndarray):
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         value = value.tolist()
     return tuple(value) if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else None
 
@@ -125,6 +124,13 @@ def wholes(owner: str, name: str, value: Any, least: int | None = None, *, what:
     return found if isinstance(found, tuple) else (found,)
 
 
+def whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:
+    """The values as ints if all are whole numbers, also numpy's; None if not. A bool is no number."""
+    if not all(isinstance(v, Integral) and not isinstance(v, bool) for v in values):
+        return None
+    return tuple(int(v) for v in values)
+
+
 def grid(owner: str, name: str, value: Any, *, error: type[VTokenError] = ConfigError) -> tuple[int, int]:
     """(rows, columns) of a patch grid, each at least 1."""
     sides = several(value)
@@ -136,6 +142,8 @@ def grid(owner: str, name: str, value: Any, *, error: type[VTokenError] = Config
 
 def tensor(owner: str, name: str, value: Any, *dims: int, shape: str = "") -> Tensor:
     """A torch tensor, of one of the given numbers of dimensions if any are given; `shape` says what they are."""
+    from torch import Tensor
+
     if not isinstance(value, Tensor):
         wanted = f" {shape}" if shape else ""
         raise InputError(f"{owner}({name}=...): must be a torch.Tensor{wanted}, got {type(value).__name__}")

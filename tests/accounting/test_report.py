@@ -11,6 +11,7 @@ import torch
 
 import vtoken
 from tests.helpers import counted
+from vtoken.methods.merging import Merging
 
 
 def meta_model(name: str, **options: object) -> torch.nn.Module:
@@ -114,3 +115,25 @@ def test_hooks_of_the_user_do_not_run() -> None:
     vtoken.report(model, "pitome")
     assert calls == []
     assert len(model.blocks[0]._forward_hooks) == 1
+
+
+def test_a_method_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("the method's own words")
+
+    monkeypatch.setattr(Merging, "on_block", fail)
+    with pytest.raises(ValueError, match=r"^the method's own words$"):
+        vtoken.report(timm.create_model("test_vit"), "pitome")
+
+
+def test_sizes_of_numpy_and_sizes_that_do_not_fit() -> None:
+    np = pytest.importorskip("numpy")
+    model = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True)
+    assert vtoken.plan(model, "pitome", img_size=np.int64(96)) == vtoken.plan(model, "pitome", img_size=96)
+    size = tuple(np.array([3, 96, 64]))
+    assert vtoken.report(model, "pitome", input_size=size) == vtoken.report(model, "pitome", input_size=(3, 96, 64))
+    for wrong in (True, 16.0, 0, (96,)):
+        with pytest.raises(vtoken.ShapeError):
+            vtoken.plan(model, "pitome", img_size=wrong)
+    with pytest.raises(vtoken.ShapeError, match="does not take images"):
+        vtoken.plan(timm.create_model("vit_tiny_patch16_224"), "pitome", img_size=32)

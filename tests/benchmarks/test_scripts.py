@@ -450,3 +450,13 @@ def test_commands_of_the_readme_parse(command: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # gpu.py asks before it begins
     with pytest.raises(_ParsedError):
         module.main(options)
+
+
+def test_compile(tmp_path: Path) -> None:
+    values, text = run(tmp_path, "compile", "--small", "--rounds", "1", "--backend", "eager")
+    assert [row["name"] for row in values["rows"]] == ["stock", "tome, whole model", "tome, vtoken.compile"]
+    for row in values["rows"]:
+        assert min(row["compile_seconds"], row["speedup"], row["speedup_of_compiled"]) > 0
+        assert not row["missed"]  # the small setting is not judged
+    assert values["rows"][0]["of_stock"] == values["rows"][0]["speedup_of_compiled"] == 1
+    assert "vtoken.compile" in text

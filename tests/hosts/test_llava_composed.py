@@ -53,6 +53,22 @@ def test_both_orders_and_either_removal(order: str) -> None:
             assert torch.equal(model(**full, pixel_values=x).logits, logits)
 
 
+@pytest.mark.parametrize("order", ["tower first", "prompt first"])
+def test_compiled_blocks_of_the_tower(order: str) -> None:
+    """Blocks that VTC-CLS reads run as they are, the others by their graph, which goes with the merging."""
+    model, x = both(order), images(2)
+    count = vtoken.num_tokens(model, TOWER)
+    given = prompt([1, -count, 5, 6], [2, -count, 7, 8])
+    with torch.no_grad():
+        eager = model(**given, pixel_values=x).logits
+        vtoken.compile(model, backend="eager")
+        assert_close("logits", eager, model(**given, pixel_values=x).logits, 1e-5)
+        vtoken.remove(model, "pitome")
+        alone = vtoken.apply(build("llava"), PROMPT)
+        full = prompt([1, -36, 5, 6], [2, -36, 7, 8])
+        assert torch.equal(model(**full, pixel_values=x).logits, alone(**full, pixel_values=x).logits)
+
+
 def test_scores_follow_merged_tokens() -> None:
     """A token's score in every layer is the attention on all patches that it ends up standing for."""
     model, x = both("tower first"), images(2)

@@ -102,7 +102,7 @@ def test_a_criterion_stops_where_it_should() -> None:
     assert stopped[0, full:].tolist() == free[: free.index(free[2]) + 1]
 
 
-@pytest.mark.parametrize("options", [{"token_healing": True}, {"custom_generate": lambda *a, **k: None}], ids=str)
+@pytest.mark.parametrize("options", [{"token_healing": True}, {"custom_generate": lambda *a, **k: None}], ids=list)
 def test_ways_that_would_see_another_prompt_are_refused(options: dict[str, Any]) -> None:
     model, given = build("onevision"), one_video("onevision")
     with pytest.raises(vtoken.InputError, match=next(iter(options))):

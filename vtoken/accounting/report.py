@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtoken import checks
+from vtoken.accounting.meter import Meter, Repeats
 from vtoken.accounting.shadow import meta_copy
 from vtoken.core.apply import Config, apply, build_methods, chosen, is_applied, plan_of, remove
 from vtoken.core.config import MethodConfig
-from vtoken.core.errors import ConfigError, ShapeError
+from vtoken.core.errors import ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter
 from vtoken.core.method import AttentionMacs, AttentionMethod
 from vtoken.core.patch import PREDICTOR
@@ -138,6 +140,7 @@ def report(
     Raises:
         UnsupportedModelError, ConfigError: as `vtoken.apply`.
         ShapeError: if the model does not take images of that size.
+        Whatever the method itself raises on such an image.
 
     Example:
         >>> import timm, vtoken
@@ -149,18 +152,23 @@ def report(
     configs = tuple(c for c in configs if c.part == "tower")
     if not configs:
         raise ConfigError("no method acts in the tower; vtoken.prompt_report counts what one in the prompt saves")
-    size = input_size or (adapter.channels(model), *adapter.image_size(model))
-    if not isinstance(size, Sequence) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ShapeError(f"input_size is (channels, height, width) of one image, got {input_size!r}")
+    size = image_shape(input_size) if input_size is not None else (adapter.channels(model), *adapter.image_size(model))
+    tokens = plan_of(model, adapter, method, size[1:]).tokens
     shadow = meta_copy(model)
     if is_applied(shadow):
         remove(shadow)
-    before = _count(shadow, adapter, size)
+    repeats = Repeats()
+    try:
+        before = _count(shadow, adapter, size, repeats)
+    except VTokenError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ShapeError(f"{type(model).__name__} does not take images of {size}: {error}") from error
     # Kept keys are data, which a counter of shapes cannot see: attention cores are counted dense, then exchanged.
-    after = _count(apply(shadow, [c.counted() for c in configs]), adapter, size)
+    # The model takes the images, so whatever is raised now is the method's own.
+    after = _count(apply(shadow, [c.counted() for c in configs]), adapter, size, repeats)
     spec = adapter.spec(model)
-    cores = _attention_macs(model, adapter, configs, plan_of(model, adapter, method, size[1:]).tokens)
-    tokens = plan_of(model, adapter, method, size[1:]).tokens
+    cores = _attention_macs(model, adapter, configs, tokens)
     layers = tuple(
         LayerCost(
             layer=i,
@@ -179,8 +187,16 @@ def report(
 
 def count_macs(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> int:
     """Multiply-adds of one image of `size` (channels, height, width) through a model on the meta device."""
-    other, blocks = _count(shadow, adapter, size)
+    other, blocks = _count(shadow, adapter, size, Repeats())
     return (other + sum(blocks)) // 2
+
+
+def image_shape(size: Sequence[int]) -> tuple[int, int, int]:
+    """(channels, height, width) of one image; raises ShapeError for anything else."""
+    shape = checks.whole_numbers(size) if isinstance(size, Sequence) else None
+    if shape is None or len(shape) != 3 or min(shape) < 1:
+        raise ShapeError(f"input_size is (channels, height, width) of one image, got {size!r}")
+    return shape[0], shape[1], shape[2]
 
 
 def _attention_macs(
@@ -202,35 +218,34 @@ def _exchanged(core: AttentionMacs | None) -> int:
     return 0 if core is None else core.core + core.predictor + core.up - core.dense
 
 
-def _count(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> tuple[int, list[int]]:
-    """FLOPs outside the blocks and of every block, counted by torch while the shadow runs one image."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton, which `import vtoken` must not
-
+def _count(
+    shadow: Any, adapter: HostAdapter, size: tuple[int, int, int], repeats: Repeats
+) -> tuple[int, list[int]]:  # fmt: skip
+    """FLOPs outside the blocks and of every block, counted while the shadow runs one image."""
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
     image = torch.empty(1, *size, device="meta", dtype=dtype)
     blocks = [block for _, block in adapter.blocks(shadow)]
     spent = [0] * len(blocks)
     handles = []
-    # With gradients: without, nn.MultiheadAttention takes a fast path that no counter sees.
-    shadow.requires_grad_(True)
-    with FlopCounterMode(display=False) as counter, torch.enable_grad():
+    # With gradients where torch would else take a path through its attention that no counter sees.
+    gradients = any(isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for m in shadow.modules())
+    shadow.requires_grad_(gradients)
+    meter = Meter(repeats)
+    try:
         for index, block in enumerate(blocks):
             # Hooks on the shadow's blocks read the running total on the way in and out.
-            handles.append(block.register_forward_pre_hook(_meter(counter, spent, index, -1)))
-            handles.append(block.register_forward_hook(_meter(counter, spent, index, 1)))
-        try:
+            handles.append(block.register_forward_pre_hook(_read(meter, spent, index, -1)))
+            handles.append(block.register_forward_hook(_read(meter, spent, index, 1)))
+        with meter, torch.set_grad_enabled(gradients):
             adapter.run_image(shadow, image)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise ShapeError(f"{type(shadow).__name__} does not take images of {size}: {error}") from error
-        finally:
-            for handle in handles:
-                handle.remove()
-        total = counter.get_total_flops()
-    return total - sum(spent), spent
+    finally:
+        for handle in handles:
+            handle.remove()
+    return meter.total - sum(spent), spent
 
 
-def _meter(counter: Any, spent: list[int], index: int, sign: int) -> Any:
+def _read(meter: Meter, spent: list[int], index: int, sign: int) -> Any:
     def read(*_: Any) -> None:
-        spent[index] += sign * counter.get_total_flops()
+        spent[index] += sign * meter.total
 
     return read

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,27 +11,9 @@ from torch import Tensor, nn
 
 from vtoken.accounting import compare
 from vtoken.cli import weights
-from vtoken.cli.settings import add_sweep, sweep
+from vtoken.cli.settings import sweep
 from vtoken.core.config import MethodConfig
 from vtoken.core.errors import ConfigError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("--model", required=True, help="timm architecture, e.g. vit_base_patch16_224")
-    add_sweep(parser, ["pitome"], [0.925])
-    weights.add_arguments(parser)
-    parser.add_argument("--data", type=Path, help="an ImageFolder (one folder per class) instead of random images")
-    parser.add_argument(
-        "--limit", type=int, default=256, help="images of --data that are used, spread over the classes"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="timed batch")
-    parser.add_argument("--rounds", type=int, default=9, help="timing samples per setting")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; with 1, CPU time is measured, else wall time"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for results and the plot")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,10 +22,11 @@ def run(args: argparse.Namespace) -> int:
 
     from vtoken.visualize import plot_pareto
 
+    configs = sweep(args)
+    device = _device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    configs = sweep(args)
-    model = weights.build_model(args).to(args.device)
+    model = weights.build_model(args).to(device)
     images, labels = _images(args, model)
     quality = _Agreement(model, images, labels, args.batch)
     with tqdm(total=(1 + 2 * len(configs)) * (args.rounds + 1), desc="measuring", unit="run") as bar:
@@ -54,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     source = weights.describe_weights(args)
     note = " (agreement says little)" if source == "random weights" else ""
     inputs = f"{len(images)} images of {args.data}" if args.data else "random images"
-    print(f"\n{args.model}, {source}{note}, {inputs}, batch {args.batch}, {args.threads} thread(s), {args.device}")
+    batch = min(args.batch, len(images))
+    print(f"\n{args.model}, {source}{note}, {inputs}, batch {batch}, {args.threads} thread(s), {args.device}")
     print(compare.table(rows))
     about = {"command": "bench", "arguments": vars(args), "environment": compare.environment(images.device)}
     written = compare.write(rows, args.out, args.model, about)
@@ -62,6 +45,16 @@ def run(args: argparse.Namespace) -> int:
     written.append(plot_pareto(rows, args.out / f"{args.model}.png", quality="feature cosine", title=title))
     print("wrote " + ", ".join(str(path) for path in written))
     return 0
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, if this machine has it."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if accelerator is not None else 0
+    there = ["cpu", *([accelerator.type, *(f"{accelerator.type}:{i}" for i in range(count))] if accelerator else [])]
+    if name not in there:
+        raise ConfigError(f"--device {name}: this machine has {', '.join(there)}")
+    return torch.device(name)
 
 
 def _images(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -72,12 +65,19 @@ def _images(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor 
     options = {"img_size": args.img_size} if args.img_size else {}
     config = resolve_data_config(options, model=model)
     if args.data is None:
-        return torch.randn(args.batch, *config["input_size"], device=args.device), None
+        try:
+            return torch.randn(args.batch, *config["input_size"], device=args.device), None
+        except RuntimeError as error:  # memory
+            raise ConfigError(f"--batch {args.batch}: so many images cannot be made: {error}") from error
     from torchvision.datasets import ImageFolder
 
     if not args.data.is_dir():
         raise ConfigError(f"--data {args.data}: no such folder; it must hold one folder of images per class")
-    folder = ImageFolder(str(args.data), transform=create_transform(**config, is_training=False))
+    try:
+        folder = ImageFolder(str(args.data), transform=create_transform(**config, is_training=False))
+    except FileNotFoundError as error:  # no class, or a class without an image
+        told = str(error).partition("\n")[0]
+        raise ConfigError(f"--data {args.data} must hold one folder of images per class: {told}") from error
     step = max(1, len(folder) // args.limit)
     chosen = [folder[i] for i in range(0, len(folder), step)][: args.limit]
     images = torch.stack([image for image, _ in chosen])

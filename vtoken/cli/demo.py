@@ -28,21 +28,6 @@ saliency corr, saliency err: correlation and mean absolute difference of the sal
 CLS cosine: of the class token. Each is the mean over photographs +- their standard deviation."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for results and pictures")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.97, 0.95, 0.93, 0.9], help="share kept per layer")
-    parser.add_argument("--photos", type=int, default=9, help="how many photographs (quality)")
-    parser.add_argument("--batch", type=int, default=4, help="how many of them are timed as one batch")
-    parser.add_argument("--rounds", type=int, default=9, help="timing samples per setting")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="CPU threads; with 1, CPU time is measured, else wall time"
-    )
-    parser.add_argument(
-        "--small", action="store_true", help="a minute at most: one ratio, three photographs, two rounds"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write JSON, CSV, the Pareto plot and a picture of merged groups."""
     from tqdm import tqdm
@@ -57,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     names = [name for name in photograph_names() if name not in _FLAT][: args.photos]
     names, photographs = load_photographs(224, names)
     images = normalise(photographs)
+    args.batch = min(args.batch, len(images))
     configs = [make(ratio) for make in (_pitome, _tome, _random_merge, _random_prune) for ratio in args.ratios]
     runs = (1 + len(configs) * 2) * (args.rounds + 1)
     with tqdm(total=runs + len(configs) + 1, desc="measuring", unit="run") as bar:

@@ -69,15 +69,14 @@ def show_models(args: argparse.Namespace) -> int:
 
 def show_plan(args: argparse.Namespace) -> int:
     """Token counts per layer."""
-    found = plan(build_weightless(args.model), _config(args), img_size=args.img_size)
+    found = plan(build_weightless(args.model, img_size=args.img_size), _config(args))
     print(json.dumps(asdict(found)) if args.json else found)
     return 0
 
 
 def show_report(args: argparse.Namespace) -> int:
     """Cost before and after."""
-    model = build_weightless(args.model, **({"img_size": args.img_size} if args.img_size else {}))
-    found = report(model, _config(args))
+    found = report(build_weightless(args.model, img_size=args.img_size), _config(args))
     print(json.dumps(found.to_dict()) if args.json else found)
     return 0
 

@@ -10,27 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.cli import weights
+from vtoken.cli.parser import SALIENCY
 from vtoken.cli.settings import key_values
 from vtoken.core.apply import applied
 from vtoken.core.config import make_config
 from vtoken.core.errors import ConfigError
+from vtoken.core.host import find_adapter
 from vtoken.core.trace import trace
 from vtoken.demo.photos import load_photographs, photograph_names
 from vtoken.demo.saliency import MEAN, NATIVE_SIZE, STD, load_saliency_vit
 
-_SALIENCY = "saliency-vit"
 _WIDTH = 448  # pixels that a picture should have at least
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("image", help="image file, or one of the demo's photographs, e.g. chelsea")
-    parser.add_argument("model", help=f"timm architecture, or {_SALIENCY}: the demo's pretrained ViT")
-    parser.add_argument("method", help="see `methods`")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="e.g. ratio=0.9")
-    weights.add_arguments(parser)
-    parser.add_argument("--layer", type=int, help="tokens after this block, counted from 0 (default: after the last)")
-    parser.add_argument("--out", type=Path, default=Path("out/overlay.png"), help="the picture")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,12 +33,12 @@ def run(args: argparse.Namespace) -> int:
     image = _read_image(args.image, size)
     channels = (1, -1, 1, 1)
     inputs = (image[None] - torch.tensor(mean).view(channels)) / torch.tensor(std).view(channels)
-    with applied(model, config), torch.inference_mode():
-        _, record = trace(model, inputs)
-    depth = len(record.layer_dest)
+    depth = find_adapter(model).spec(model).depth
     layer = depth - 1 if args.layer is None else args.layer
     if not 0 <= layer < depth:
         raise ConfigError(f"--layer {layer}: {args.model} has blocks 0 to {depth - 1}")
+    with applied(model, config), torch.inference_mode():
+        _, record = trace(model, inputs)
     scale = max(1, -(-_WIDTH // image.shape[2]))
     kept, prunes = record.kept(layer=layer), getattr(config, "reduction", None) == "prune"
     if prunes:
@@ -67,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace) -> tuple[nn.Module, str, tuple[int, int], Any, Any]:
     """The model, where its weights come from, and its input: (height, width), mean and deviation."""
-    if args.model == _SALIENCY:
-        if args.pretrained or args.checkpoint or args.num_classes:
-            raise ConfigError(f"{_SALIENCY} has weights of its own and no head; leave out the options for them")
+    if args.model == SALIENCY:
+        if args.pretrained or args.checkpoint or args.num_classes is not None:
+            raise ConfigError(f"{SALIENCY} has weights of its own and no head; leave out the options for them")
         side = args.img_size or NATIVE_SIZE
         return load_saliency_vit(side).backbone, "pretrained", (side, side), MEAN, STD
     model = weights.build_model(args)
@@ -81,21 +71,22 @@ def _model(args: argparse.Namespace) -> tuple[nn.Module, str, tuple[int, int], A
     return model, weights.describe_weights(args), data["input_size"][1:], data["mean"], data["std"]
 
 
-def _read_image(name: str, size: tuple[int, int]) -> Tensor:
+def _read_image(file: Path, size: tuple[int, int]) -> Tensor:
     """The largest centred part of the image that has the model's shape, [3, H, W] in [0, 1]."""
     height, width = size
-    if not Path(name).exists() and name in photograph_names() and height == width:
+    name = str(file)
+    if not file.exists() and name in photograph_names() and height == width:
         return load_photographs(height, [name])[1][0]
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise ImportError('pictures need pillow; install "vtoken[viz]"') from error
     try:
-        with Image.open(name) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB")
+        with Image.open(file) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
     except FileNotFoundError as error:
         raise ConfigError(f"{name}: no such file, nor one of the photographs {photograph_names()}") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{name} cannot be read as an image: {error}") from error
     fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(height, width, 3)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from vtoken.cli.values import share, whole
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import ConfigError
 
@@ -24,20 +25,20 @@ def key_values(items: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{item!r}: write KEY=VALUE (VALUE as JSON or a bare word), for instance margin=0.75")
         try:
             settings[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or a number or a nest that Python does not read
             settings[key] = value
     return settings
 
 
 def add_sweep(parser: argparse.ArgumentParser, methods: Sequence[str], ratios: Sequence[float]) -> None:
     """The options that choose methods and amounts, with their defaults; `sweep` reads them."""
-    parser.add_argument("--method", nargs="+", default=list(methods), help="see `python -m vtoken methods`")
+    parser.add_argument("--method", nargs="+", default=list(methods), help="see `methods` of the command line")
     amount = parser.add_mutually_exclusive_group()
     shown = " ".join(f"{ratio:g}" for ratio in ratios)
     amount.add_argument(
-        "--ratio", type=float, nargs="+", default=list(ratios), help=f"share of tokens kept per layer (default {shown})"
+        "--ratio", type=share, nargs="+", default=list(ratios), help=f"share of tokens kept per layer (default {shown})"
     )
-    amount.add_argument("--r", type=int, nargs="+", help="instead: tokens removed per layer")
+    amount.add_argument("--r", type=whole(0), nargs="+", help="instead: tokens removed per layer")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON", help="another setting of the methods")
 
 

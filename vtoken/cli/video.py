@@ -27,41 +27,14 @@ from vtoken.video import (
     scoring_flops,
     video_info,
 )
-from vtoken.video.clip import REDUCES, SCALES
 
 _SIDE = 448  # pixels of the longer side at which frames are read; scorers and thumbnails see less
 _SHOWN = 12  # frames in the table
-_SCORERS = """name a scorer, as this command does not invent scores:
-  --model ViT-B-32 --pretrained TAG_OR_FILE   an open_clip model; a tag needs a hub, a file does not
-  --model local-dir:FOLDER                    an open_clip model and its weights in a folder
-  --scores FILE                               scores that you have, JSON or one number a line
-  --uniform                                   no scores: the budget is spread evenly"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("file", type=Path, help="video file")
-    parser.add_argument("--question", required=True, help="what is asked about the video")
-    parser.add_argument(
-        "--budget", default="12544", help="tokens of the video, or a share of the default ones, such as 0.5 (12544)"
-    )
-    parser.add_argument("--frames", type=int, help="how many are sampled (default 96 to 160, by duration)")
-    parser.add_argument("--max-fps", type=float, help="sample at most so many frames per second")
-    parser.add_argument("--grid", type=int, nargs=2, default=[27, 27], metavar=("H", "W"), help="of features (27 27)")
-    parser.add_argument("--default-tokens", type=int, default=196, help="of a frame in the unmodified model (196)")
-    parser.add_argument("--min-tokens", type=int, default=0, help="per frame (0)")
-    parser.add_argument("--max-tokens", type=int, help="per frame (default: all of the grid)")
-    parser.add_argument("--power", type=float, default=2.0, help="of the scores (2)")
-    scorer = parser.add_argument_group("scorer")
-    scorer.add_argument("--model", help="open_clip architecture, local-dir:FOLDER or hf-hub:NAME")
-    scorer.add_argument("--pretrained", help="open_clip tag, or a checkpoint file")
-    scorer.add_argument("--scores", type=Path, help="file of scores, one per sampled frame")
-    scorer.add_argument("--uniform", action="store_true", help="spread the budget evenly")
-    scorer.add_argument("--decoupler", choices=("rule", "none"), default="rule", help="how the clue is found (rule)")
-    scorer.add_argument("--reduce", choices=REDUCES, default="max", help="over several things looked for (max)")
-    scorer.add_argument("--scale", choices=SCALES, default="minmax", help="from cosines to scores (minmax)")
-    parser.add_argument("--out", type=Path, help="picture to write: thumbnails, scores and tokens along time")
-    parser.add_argument("--json", action="store_true", help="for machines")
+_SCORERS = (
+    "name a scorer, as this command does not invent scores: --model ViT-B-32 --pretrained TAG_OR_FILE (open_clip; a "
+    "tag needs a hub, a file does not), --model local-dir:FOLDER (an open_clip model and its weights), --scores FILE "
+    "(JSON, or one number a line) or --uniform (the budget is spread evenly)"
+)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from vtoken import checks
+from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter, find_adapter
@@ -33,10 +35,17 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """What a patched model carries: the settings, and the methods built from them by the hook they serve."""
+    """What a patched model carries.
+
+    Args:
+        configs: the settings.
+        methods: built from them, by the hook they serve.
+        compiled: the graphs of its blocks, after `vtoken.compile`.
+    """
 
     configs: tuple[MethodConfig, ...]
     methods: dict[str, Method]
+    compiled: CompiledBlocks | None = None
 
 
 def apply(model: M, config: Config, *, replace: bool = False, **options: Any) -> M:
@@ -137,7 +146,8 @@ def config_of(model: nn.Module) -> MethodConfig | tuple[MethodConfig, ...] | Non
 def configure(model: M, **changes: Any) -> M:
     """Change settings of the applied method without patching again; for sweeps.
 
-    If several methods are applied, the one that has all the named settings is meant.
+    If several methods are applied, the one that has all the named settings is meant. The method is built anew from its
+    settings: what a method of your own had kept on itself is lost.
 
     Raises:
         VTokenError: if nothing is applied, or it cannot be told which method is meant.
@@ -150,7 +160,7 @@ def configure(model: M, **changes: Any) -> M:
     owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and meant[0] in m.__dict__["_vtoken"].configs)
     new = tuple(c.replace(**changes) if c is meant[0] else c for c in owner.__dict__["_vtoken"].configs)
     adapter = find_adapter(owner, meant[0].part)
-    applied = Applied(new, build_methods(owner, adapter, new))
+    applied = Applied(new, build_methods(owner, adapter, new), owner.__dict__["_vtoken"].compiled)
     carriers = [m for m in owner.modules() if "_vtoken_method" in m.__dict__]
     attention = applied.methods.get("on_attention")
     if isinstance(attention, AttentionMethod):
@@ -234,16 +244,22 @@ def chosen(
 def plan_of(model: nn.Module, adapter: HostAdapter, method: BlockMethod, size: tuple[int, int]) -> Plan:
     """Token counts of `method` on images of `size` (height, width) pixels."""
     spec = adapter.spec(model)
+    own = tuple(adapter.image_size(model)) if spec.fixed_size else tuple(size)
+    if tuple(size) != own:
+        raise ShapeError(
+            f"{spec.name} does not take images of {size} pixels (height, width), only of {own}; build it for another "
+            "size, or so that it takes any (timm: dynamic_img_size=True)"
+        )
     height, width = adapter.grid(model, size)
     return count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix)
 
 
 def pixels(size: int | Sequence[int]) -> tuple[int, int]:
     """One side or (height, width) in pixels as a pair; raises ShapeError for anything else."""
-    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+    sides = checks.whole_numbers(tuple(size) if isinstance(size, Sequence) else (size, size))
+    if sides is None or len(sides) != 2 or min(sides) < 1:
         raise ShapeError(f"an image size is one number of pixels or (height, width), got {size!r}")
-    return int(sides[0]), int(sides[1])
+    return sides[0], sides[1]
 
 
 def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]:

@@ -10,6 +10,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +65,8 @@ def compile(model: M, **options: Any) -> M:
 
     Compiles in a fraction of the time that `torch.compile(model)` takes on a merging model. A new ratio, margin, image
     size or batch runs the same graph; a batch of one, a layer that removes no or just one token, training, and another
-    dtype or device have graphs of their own. What stands around the blocks (embedding, head) stays eager.
+    dtype or device have graphs of their own. What stands around the blocks (embedding, head) stays eager, as do blocks
+    whose attention is read on the way (by VTC-CLS, in the tower of a multimodal model).
 
     Args:
         model: a model, or a module that holds one, to which a merging method was applied. Hooks on the parts of a
@@ -104,7 +106,7 @@ def compile(model: M, **options: Any) -> M:
             "vtoken.compile compiles blocks that merge tokens, and none do here; use torch.compile(model)"
         )
     for tower in towers:
-        tower.__dict__["_vtoken_compiled"] = CompiledBlocks(options)
+        tower.__dict__["_vtoken"] = replace(tower.__dict__["_vtoken"], compiled=CompiledBlocks(options))
     return model
 
 

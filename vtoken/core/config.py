@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vtoken.checks import hint
 from vtoken.core.errors import ConfigError
-from vtoken.core.method import Method
+
+if TYPE_CHECKING:  # so that settings can be read without torch
+    from vtoken.core.method import Method
 
 CONFIG_VERSION = 1
 
@@ -46,7 +49,20 @@ class MethodConfig:
         return {"method": self.method, "version": CONFIG_VERSION} | values
 
 
+# Modules whose classes register themselves; imported when a method is first asked for by name.
+_BUILTIN = (
+    "vtoken.methods.baselines",
+    "vtoken.methods.pitome",
+    "vtoken.methods.sparsifiner",
+    "vtoken.methods.vtc_cls",
+)
 _registry: dict[str, type[MethodConfig]] = {}
+
+
+def _known() -> dict[str, type[MethodConfig]]:
+    for module in _BUILTIN:
+        importlib.import_module(module)
+    return _registry
 
 
 def register_method(config: type[MethodConfig]) -> type[MethodConfig]:
@@ -58,27 +74,30 @@ def register_method(config: type[MethodConfig]) -> type[MethodConfig]:
     if not (isinstance(config, type) and issubclass(config, MethodConfig)):
         raise ConfigError(f"register_method takes a subclass of vtoken.MethodConfig, got {config!r}")
     name = config.method
-    if not name or _registry.get(name, config) is not config:
+    taken = _registry if config.__module__ in _BUILTIN else _known()
+    if not isinstance(name, str) or not name or taken.get(name, config) is not config:
         raise ConfigError(f"{config.__name__}.method={name!r} must be a new, non-empty name; taken: {methods()}")
+    if config.build is MethodConfig.build:
+        raise ConfigError(f"{config.__name__} must implement build(depth), which makes the method")
     _registry[name] = config
     return config
 
 
 def methods() -> list[str]:
     """Names of the registered methods, as `vtoken.apply(model, "name", ...)` takes them."""
-    return sorted(_registry)
+    return sorted(_known())
 
 
 def example(method: str) -> MethodConfig:
     """Typical settings of the method called `method`, for lists of methods."""
-    return _registry[method].example()
+    return _known()[method].example()
 
 
 def make_config(method: str, options: Mapping[str, Any]) -> MethodConfig:
     """The settings of the method called `method`; unknown methods or options raise ConfigError with a suggestion."""
-    if not isinstance(method, str) or method not in _registry:
+    if not isinstance(method, str) or method not in _known():
         raise ConfigError(f"unknown method {method!r}{hint(method, methods())}; known methods: {', '.join(methods())}")
-    config = _registry[method]
+    config = _known()[method]
     check_names(config.__name__, options, [f.name for f in fields(config)])
     return config(**options)
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vtoken.core.config import MethodConfig
-from vtoken.core.errors import UnsupportedModelError, VTokenError
+from vtoken.core.errors import ConfigError, UnsupportedModelError, VTokenError
 from vtoken.core.method import Method
 from vtoken.core.plan import Plan
 
@@ -146,12 +146,38 @@ _BUILTIN = (
     ("transformers", "video", "vtoken.hosts.video_llama3", "Llama3Video"),
 )
 _registered: list[HostAdapter] = []
+#: What an adapter of each part cannot do without, of what HostAdapter leaves open.
+_NEEDED = {"tower": ("spec", "grid", "blocks", "targets"), "prompt": ("spec", "targets", "count"), "video": ()}
 
 
 def register_adapter(adapter: type[HostAdapter]) -> type[HostAdapter]:
-    """Make vtoken ask your adapter before its own; usable as a class decorator."""
-    _registered.append(adapter())
+    """Make vtoken ask your adapter before its own; usable as a class decorator.
+
+    Raises:
+        ConfigError: if it is no class of adapters, says of no model that it matches, or lacks a method that its part
+            of a model needs; nothing is registered.
+    """
+    if not (isinstance(adapter, type) and issubclass(adapter, HostAdapter)):
+        raise ConfigError(f"register_adapter takes a subclass of vtoken.HostAdapter, got {adapter!r}")
+    if adapter.part not in _NEEDED:
+        raise ConfigError(f"{adapter.__name__}.part={adapter.part!r} is no part of a model: {', '.join(_NEEDED)}")
+    missing = [n for n in _NEEDED[adapter.part] if getattr(adapter, n) is getattr(HostAdapter, n)]
+    if adapter.matches is HostAdapter.matches and not adapter.package:
+        missing.append("package (or matches)")
+    if missing:
+        raise ConfigError(f"{adapter.__name__} lacks {', '.join(missing)}; see vtoken.HostAdapter for what each gives")
+    try:
+        made = adapter()
+    except TypeError as error:
+        raise ConfigError(f"{adapter.__name__}() cannot be made without arguments: {error}") from error
+    if all(type(known) is not adapter for known in _registered):
+        _registered.append(made)
     return adapter
+
+
+def registered() -> tuple[HostAdapter, ...]:
+    """The adapters that `register_adapter` added, in the order in which they are asked."""
+    return tuple(_registered)
 
 
 def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:

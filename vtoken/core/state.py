@@ -212,6 +212,10 @@ class TokenState:
         )
         return replace(first, size=size, anchor=anchor, dest=dest)
 
+    def reads(self, layer: int) -> bool:
+        """Whether somebody reads the attention of block `layer` on the way."""
+        return self.watch is not None and layer in self.watch.layers
+
     def removes(self, layer: int, num_tokens: int) -> bool:
         """Whether block `layer` takes anything away from `num_tokens` tokens."""
         return self.method.num_removed(layer, num_tokens - self.num_prefix, self.first.embedded - self.num_prefix) > 0

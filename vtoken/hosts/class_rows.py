@@ -104,7 +104,8 @@ class ClassRows:
     """
 
     def __init__(self, layers: Collection[int], scorer: str) -> None:
-        self._layers = sorted(layers)
+        #: The layers that are read.
+        self.layers = sorted(layers)
         self._scorer = scorer
         self._rows: dict[int, Tensor] = {}
         #: Where every token went, if the tower merges tokens.
@@ -117,7 +118,7 @@ class ClassRows:
 
         Activation checkpointing runs a block again, which changes nothing here.
         """
-        if layer not in self._layers or layer in self._rows:
+        if layer not in self.layers or layer in self._rows:
             return None
         self._state = state
         sizes = state.bias(layer, torch.float32)
@@ -130,7 +131,7 @@ class ClassRows:
         Args:
             tapped: makes the stand-in of a layer whose attention runs with a tap.
         """
-        chosen = set(self._layers)
+        chosen = set(self.layers)
         return Layers(
             functools.partial(self._run, tapped, layer, i) if i in chosen else layer for i, layer in enumerate(layers)
         )
@@ -144,7 +145,7 @@ class ClassRows:
         slot = Slot() if self._state is None else self._state.slots[last + 1]
         if slot.anchor is not None and self._state is not None and self._state.method.order == "raster":
             slot = slot.in_raster_order(slot.anchor.new_empty(*slot.anchor.shape, 0))[1]
-        rows = [self._carried(layer, slot) for layer in self._layers]
+        rows = [self._carried(layer, slot) for layer in self.layers]
         return as_one([row.to(rows[-1].device) for row in rows], how), slot.anchor
 
     def _carried(self, layer: int, slot: Slot) -> Tensor:

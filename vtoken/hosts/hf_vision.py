@@ -75,6 +75,7 @@ REASONS = {
     "hiera": "it pools tokens on a grid between stages, so tokens cannot be removed",
     "pvt": "it reshapes tokens to a grid between stages, so tokens cannot be removed",
     "segformer": "it reshapes tokens to a grid between stages, so tokens cannot be removed",
+    "timm_wrapper": "it is a door to a timm model; use vtoken.apply(model.timm_model, ...)",
     "llava_next": "it packs several tiles of an image on a grid, which merged tokens no longer have",
     "llava_onevision": "it packs several tiles of an image on a grid, which merged tokens no longer have",
 }

@@ -31,7 +31,7 @@ _TOWERS = {("clip", "CLIPVisionModel"), ("siglip", "SiglipVisionModel")}
 #: Why well-known relatives are refused, by the module of transformers.models.
 REASONS = {
     "llava_next_video": "its video frames are pooled before the projector, which is not supported yet",
-    "qwen2_vl": "its tower has no class token, windows its attention and numbers tokens along three axes",
+    "qwen2_vl": "its tower has no class token and numbers tokens along three axes",
     "qwen2_5_vl": "its tower has no class token, windows its attention and numbers tokens along three axes",
     "qwen3_vl": "its tower has no class token and its features enter several layers of the language model",
     "mllama": "its language model reads images by cross-attention, not from the prompt",

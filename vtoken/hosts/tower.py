@@ -31,7 +31,7 @@ def begin(model: Any, num_prefix: int, *, anchor: bool, dest: bool) -> TokenStat
     Args:
         anchor, dest: whether the host needs them; a trace does in any case.
     """
-    methods, trace = _methods(model), current_trace(model)
+    carried, methods, trace = model.__dict__.get("_vtoken"), _methods(model), current_trace(model)
     method: BlockMethod = methods.get("on_block") or KeepAll()
     attention: AttentionMethod | None = methods.get("on_attention")
     # A connectivity mask of fewer tokens must know which they were.
@@ -43,7 +43,7 @@ def begin(model: Any, num_prefix: int, *, anchor: bool, dest: bool) -> TokenStat
         track_dest=dest or trace is not None,
         attention=attention,
         maps=None if trace is None else trace.maps,
-        compiled=model.__dict__.get("_vtoken_compiled"),
+        compiled=None if carried is None else carried.compiled,
     )
 
 
@@ -342,7 +342,8 @@ def merged_block(
     removes = state.removes(layer, x.shape[1])
     if attention and (removes or state.slots[layer] is not state.first):
         _refuse_mask(attention)
-    if state.compiled is not None and not torch.compiler.is_compiling():  # else part of somebody's larger graph
+    # Inside somebody's larger graph a block is part of that.
+    if state.compiled is not None and not torch.compiler.is_compiling() and not state.reads(layer):
         return compiled_block(state.compiled, block, state, layer, x, attention)
     bias = state.bias(layer, x.dtype)
     if bias is not None:

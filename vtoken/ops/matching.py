@@ -89,7 +89,7 @@ def plan_pitome(
     checks.choice("plan_pitome", "variant", variant, VARIANTS)
     checks.choice("plan_pitome", "energy", energy, ENERGIES)
     checks.choice("plan_pitome", "backend", backend, BACKENDS)
-    if not isinstance(margin, Tensor):
+    if not (isinstance(margin, Tensor) and margin.dim() == 0):
         margin = checks.number("plan_pitome", "margin", margin, -1, 1, what="a cosine similarity, ")
     if variant == "text":
         checks.number("plan_pitome", "margin", margin, -1, below=1, what='of the variant "text", ')

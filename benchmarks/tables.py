@@ -1,0 +1,295 @@
+"""Write the figures of README.md and benchmarks/README.md from benchmarks/results/.
+
+`python benchmarks/tables.py` rewrites what stands between `<!-- table: NAME -->` or `<!-- figure: NAME -->` and
+`<!-- end -->`; `--check` changes nothing, prints how page and files differ, and exits with 1 if they do. So does
+either if a page asks for a name or a file that is not there, or if a result file is used on no page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "benchmarks/README.md")
+REGION = re.compile(r"(<!-- (?:table|figure): ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- (?:table|figure): ")
+DEMO_COLUMNS = (
+    "tokens", "GMACs", "FLOPs x", "speed x", "(min)", "effic.", "ideal", "saliency corr", "saliency err", "CLS cosine"
+)  # fmt: skip
+
+Result = dict[str, Any]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table on lines of its own."""
+    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in (head, *rows)]
+    lines.insert(1, "|" + "---|" * len(head))
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def copied(result: Result) -> str:
+    """A table whose rows hold the text of every cell: figures taken over from an earlier page."""
+    rows = result["rows"]
+    return markdown([column.strip() for column in rows[0]], [list(row.values()) for row in rows])
+
+
+def demo(result: Result) -> str:
+    """The table that `python -m vtoken demo` prints."""
+    sizes = dict(zip(DEMO_COLUMNS, (6, 8, 8, 8, 7, 7, 7, 17, 17, 17), strict=True))
+    lines = [result["title"], " " * 24 + "".join(f"{name:>{size}}" for name, size in sizes.items())]
+    for row in result["rows"]:
+        lines.append(f"{row['name']:<24}" + "".join(f"{row[name]:>{size}}" for name, size in sizes.items()))
+    return "\n```\n" + "\n".join(lines) + "\n```\n"
+
+
+def sparse(result: Result) -> str:
+    """Times faster than dense attention, and times fewer multiply-adds, by tokens and keys kept."""
+    found: dict[tuple[int, float], dict[str, Result]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["tokens"], row["keep_ratio"]), {})[row["case"]] = row
+    forms = ("sparse", "grouped", "sparse with selection", "grouped with selection")
+    rows = [
+        [str(tokens), f"{keep:.0%}"]
+        + [f"{cases[form]['factor']:.2f} ({cases[form]['mac_factor']:.1f})" for form in forms]
+        + [f"{cases['masked']['factor']:.2f}"]
+        for (tokens, keep), cases in found.items()
+    ]
+    ends = ("operator, per query", "operator, grouped", "exact, end to end", "grouped, end to end", "masked")
+    return markdown(("tokens", "keys kept", *ends), rows)
+
+
+def sparse_figure(form: str, tokens: int, keep: float, field: str = "factor") -> Callable[[Result], str]:
+    """One factor of `sparse`, for a sentence."""
+
+    def figure(result: Result) -> str:
+        wanted = (form, tokens, keep)
+        (row,) = [row for row in result["rows"] if (row["case"], row["tokens"], row["keep_ratio"]) == wanted]
+        digits = 2 if field == "factor" and row[field] < 1 else 1
+        return f"{row[field]:.{digits}f}"
+
+    return figure
+
+
+def small(result: Result) -> str:
+    """Speed-ups of small models and batches beside slicing."""
+    rows = [
+        [row["model"].removesuffix("_patch16_224"), str(row["batch"]), row["name"], f"{row['flops_factor']:.2f}"]
+        + [f"{row[name]:.2f}" for name in ("speedup", "ceiling_speedup", "of_ceiling")]
+        + [f"{row['targets']['of_ceiling']:.2f}{', missed' if 'of_ceiling' in row['missed'] else ''}"]
+        + [f"{row['of_published']:.2f}" if "of_published" in row else ""]
+        for row in result["rows"]
+    ]
+    head = ("model", "batch", "method", "FLOPs x", "speed x", "slicing x", "of slicing", "its target", "of published")
+    return markdown(head, rows)
+
+
+def sparsifiner(result: Result) -> str:
+    """Top-1 by keys kept, means over seeds, and paired differences with the larger of two standard errors."""
+    runs, canvases = result["runs"], int(result["settings"]["test"])
+
+    def means(title: str, name: str) -> list[str]:
+        columns = zip(*(run["top1"][name] for run in runs), strict=True)
+        return [title, *(f"{statistics.mean(column):.1f}" for column in columns)]
+
+    def gaps(title: str, how: str) -> list[str]:
+        cells = [title]
+        for i in range(len(result["ratios"])):
+            gap = [run["top1"][f"learned{how}"][i] - run["top1"][f"random{how}"][i] for run in runs]
+            differ = sum(run["disagreements"][how][i] for run in runs)
+            seeds, pictures = statistics.stdev(gap) / len(runs) ** 0.5, 100 * differ**0.5 / (canvases * len(runs))
+            cells.append(f"{statistics.mean(gap):+.1f} +- {max(seeds, pictures):.1f}" if differ else "0")
+        return cells
+
+    rows = [
+        means("dense model", "dense"),
+        means("random masks", "random"),
+        means("learned masks", "learned"),
+        gaps("learned - random", ""),
+        means("random masks, backbone tuned", "random, tuned"),
+        means("learned masks, backbone tuned", "learned, tuned"),
+        gaps("learned - random, both tuned", ", tuned"),
+    ]
+    return markdown(["keys kept", *(f"{100 * ratio:.0f} %" for ratio in result["ratios"])], rows)
+
+
+def clip(result: Result) -> str:
+    """Zero-shot accuracy by setting, task and budget; cost of a step on the garments."""
+    found = {(row["setting"], row["task"], row["budget"]): row for row in result["rows"]}
+    rows = []
+    for setting in result["settings"]["setting"]:
+        cells = ["plain CLIP" if setting == "CLIP" else setting]
+        for task in ("digits", "garments"):
+            for budget in ("steps", "FLOPs"):
+                row = found.get((setting, task, budget))
+                cells.append(f"{row['accuracy_mean']:.3f} +- {row['accuracy_sd']:.3f}" if row else "")
+        step = found[setting, "garments", "steps"]
+        cost = (step["step_macs"], step["step_time"])
+        rows.append([*cells, ", ".join("1" if value == 1 else f"{value:.2f}" for value in cost)])
+    budgets = ("digits, equal steps", "equal multiply-adds", "garments, equal steps", "equal multiply-adds")
+    return markdown(("kept: half of 64 patches", *budgets, "step: MACs, time"), rows)
+
+
+def training(result: Result) -> str:
+    """What a CLIP training step costs; plain CLIP = 1."""
+    fields = ("mac_ratio", "mac_ratio_counted", "time_ratio", "gradients_time_ratio", "step_bytes_ratio")
+    rows = [
+        [row["name"].replace("random 50 %", "random 50 %, no teacher"), *(f"{row[field]:.2f}" for field in fields)]
+        for row in result["rows"][1:]
+    ]
+    head = ("", "formula", "counted", "time", "forward and backward", "activations and gradients")
+    return markdown(head, rows)
+
+
+def dense(result: Result) -> str:
+    """Saliency on merged features: correlation with the unmerged map, mean absolute difference from it, by ratio."""
+    found = {row["name"]: row for row in result["rows"]}
+    rows = []
+    for ratio in result["settings"]["ratio"]:
+        pair = [found[f"{method} ratio={ratio}"] for method in ("pitome", "tome")]
+        factors = dict.fromkeys(f"{row['flops_factor']:.2f}" for row in pair)
+        quality = [
+            ", ".join(f"{row['quality'][name]['mean']:.3f}" for name in ("saliency corr", "saliency err"))
+            for row in pair
+        ]
+        rows.append([f"ratio {ratio}", " and ".join(factors), *quality])
+    return markdown(("", "FLOPs factor", "PiToMe", "ToMe"), rows)
+
+
+def dense_smaller(side: int, *, factor: bool = False) -> Callable[[Result], str]:
+    """Correlation or FLOPs factor of photographs of fewer pixels."""
+
+    def figure(result: Result) -> str:
+        (row,) = [row for row in result["rows"] if row["name"] == f"low resolution {side} px"]
+        return f"{row['flops_factor']:.2f}" if factor else f"{row['quality']['saliency corr']['mean']:.3f}"
+
+    return figure
+
+
+def video(result: Result) -> str:
+    """The prefill under a budget, by share of the usual tokens of a frame."""
+    rows = [
+        ["1", "1", "1"] if row["share"] == 1 else
+        [f"{row['share']:g}", f"{row['flops_ratio']:.3f}", f"{row['time_ratio']:.3f}"]
+        for row in result["rows"] if row["part"] == "prefill"
+    ]  # fmt: skip
+    return markdown(("budget, of the default 196 tokens a frame", "FLOPs of the prefill", "time"), rows)
+
+
+def video_flops(budget: int, scorer: str, digits: int) -> Callable[[Result], str]:
+    """FLOPs of 96 frames by budget and scorer, against the model's own 64 frames."""
+
+    def figure(result: Result) -> str:
+        wanted = ("QuoTA, 96 frames", budget, scorer)
+        rows = [row for row in result["rows"] if row["part"] == "published"]
+        (row,) = [row for row in rows if (row["name"], row["budget"], row["scorer"]) == wanted]
+        return f"{row['of_baseline']:.{digits}f}"
+
+    return figure
+
+
+def video_milliseconds(name: str, frames: int, *, each: bool = False) -> Callable[[Result], str]:
+    """What allocating or resampling takes, in all or for each frame."""
+
+    def figure(result: Result) -> str:
+        rows = [row for row in result["rows"] if row["part"] in ("allocation", "resampling")]
+        (row,) = [row for row in rows if (row["name"], row["frames"]) == (name, frames)]
+        return f"{row['seconds'] * 1e3 / (frames if each else 1):.1f}"
+
+    return figure
+
+
+def torch_version(result: Result) -> str:
+    """The release of torch that gave the figures."""
+    return str(result["environment"]["torch"]).split("+")[0]
+
+
+# Name on a page -> file under benchmarks/results, and what makes text of it.
+TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "demo": ("demo.json", demo),
+    "demo-torch": ("demo.json", torch_version),
+    "dense": ("quality_dense.json", dense),
+    "dense-168": ("quality_dense.json", dense_smaller(168)),
+    "dense-168-flops": ("quality_dense.json", dense_smaller(168, factor=True)),
+    "dense-126": ("quality_dense.json", dense_smaller(126)),
+    "dense-126-flops": ("quality_dense.json", dense_smaller(126, factor=True)),
+    "clutter": ("quality_clutter.json", copied),
+    "mllm": ("mllm.json", copied),
+    "video": ("video.json", video),
+    "video-clip": ("video.json", video_flops(12544, "CLIP ViT-L/14", 2)),
+    "video-clip-half": ("video.json", video_flops(6272, "CLIP ViT-L/14", 2)),
+    "video-2b": ("video.json", video_flops(12544, "2B LVLM, 256 tokens a frame", 1)),
+    "video-2b-720p": ("video.json", video_flops(12544, "2B LVLM, 720p", 1)),
+    "allocate-96": ("video.json", video_milliseconds("exact", 96)),
+    "allocate-1000": ("video.json", video_milliseconds("exact", 1000)),
+    "resample-frame": ("video.json", video_milliseconds("bilinear", 32, each=True)),
+    "sparsifiner": ("train_sparsifiner.json", sparsifiner),
+    "clip": ("train_clip.json", clip),
+    "training": ("training.json", training),
+    "small": ("small.json", small),
+    "sparse": ("sparse_attention.json", sparse),
+    "exact-2305": ("sparse_attention.json", sparse_figure("sparse with selection", 2305, 0.1)),
+    "exact-2305-macs": ("sparse_attention.json", sparse_figure("sparse with selection", 2305, 0.1, "mac_factor")),
+    "exact-2305-5": ("sparse_attention.json", sparse_figure("sparse with selection", 2305, 0.05)),
+    "exact-2305-5-macs": ("sparse_attention.json", sparse_figure("sparse with selection", 2305, 0.05, "mac_factor")),
+    "grouped-577": ("sparse_attention.json", sparse_figure("grouped with selection", 577, 0.1)),
+    "grouped-577-macs": ("sparse_attention.json", sparse_figure("grouped with selection", 577, 0.1, "mac_factor")),
+    "grouped-1025": ("sparse_attention.json", sparse_figure("grouped with selection", 1025, 0.1)),
+    "grouped-1025-macs": ("sparse_attention.json", sparse_figure("grouped with selection", 1025, 0.1, "mac_factor")),
+    "grouped-2305": ("sparse_attention.json", sparse_figure("grouped with selection", 2305, 0.1)),
+    "grouped-2305-macs": ("sparse_attention.json", sparse_figure("grouped with selection", 2305, 0.1, "mac_factor")),
+}
+
+
+def rewritten(text: str, results: Path, used: set[str], problems: list[str]) -> str:
+    """`text` with every region made anew; files read are added to `used`, regions without one to `problems`."""
+
+    def region(match: re.Match[str]) -> str:
+        opening, name, _, end = match.groups()
+        if name not in TABLES:
+            problems.append(f"{opening}: no such table or figure; there are {', '.join(TABLES)}")
+            return match[0]
+        file, make = TABLES[name]
+        if not (results / file).is_file():
+            problems.append(f"{opening}: {results / file} does not exist")
+            return match[0]
+        used.add(file)
+        return opening + make(json.loads((results / file).read_text())) + end
+
+    if len(OPENING.findall(text)) != len(REGION.findall(text)):
+        problems.append("a table or figure is opened and not closed by <!-- end -->")
+    return REGION.sub(region, text)
+
+
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Rewrite or check the pages under `root`; the exit code."""
+    top = argparse.ArgumentParser(prog="benchmarks/tables.py", description=__doc__.split("\n")[0] if __doc__ else None)
+    top.add_argument("--check", action="store_true", help="change nothing; exit with 1 if page and files differ")
+    args = top.parse_args(argv)
+    results, used, problems, differ = root / "benchmarks" / "results", set[str](), list[str](), False
+    for page in PAGES:
+        old = (root / page).read_text()
+        new = rewritten(old, results, used, problems)
+        if new != old and args.check:
+            differ = True
+            names = (page, f"{page}, from the result files")
+            sys.stdout.writelines(difflib.unified_diff(old.splitlines(True), new.splitlines(True), *names))
+        elif new != old:
+            (root / page).write_text(new)
+            print(f"wrote {page}")
+    for path in sorted(results.glob("*.json")):
+        if path.name not in used:
+            problems.append(f"{path} is used on no page")
+    print("\n".join(problems), end="\n" if problems else "", file=sys.stderr)
+    return int(differ or bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

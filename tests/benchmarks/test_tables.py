@@ -1,0 +1,102 @@
+"""The figures of README.md and benchmarks/README.md are those of the files under benchmarks/results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("tables")
+
+
+@pytest.fixture
+def copy(tmp_path: Path, tables: Any) -> Path:
+    """Both pages and all result files, to be changed."""
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    for page in tables.PAGES:
+        shutil.copy(ROOT / page, tmp_path / page)
+    return tmp_path
+
+
+def texts(tables: Any, root: Path) -> list[str]:
+    return [(root / page).read_text() for page in tables.PAGES]
+
+
+def test_pages_say_what_the_result_files_say(tables: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tables.main(["--check"]) == 0, capsys.readouterr()
+
+
+def test_rewriting_what_is_right_changes_nothing(tables: Any, copy: Path) -> None:
+    before = texts(tables, copy)
+    assert tables.main([], copy) == 0
+    assert texts(tables, copy) == before
+
+
+@pytest.mark.parametrize(
+    ("page", "right", "wrong"),
+    [
+        ("README.md", "| learned masks | 85.3 |", "| learned masks | 85.4 |"),
+        ("README.md", "<!-- figure: grouped-1025 -->2.4<!--", "<!-- figure: grouped-1025 -->2.5<!--"),
+        ("benchmarks/README.md", "| 2305 | 10% | 3.67 (9.9)", "| 2305 | 10% | 3.76 (9.9)"),
+    ],
+)
+def test_a_changed_figure_of_a_page_is_found_and_mended(
+    tables: Any, copy: Path, capsys: pytest.CaptureFixture[str], page: str, right: str, wrong: str
+) -> None:
+    path = copy / page
+    good = path.read_text()
+    assert good.count(right) == 1
+    path.write_text(good.replace(right, wrong))
+    assert tables.main(["--check"], copy) == 1
+    printed = capsys.readouterr().out
+    assert any(line.startswith("-") and wrong in line for line in printed.splitlines())
+    assert any(line.startswith("+") and right in line for line in printed.splitlines())
+    assert wrong in path.read_text()
+    assert tables.main([], copy) == 0
+    assert path.read_text() == good
+
+
+def test_a_changed_figure_of_a_file_is_found(tables: Any, copy: Path) -> None:
+    path = copy / "benchmarks" / "results" / "training.json"
+    result = json.loads(path.read_text())
+    result["rows"][1]["time_ratio"] += 0.1
+    path.write_text(json.dumps(result))
+    assert tables.main(["--check"], copy) == 1
+    assert tables.main([], copy) == 0
+    assert tables.main(["--check"], copy) == 0
+
+
+@pytest.mark.parametrize("options", [["--check"], []])
+def test_unknown_names_missing_and_unused_files_are_found(
+    tables: Any, copy: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    results, page = copy / "benchmarks" / "results", copy / "README.md"
+    good = page.read_text()
+
+    (results / "stray.json").write_text("{}")
+    assert tables.main(options, copy) == 1
+    assert "stray.json is used on no page" in capsys.readouterr().err
+    (results / "stray.json").unlink()
+
+    page.write_text(good + "<!-- table: none -->\n<!-- end -->\n")
+    assert tables.main(options, copy) == 1
+    assert "no such table" in capsys.readouterr().err
+
+    page.write_text(good.replace("<!-- end -->", "", 1))
+    assert tables.main(["--check"], copy) == 1
+    assert "not closed" in capsys.readouterr().err
+    page.write_text(good)
+
+    (results / "training.json").unlink()
+    assert tables.main(options, copy) == 1
+    assert "training.json does not exist" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""Everything that `vtoken` offers by name. Importing this imports torch and registers the methods.
+
+`vtoken/__init__.py` hands the names out when the first of them is used.
+"""
+
+from typing import TYPE_CHECKING
+
+from vtoken import nn, ops, train, video
+from vtoken.accounting.prefill import kv_cache_bytes, prefill_flops
+from vtoken.accounting.prompt_report import PromptReport, prompt_report
+from vtoken.accounting.report import Report, report
+from vtoken.clip import AttentiveMaskCLIP, AttentiveMaskLoss, MultiViewCrop
+from vtoken.core.apply import applied, apply, config_of, configure, is_applied, num_tokens, plan, remove
+from vtoken.core.compiled import compile
+from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
+from vtoken.core.errors import (
+    AlreadyAppliedError,
+    ConfigError,
+    InputError,
+    ShapeError,
+    UnsupportedModelError,
+    VTokenError,
+    VTokenWarning,
+)
+from vtoken.core.host import HostAdapter, HostSpec, register_adapter
+from vtoken.core.plan import Plan
+from vtoken.core.trace import Trace, trace, tracing, unmerge
+from vtoken.hosts.class_rows import cls_attention_scores
+from vtoken.hosts.names import supported
+from vtoken.hosts.prompt import shrink_inputs
+from vtoken.methods.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
+from vtoken.methods.pitome import PiToMe
+from vtoken.methods.sparsifiner import Sparsifiner
+from vtoken.methods.vtc_cls import VTCCLS
+from vtoken.ops import select_tokens
+from vtoken.train.calibrate import calibrate_threshold
+from vtoken.video.model import QuotaVideoModel
+
+if TYPE_CHECKING:  # drawing needs optional packages, so it is imported when first used
+    from vtoken import visualize
+    from vtoken import visualize as viz
+
+__all__ = [
+    "VTCCLS",
+    "AlreadyAppliedError",
+    "AttentiveMaskCLIP",
+    "AttentiveMaskLoss",
+    "ConfigError",
+    "HostAdapter",
+    "HostSpec",
+    "InputError",
+    "MethodConfig",
+    "MultiViewCrop",
+    "PiToMe",
+    "Plan",
+    "PromptReport",
+    "QuotaVideoModel",
+    "RandomMerge",
+    "RandomPrune",
+    "Report",
+    "ShapeError",
+    "Sparsifiner",
+    "StrideMerge",
+    "ToMe",
+    "Trace",
+    "UnsupportedModelError",
+    "VTokenError",
+    "VTokenWarning",
+    "applied",
+    "apply",
+    "calibrate_threshold",
+    "cls_attention_scores",
+    "compile",
+    "config_from_dict",
+    "config_of",
+    "configure",
+    "is_applied",
+    "kv_cache_bytes",
+    "methods",
+    "nn",
+    "num_tokens",
+    "ops",
+    "plan",
+    "prefill_flops",
+    "prompt_report",
+    "register_adapter",
+    "register_method",
+    "remove",
+    "report",
+    "select_tokens",
+    "shrink_inputs",
+    "supported",
+    "trace",
+    "tracing",
+    "train",
+    "unmerge",
+    "video",
+    "visualize",
+    "viz",
+]
