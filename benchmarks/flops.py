@@ -1,6 +1,7 @@
 """What methods save on models, counted and not timed: tokens, multiply-adds, FLOPs factor, the matching's share.
 
-Models are built without weights. For plain ViTs whose cost the specification lists (pitome.md 14, the counts behind the
+Models are built without weights. For plain ViTs whose cost the specification lists (docs/methods/pitome.md 12, the
+counts behind the
 papers' tables), its value stands beside ours; exit code 1 if they differ by more than 1 %.
 """
 
@@ -26,7 +27,7 @@ MODELS = [
     "open_clip:ViT-B-32", "open_clip:ViT-L-14-336",
 ]  # fmt: skip
 
-# pitome.md 14: multiply-adds in G without matching, by (depth, width, patches per side, patch size).
+# docs/methods/pitome.md 12: multiply-adds in G without matching, by (depth, width, patches per side, patch size).
 _RATIOS = (1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8)
 _BY_RATIO = {
     (12, 192, 14, 16): (1.25, 1.09, 0.93, 0.81, 0.70, 0.62, 0.54, 0.43),
@@ -50,7 +51,7 @@ TOLERANCE = 0.01
 
 
 def listed_gmacs(spec: HostSpec, patch: int, config: MethodConfig) -> float | None:
-    """What pitome.md 14 lists for a plain ViT of this shape; None if nothing."""
+    """What docs/methods/pitome.md 12 lists for a plain ViT of this shape; None if nothing."""
     shape = (spec.depth, spec.width, spec.grid[0], patch)
     ratio, r, layers = (getattr(config, name, None) for name in ("ratio", "r", "layers"))
     usual = layers is None and getattr(config, "place", "") == "between"
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for config in configs:
             rows.append(measure(name, model, config))
             print(line(rows[-1]))
-    print("unmatched: GMACs after, without the matching, as pitome.md 14 lists them")
+    print("unmatched: GMACs after, without the matching, as docs/methods/pitome.md 12 lists them")
     write(args, device, rows)
     wrong = [row for row in rows if not agrees(row)]
     return 1 if wrong else 0

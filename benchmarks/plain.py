@@ -37,7 +37,7 @@ def unit_rows(metric: Tensor, num_prefix: int) -> Tensor:
 
 
 def pitome_rows(metric: Tensor, r: int, margin: float, num_prefix: int) -> Rows:
-    """PiToMe's matching (pitome.md 2): the 2r tokens of highest energy pair up alternately."""
+    """PiToMe's matching (docs/methods/pitome.md 2): the 2r tokens of highest energy pair up alternately."""
     metric = unit_rows(metric, num_prefix)
     similarity = metric @ metric.transpose(-1, -2)
     energy = F.elu(similarity - margin).mean(-1)
@@ -49,7 +49,7 @@ def pitome_rows(metric: Tensor, r: int, margin: float, num_prefix: int) -> Rows:
 
 
 def tome_rows(metric: Tensor, r: int, num_prefix: int) -> Rows:
-    """ToMe's matching (pitome.md 8): even rows of the whole sequence propose to odd ones, the r best pairs merge."""
+    """ToMe's matching (docs/methods/baselines.md 1): even rows of all propose to odd ones, the r best pairs merge."""
     metric = unit_rows(metric, num_prefix)
     first = num_prefix % 2
     even = torch.arange(first, metric.shape[1], 2, device=metric.device)

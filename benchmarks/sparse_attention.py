@@ -2,7 +2,8 @@
 
 All forms run in one process, interleaved, on q, k, v as a fused projection leaves them (H = 6, D = 64); "with
 selection" adds the connectivity predictor (K = 32) and the choice of keys, which makes it end to end. A line is only
-printed if the form agrees with the plain masked one. Targets: sparsifiner.md section 8; they are for one CPU thread.
+printed if the form agrees with the plain masked one. Targets: docs/methods/sparsifiner.md 8; they are for one CPU
+thread.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Setting:
 
     views: int = 1
     options: dict[str, Any] | None = None
-    target: float | None = None  # largest time of a step relative to plain CLIP's, by attentive_clip.md
+    target: float | None = None  # largest time of a step relative to plain CLIP's, by docs/methods/attentive_clip.md 12
 
 
 SETTINGS = {
@@ -111,7 +111,7 @@ class Trainer:
 
 
 def formula(setting: Setting, args: Any) -> int:
-    """Multiply-adds of a step by section 12 of attentive_clip.md."""
+    """Multiply-adds of a step by docs/methods/attentive_clip.md 12."""
     options = setting.options if setting.options is not None else {"keep_ratio": 1.0}
     model = vtoken.AttentiveMaskCLIP(build(args), **options)
     return model.step_macs(batch=args.batch, views=setting.views)

@@ -1,4 +1,4 @@
-"""What attention with connectivity masks costs: the check values of sparsifiner.md section 7, and whole reports."""
+"""What attention with connectivity masks costs: check values of docs/methods/sparsifiner.md 7, and whole reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefill and cache by formula, and the report of a whole prompt; check values of vtc_cls.md 13."""
+"""Prefill and cache by formula, and the report of a whole prompt; check values of docs/methods/vtc_cls.md 13."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_reports_need_the_right_method() -> None:
 
 
 def test_received_scores_of_one_layer() -> None:
-    """One layer of SigLIP-so400m costs 0.6 GMAC (vtc_cls.md 9)."""
+    """One layer of SigLIP-so400m costs 0.6 GMAC (docs/methods/vtc_cls.md 9)."""
     t = pytest.importorskip("transformers")
     vision = t.SiglipVisionConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=26,
                                   num_attention_heads=16, image_size=384, patch_size=14)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Counts against the formula of pitome.md section 14, its tables, and torch's own counter."""
+"""Counts against the formula of docs/methods/pitome.md 12, its tables, and torch's own counter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def formula(tokens: list[int], width: int, patches: int, patch: int, classes: in
     return layers + patches * width * 3 * patch**2 + width * classes
 
 
-# pitome.md 14: model, width, ratio -> multiply-adds in G, without matching
+# docs/methods/pitome.md 12: model, width, ratio -> multiply-adds in G, without matching
 TABLE = [
     ("vit_tiny_patch16_224", 192, {1.0: 1.25, 0.95: 0.93, 0.9: 0.70, 0.8: 0.43}),
     ("vit_small_patch16_224", 384, {1.0: 4.60, 0.925: 2.99, 0.9: 2.59, 0.85: 1.99}),

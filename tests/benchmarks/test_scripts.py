@@ -234,7 +234,8 @@ def test_training(tmp_path: Path) -> None:
     values, text = run(tmp_path, "training", "--small", "--rounds", "1")
     rows = {row["name"]: row for row in values["rows"]}
     assert list(rows) == list(script("training").SETTINGS)
-    # attentive_clip.md 12: 4 blocks of width 64, 64 patches of 16 pixels in units of 2 x 2, 77 text tokens, batch 2.
+    # docs/methods/attentive_clip.md 12: 4 blocks of width 64, 64 patches of 16 pixels in units of 2 x 2, 77 text
+    # tokens, batch 2.
     blocks = {n: 4 * (12 * n * 64**2 + 2 * n * n * 64) for n in (65, 33, 17, 77)}
     embed, text_tower = 64 * 3 * 16**2 * 64, 3 * blocks[77]
 

@@ -1,4 +1,7 @@
-"""The digits of scikit-learn with captions, and a CLIP small enough to train in seconds (attentive_clip.md 16)."""
+"""The digits of scikit-learn with captions, and a CLIP small enough to train in seconds.
+
+Source: docs/methods/attentive_clip.md 16.
+"""
 
 from __future__ import annotations
 

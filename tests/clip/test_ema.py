@@ -45,7 +45,7 @@ def test_closed_form(build: Any) -> None:
 
 
 def test_bfloat16_students_have_float32_averages() -> None:
-    """The measured example of attentive_clip.md 8: 1.0 pulled to 1.5 for 500 steps is 1.4326, not 1.0."""
+    """The measured example of docs/methods/attentive_clip.md 8: 1.0 pulled to 1.5 for 500 steps is 1.4326, not 1.0."""
     wrapper = wrap(clip(dtype=torch.bfloat16))
     with torch.no_grad():
         wrapper.teacher.visual.class_embedding.fill_(1.0)

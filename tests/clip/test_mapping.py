@@ -12,7 +12,7 @@ from vtoken.clip.mapping import _places, check_boxes, map_scores
 
 
 def slow(scores: Tensor, grid: tuple[int, int], view: list[int], teacher: list[int]) -> Tensor:
-    """One sample, one view: the formula of attentive_clip.md 4, patch by patch."""
+    """One sample, one view: the formula of docs/methods/attentive_clip.md 4, patch by patch."""
     ht, wt = scores.shape
     out = torch.empty(grid, dtype=torch.float64)
     for i in range(grid[0]):

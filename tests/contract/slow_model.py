@@ -1,4 +1,4 @@
-"""A merged transformer written again, slowly, from pitome.md alone: plain loops, explicit softmax, one image at a time.
+"""A merged transformer written again, slowly, from docs/methods/pitome.md alone: plain loops, one image at a time.
 
 It takes weights and embeddings from a timm model and nothing from vtoken. What it computes is compared with the patched
 model in float64.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class Settings:
-    """What to do, in the words of pitome.md."""
+    """What to do, in the words of docs/methods/pitome.md."""
 
     method: str = "pitome"
     ratio: float | None = 0.75

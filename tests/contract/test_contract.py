@@ -1,4 +1,4 @@
-"""Promises that hold for every host and every method (architecture.md 1, 6 and 16)."""
+"""Promises that hold for every host and every method (docs/mechanism.md 1 and 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiling, exporting, ONNX: the patched model stays one graph (architecture.md 6, pitome.md 16.17 and 16.18)."""
+"""Compiling, exporting, ONNX: the patched model stays one graph (docs/mechanism.md 8, docs/methods/pitome.md 14)."""
 
 from __future__ import annotations
 

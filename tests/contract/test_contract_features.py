@@ -1,4 +1,4 @@
-"""What leaves a merged model: features, heads, poolings, maps, and their order (pitome.md 5 and 7)."""
+"""What leaves a merged model: features, heads, poolings, maps, and their order (docs/methods/pitome.md 5 and 7)."""
 
 from __future__ import annotations
 

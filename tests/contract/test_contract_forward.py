@@ -49,7 +49,7 @@ def test_attention_masks_are_refused_by_name_and_reason() -> None:
 
 @pytest.mark.parametrize("name", ["vit_token", "eva02"])
 def test_masks_are_served_where_nothing_is_removed(name: str) -> None:
-    """pitome.md 10: a mask is an error "while a merge would happen"; without one the no-op promise holds."""
+    """docs/methods/pitome.md 9: a mask is an error where a merge would happen; else the no-op promise holds."""
     host = host_row(name)
     model, x = host.model(), host.images()
     mask = torch.randn(65, 65, generator=torch.Generator().manual_seed(0))

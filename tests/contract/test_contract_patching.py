@@ -1,4 +1,4 @@
-"""Entering a model, leaving it, failing half way, and what users put on models (architecture.md 6)."""
+"""Entering a model, leaving it, failing half way, and what users put on models (docs/mechanism.md 2)."""
 
 from __future__ import annotations
 

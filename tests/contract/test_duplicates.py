@@ -1,4 +1,4 @@
-"""Duplicate tokens: merging equal tokens changes nothing if sizes enter where they must (pitome.md 16.10, 16.20)."""
+"""Duplicate tokens: merging equal tokens changes nothing if sizes enter where they must (docs/methods/pitome.md 14)."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_other_matchings_and_places(name: str, place: str, config: Any) -> None:
 
 
 def test_class_row_of_two_blocks_is_exact_with_and_wrong_without() -> None:
-    """The trial of pitome.md 16.20: exact to 1e-12 with the size term, off by about 0.02 without."""
+    """The trial of docs/methods/pitome.md 14: exact to 1e-12 with the size term, off by about 0.02 without."""
     host = host_row("vit_token")
     model = without_positions(host.model(dtype=torch.float64))
     model.blocks = model.blocks[:2]
@@ -133,7 +133,7 @@ def test_class_row_of_two_blocks_is_exact_with_and_wrong_without() -> None:
 
 
 def test_where_nothing_was_merged_there_is_no_mask() -> None:
-    """Absent, not zero, before the first merge (architecture.md 19.4): the fused kernel without a mask stays in use."""
+    """Absent, not zero, before the first merge (docs/mechanism.md 5): the fused kernel without a mask stays in use."""
     host = host_row("vit_token")
     model, seen = host.model(), []
     vtoken.apply(model, vtoken.PiToMe(ratio=0.75, layers=(1,)))

@@ -60,6 +60,14 @@ def test_cited_pages_and_sections_exist() -> None:
     assert {path: cited for path, cited in wrong.items() if cited} == {}
 
 
+def test_no_page_outside_the_repository_is_cited() -> None:
+    """Code names a page by its path from the root, and what it names is there (above)."""
+    elsewhere = re.compile(r"(?<![\w/])(?!README|CHANGELOG|CONTRIBUTING)\w+\.md\b")
+    for path in citing():
+        if path.suffix == ".py" and path.parent.name != "docs":
+            assert not elsewhere.findall(path.read_text()), path
+
+
 @pytest.mark.parametrize(
     "text", ["see docs/methods/nowhere.md", "docs/performance.md 99", "docs/methods/quota.md 6, 99"]
 )

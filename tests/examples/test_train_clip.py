@@ -46,7 +46,8 @@ def test_small_run(
         assert setting in text
         if budget == "steps":
             assert row["steps"] == 5
-    # The cost of a masked step by attentive_clip.md 12: width 48, 2 blocks, 65 or 33 tokens; the teacher sees 65 or 17.
+    # The cost of a masked step by docs/methods/attentive_clip.md 12: width 48, 2 blocks, 65 or 33 tokens; the teacher
+    # sees 65 or 17.
     blocks = {n: 2 * (12 * n * 48**2 + 2 * n * n * 48) for n in (65, 33, 17)}
     embed, text_tower = 64 * 3 * 64 * 48, 12 * 8 * 32**2 + 2 * 8 * 8 * 32
     plain = 3 * blocks[65] + 2 * embed + 3 * text_tower

@@ -85,7 +85,8 @@ def test_plans(variant: str, dtype: torch.dtype, shape: tuple[int, int, int, int
     exact = plan_pitome(metric.double(), r, backend="torch", **options)
     assert_valid(plan)
     same = torch.stack([(plan.dest == exact.dest).all(1), (plan.keep == exact.keep).all(1)]).all(0)
-    # Sets, as near ties swap neighbouring ranks: performance.md 6 found 1.000 of the merge set in common with tf32.
+    # Sets, as near ties swap neighbouring ranks: docs/performance.md 6 found 1.000 of the merge set in common with
+    # tf32.
     merging, wanted = (torch.cat([p.src, p.keep[:, -p.num_dest :]], 1).sort(1).values for p in (plan, exact))
     common = torch.stack([torch.isin(a, b).float().mean() for a, b in zip(merging, wanted, strict=True)]).mean()
     print(f"{variant} {dtype} {shape}: identical images {same.float().mean():.3f}, merge set in common {common:.4f}")

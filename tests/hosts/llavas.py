@@ -57,7 +57,7 @@ def build(kind: str, **options: Any) -> Any:
 
 
 def lively(model: nn.Module, seed: int = 0) -> Any:
-    """Random weights; the tower's attention is far from uniform and the projector loud (vtc_cls.md 17.11)."""
+    """Random weights; the tower's attention is far from uniform and the projector loud (docs/methods/vtc_cls.md 17)."""
     rng = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         gain = 1.0

@@ -363,7 +363,7 @@ def test_llava_recipe_of_the_readme() -> None:
 
 
 def test_llava_15_counts_of_the_specification() -> None:
-    """576 patches, 23 of 24 layers (pitome.md 12)."""
+    """576 patches, 23 of 24 layers (docs/methods/pitome.md 11)."""
     vision = transformers.CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
         patch_size=14,

@@ -1,4 +1,6 @@
-"""transformers towers against a slow model: explicit softmax, plain loops, one image at a time (pitome.md).
+"""transformers towers against a slow model: explicit softmax, plain loops, one image at a time.
+
+Source: docs/methods/pitome.md.
 
 Weights and embeddings come from the model, the merge from tests/contract/slow_model.py, nothing from vtoken.
 """

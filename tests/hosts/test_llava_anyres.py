@@ -1,4 +1,7 @@
-"""VTC-CLS on models that cut an image into crops: packing, newlines, lengths, interpolation (vtc_cls.md 8, 13)."""
+"""VTC-CLS on models that cut an image into crops: packing, newlines, lengths, interpolation.
+
+Source: docs/methods/vtc_cls.md 8, 13.
+"""
 
 from __future__ import annotations
 
@@ -216,7 +219,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize("kind", ANYRES)
 def test_packed_lengths_of_the_specification(kind: str) -> None:
-    """Section 13 of vtc_cls.md."""
+    """docs/methods/vtc_cls.md 13."""
     model = real_sizes(kind)
     for size, (length, newlines) in LENGTHS[kind].items():
         full = LlavaAdapter().count(model, (), size)

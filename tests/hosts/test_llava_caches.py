@@ -1,4 +1,7 @@
-"""Key-value caches of shortened prompts: told apart under either name, refused, and gone on from (vtc_cls.md 7)."""
+"""Key-value caches of shortened prompts: told apart under either name, refused, and gone on from.
+
+Source: docs/methods/vtc_cls.md 7.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What VTC-CLS refuses, and that nothing has changed then (vtc_cls.md 11 and 16)."""
+"""What VTC-CLS refuses, and that nothing has changed then (docs/methods/vtc_cls.md 11 and 16)."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_nothing_to_trace_in_text_only_calls() -> None:
 
 
 def test_gapped_positions_come_with_a_mask() -> None:
-    """Without one the library takes every jump for the start of another sequence (vtc_cls.md 16)."""
+    """Without one the library takes every jump for the start of another sequence (docs/methods/vtc_cls.md 16)."""
     model, given = build("llava"), prompt([1, -36, 5, 6]) | {"pixel_values": images(1)}
     vtoken.apply(model, CONFIG.replace(positions="original"))
     seen: list[dict[str, Any]] = []
@@ -244,7 +244,7 @@ def test_gapped_positions_come_with_a_mask() -> None:
 
 
 def test_get_image_features_keeps_its_signature() -> None:
-    """generate reads it to find out what to pass (vtc_cls.md 16)."""
+    """generate reads it to find out what to pass (docs/methods/vtc_cls.md 16)."""
     import inspect
 
     model = build("llava")

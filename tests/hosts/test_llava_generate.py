@@ -1,4 +1,7 @@
-"""`generate` with a shortened prompt against loops fed by hand: lengths, beams, caches, streamers (vtc_cls.md 7)."""
+"""`generate` with a shortened prompt against loops fed by hand: lengths, beams, caches, streamers.
+
+Source: docs/methods/vtc_cls.md 7.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shrink_inputs` alone: any prompt against a plain loop over its rows (vtc_cls.md 6)."""
+"""`shrink_inputs` alone: any prompt against a plain loop over its rows (docs/methods/vtc_cls.md 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Models that cannot lose tokens are refused, by name and with the reason, and left as they were (pitome.md 13)."""
+"""Models that cannot lose tokens are refused, by name and with the reason, and left as they were.
+
+Source: docs/methods/pitome.md 11.1.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import vtoken
 from tests.contract.table import snapshot
 from tests.helpers import vit
 
-# One or two architectures of every family of pitome.md section 13, with a word of the reason.
+# One or two architectures of every family of docs/methods/pitome.md 11.1, with a word of the reason.
 _WINDOW = "windows"
 _GRID = "grid|stages"
 _TABLE = "position bias"

@@ -15,7 +15,7 @@ from vtoken.hosts.names import why_not
 
 pytestmark = pytest.mark.names
 
-# pitome.md 12: architectures by file of timm 1.0.31, and how many of them can lose tokens.
+# docs/methods/pitome.md 11: architectures by file of timm 1.0.31, and how many of them can lose tokens.
 _FILES = {
     "vision_transformer": 154,
     "deit": 16,

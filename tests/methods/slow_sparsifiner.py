@@ -1,4 +1,4 @@
-"""Sparsifiner written again, slowly, from sparsifiner.md alone: plain loops, explicit softmax, one image at a time.
+"""Sparsifiner written again, slowly, from docs/methods/sparsifiner.md alone: plain loops, one image at a time.
 
 It takes weights and embedded tokens from a model and nothing from vtoken but the order of the Hilbert curve (which has
 tests of its own). What it computes is compared with the patched model in float64.
@@ -19,7 +19,7 @@ from vtoken.ops.hilbert import hilbert_order
 
 @dataclass
 class Case:
-    """What to do, in the words of sparsifiner.md."""
+    """What to do, in the words of docs/methods/sparsifiner.md."""
 
     prefix: int
     grid: tuple[int, int]

@@ -143,7 +143,7 @@ def test_amounts_of_every_form() -> None:
 
 
 def line(r: int, slope: float, depth: int) -> list[int]:
-    """pitome.md 3, as it stands there."""
+    """docs/methods/pitome.md 3, as it stands there."""
     if depth == 1:
         return [r]
     lo = int(r * (1 - slope))
@@ -287,7 +287,7 @@ def test_prop_attn_must_be_a_truth_value(value: Any) -> None:
     refuses(PiToMe, "prop_attn", prop_attn=value)
 
 
-# --- variants (pitome.md 11.4) ---
+# --- variants (docs/methods/pitome.md 10.3) ---
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 12, 13, 24])
@@ -308,7 +308,7 @@ def test_variant_preset_of_the_llava_tower() -> None:
 
 
 UNIFORM = {"margin": 0.9, "prop_attn": True, "metric": "key", "place": "between", "reduction": "wavg"}
-#: pitome.md 11: what the published code does where it differs.
+#: docs/methods/pitome.md 10: what the published code does where it differs.
 PUBLISHED = {
     "deit_code": UNIFORM | {"margin": 0.75, "prop_attn": False},
     "mae_code": UNIFORM | {"margin": 0.75, "prop_attn": False},
@@ -543,7 +543,7 @@ def test_taken_and_empty_names_cannot_be_registered() -> None:
     assert vtoken.methods() == before
 
 
-# --- token counts (pitome.md 14) ---
+# --- token counts (docs/methods/pitome.md 12) ---
 
 RATIOS = [0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8]
 
@@ -587,7 +587,7 @@ def test_tome_tokens_left(depth: int, tokens: int, r: int, left: int) -> None:
 
 
 def test_llava_tower_tokens() -> None:
-    # pitome.md 12: 576 patches, 23 of 24 blocks; the class token is dropped.
+    # docs/methods/pitome.md 11: 576 patches, 23 of 24 blocks; the class token is dropped.
     config = PiToMe(layers=range(23))
     left = [counts(config.replace(ratio=ratio), 24, 577).tokens[-1] - 1 for ratio in RATIOS[:5]]
     assert left == [330, 183, 101, 54, 30]

@@ -1,4 +1,4 @@
-"""The connectivity predictor: its definition (sparsifiner.md 2), remembered bases, other grids, live rows."""
+"""The connectivity predictor: definition (docs/methods/sparsifiner.md 2), remembered bases, other grids, live rows."""
 
 from __future__ import annotations
 

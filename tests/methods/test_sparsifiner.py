@@ -374,7 +374,7 @@ def test_checkpointed_gradients_with_two_forwards_before_one_backward(mode: str,
 
 
 def test_dropout_on_the_attention_weights_follows_the_model() -> None:
-    """Ours: applied, as the model does (sparsifiner.md 9.4)."""
+    """Ours: applied, as the model does (docs/methods/sparsifiner.md 9)."""
     model = randomise_(vit(img_size=(16, 24), embed_dim=16, num_heads=2, attn_drop_rate=0.5), 0).eval()
     x = images((3, 16, 24))
     sparse(model, keep_ratio=0.4)

@@ -122,7 +122,7 @@ def test_broken_scores_are_the_lowest_and_no_newlines() -> None:
 
 
 def test_customary_totals_of_a_full_grid() -> None:
-    """2880 tokens of a 2 x 2 grid with U = 128, 64, 32 give 640, 320, 160 (vtc_cls.md 8)."""
+    """2880 tokens of a 2 x 2 grid with U = 128, 64, 32 give 640, 320, 160 (docs/methods/vtc_cls.md 8)."""
     scores = grid(48, 48, overview=576)
     for budget, total in ((128, 640), (64, 320), (32, 160)):
         chosen = method(num_tokens=budget, newline="none")

@@ -165,7 +165,7 @@ def test_floor_is_the_published_arithmetic() -> None:
         # Where the share is a whole number up to rounding, the order of the operations decides; random scores avoid it.
         assert got == expected
         assert sum(got) <= budget
-    # One relevant frame among 95 others takes nearly the whole budget (quota.md section 6).
+    # One relevant frame among 95 others takes nearly the whole budget (docs/methods/quota.md 6).
     assert allocate_tokens([0.97] + [0.02] * 95, 12544, rounding="floor")[0] == 12057
     assert allocate_tokens([0, 0], 5, rounding="floor") == [2, 2]
 

@@ -1,4 +1,4 @@
-"""Which keys a query keeps: against definitions written as loops from sparsifiner.md 3 and 8."""
+"""Which keys a query keeps: against definitions written as loops from docs/methods/sparsifiner.md 3 and 8."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_groups_of_one_are_exact(grid: tuple[int, int]) -> None:
 
 
 def test_number_of_kept_keys() -> None:
-    # sparsifiner.md 12: keys of DeiT-S at each keep ratio.
+    # docs/methods/sparsifiner.md 12: keys of DeiT-S at each keep ratio.
     published = {0.9: 178, 0.8: 158, 0.7: 138, 0.6: 119, 0.5: 99, 0.4: 79, 0.3: 60, 0.2: 40, 0.1: 20, 0.05: 10, 0.01: 2}
     assert {ratio: num_kept(ratio, 197) for ratio in published} == published
     assert 0.07 * 100 > 7  # in floating point

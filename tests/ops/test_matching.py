@@ -1,4 +1,4 @@
-"""Which tokens merge with which: the fast plans against the reference, and the properties of pitome.md 16."""
+"""Which tokens merge with which: fast plans against the reference, and properties of docs/methods/pitome.md 14."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_pitome_by_hand() -> None:
     assert dict(zip(plan.src[0].tolist(), plan.slot[0].tolist(), strict=True)) == {3: 5, 1: 4}
 
 
-# --- properties of pitome.md 16 ---
+# --- properties of docs/methods/pitome.md 14 ---
 
 
 @each_planner
@@ -488,7 +488,7 @@ def test_two_tokens(variant: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_isolated_tokens_tie_without_alpha(dtype: torch.dtype) -> None:
     # With alpha 0 a token without neighbours above the margin has the energy (1 - margin) / N exactly: the self term is
-    # the same for all (pitome.md 2.3), so such tokens stay in index order and do not depend on rounding.
+    # the same for all (docs/methods/pitome.md 2), so such tokens stay in index order and do not depend on rounding.
     metric = draw_metric(49, (4, 16, 12), dtype=dtype)
     options = {"margin": 0.99, "alpha": 0.0}
     assert all(len(set(image)) == 1 for image in energy_reference(metric, **options))
@@ -518,7 +518,7 @@ def test_nan_metric_gives_some_valid_plan(planner: Planner, where: str, value: f
         assert [decisions(plan)[i][b] for i in (0, 1) for b in (0, 2)] == [clean[i][b] for i in (0, 1) for b in (0, 2)]
 
 
-# --- edge cases of pitome.md 10 ---
+# --- edge cases of docs/methods/pitome.md 9 ---
 
 
 @each_planner
@@ -644,7 +644,8 @@ def test_protect_as_a_list_holds_for_every_image() -> None:
 
 
 def test_protected_tokens_still_count_as_neighbours() -> None:
-    # They sort after everything else (pitome.md 6) but stay tokens of the graph: N and the energies do not change.
+    # They sort after everything else (docs/methods/pitome.md 6) but stay tokens of the graph: N and the energies do not
+    # change.
     metric = draw_metric(44, (1, 18, 4), clustered=True)
     expected = pitome_reference(metric, 3, margin=0.4, protect=[2, 3, 8])
     assert decisions(plan_pitome(metric, 3, margin=0.4, protect=[2, 3, 8])) == decisions(expected)
@@ -672,7 +673,7 @@ def test_unequal_numbers_of_protected_tokens() -> None:
 
 
 def test_pairs_deal_every_unprotected_token() -> None:
-    # pitome.md 8: all (unprotected) tokens are dealt; 16.8: an image does not depend on what others protect.
+    # docs/methods/baselines.md 3: all (unprotected) tokens are dealt; an image does not depend on what others protect.
     metric = draw_metric(46, (2, 20, 4))
     mask = torch.zeros(2, 20, dtype=torch.bool)
     mask[0, :9] = True
@@ -685,7 +686,7 @@ def test_pairs_deal_every_unprotected_token() -> None:
 
 def test_repeated_protect_rows_count_once() -> None:
     metric = draw_metric(47, (2, 8, 4))
-    # Six tokens are unprotected, so three may go (pitome.md 6: half of the unprotected count).
+    # Six tokens are unprotected, so three may go (docs/methods/pitome.md 6: half of the unprotected count).
     plan = plan_pitome(metric, 9, margin=0.4, protect=[3, 3, 3, 5])
     assert plan.removed == 3
 
@@ -807,7 +808,7 @@ def test_key_metric_accumulates_in_float32() -> None:
         assert key_metric(keys).item() == 1.0
 
 
-# --- how many: ratio -> r (pitome.md 2) ---
+# --- how many: ratio -> r (docs/methods/pitome.md 3) ---
 
 CHECKED_RATIOS = ["0.5", "0.75", "0.8", "0.85", "0.875", "0.9", "0.925", "0.95", "0.975"]
 

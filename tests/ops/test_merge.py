@@ -1,4 +1,7 @@
-"""How merged rows are combined: MergePlan against the reference, gradients, precision, composition (pitome.md 16)."""
+"""How merged rows are combined: MergePlan against the reference, gradients, precision, composition.
+
+Source: docs/methods/pitome.md 14.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +121,7 @@ def test_size_defaults_to_ones_and_reduction_to_wavg() -> None:
         assert torch.equal(got, expected)
 
 
-# --- properties of pitome.md 16 ---
+# --- properties of docs/methods/pitome.md 14 ---
 
 
 @each_reduction
@@ -209,7 +212,7 @@ def test_unmerge_is_exact_if_groups_are_equal_inside(dtype: torch.dtype, reducti
 
 @each_reduction
 def test_equal_float64_rows_stay_equal_to_float64_precision(reduction: str) -> None:
-    # The duplicate-token test of pitome.md 16.20 asks for 1e-12 after two blocks.
+    # The duplicate-token test of docs/methods/pitome.md 14 asks for 1e-12 after two blocks.
     plan = plan_stride(draw(17, 2, 30, 4), 10)
     x = plan.unmerge(draw(18, 2, 3, 5))
     y, _ = plan.apply(x, draw_size(19, 2, 30), reduction)
@@ -307,7 +310,7 @@ def test_one_image_in_every_mode() -> None:
     assert torch.equal(compiled(x)[0], expected)
 
 
-# --- precision (pitome.md 9) ---
+# --- precision (docs/methods/pitome.md 8) ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -366,7 +369,7 @@ def test_apply_under_autocast_is_apply(dtype: torch.dtype, reduction: str) -> No
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @each_dtype
 def test_prune_drops_sources_whatever_they_hold(dtype: torch.dtype, value: float) -> None:
-    # pitome.md 8: with "prune" destination values are unchanged.
+    # docs/methods/baselines.md 4: with "prune" destination values are unchanged.
     plan, x = plan_tome(draw(36, 2, 12, 4), 4), draw(37, 2, 12, 3, dtype=dtype)
     x = x.scatter(1, plan.src.unsqueeze(-1).expand(-1, -1, 3), value)
     y, _ = plan.apply(x, None, "prune")
@@ -523,7 +526,7 @@ def test_plans_that_do_not_follow_each_other() -> None:
         one.then(two)
 
 
-# --- edge cases (pitome.md 10) ---
+# --- edge cases (docs/methods/pitome.md 9) ---
 
 
 @each_reduction
@@ -631,7 +634,7 @@ def test_product_adds_like_index_add(dtype: torch.dtype) -> None:
 
 
 def test_product_is_not_rounded_by_autocast() -> None:
-    # pitome.md 9: averages accumulate in float32; autocast would make a batched product bfloat16.
+    # docs/methods/pitome.md 8: averages accumulate in float32; autocast would make a batched product bfloat16.
     rows, sources = draw(81, 2, 5, 6, dtype=torch.float32), draw(82, 2, 9, 6, dtype=torch.float32)
     slot = torch.arange(9).remainder(5).expand(2, -1)
     expected = _add_by_product(rows, sources, slot)

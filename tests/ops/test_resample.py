@@ -196,7 +196,7 @@ def test_bilinear_reproduces_a_linear_ramp_in_the_interior() -> None:
 
 
 def slow_merge(grid: Tensor, t: int) -> tuple[list[Tensor], list[int], list[int]]:
-    """Tokens, sizes and positions after the rounds of quota.md 7.4, one pair at a time in float64."""
+    """Tokens, sizes and positions after the rounds of docs/methods/quota.md 7.4, one pair at a time in float64."""
     tokens = [row.double() for row in grid.flatten(0, 1)]
     sizes, places = [1] * len(tokens), list(range(len(tokens)))
     while len(tokens) > t:

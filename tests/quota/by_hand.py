@@ -44,7 +44,7 @@ def grids(kind: str, model: Any, inputs: dict[str, Tensor]) -> list[list[list[Te
 
 
 def widths(t: int, height: int, width: int) -> list[int]:
-    """The row plan of quota.md 7.1."""
+    """The row plan of docs/methods/quota.md 7.1."""
     if t == 0:
         return []
     h = max(1, min(math.floor(math.sqrt(t * height / width) + 0.5), height, t), math.ceil(t / width))
@@ -53,7 +53,10 @@ def widths(t: int, height: int, width: int) -> list[int]:
 
 
 def frame_tokens(grid: Tensor, t: int, mode: str) -> list[tuple[Tensor, int, int]]:
-    """Tokens of one grid [H, W, C], each with the row and column that it stands for (quota.md 7.2, 7.3, 9.4)."""
+    """Tokens of one grid [H, W, C], each with the row and column that it stands for.
+
+    Source: docs/methods/quota.md 7.2, 7.3, 9.4.
+    """
     height, width, _ = grid.shape
     plan, out = widths(t, height, width), []
     for r, w in enumerate(plan):

@@ -1,4 +1,4 @@
-"""The two losses of Sparsifiner, against plain formulas (sparsifiner.md 6)."""
+"""The two losses of Sparsifiner, against plain formulas (docs/methods/sparsifiner.md 6)."""
 
 from __future__ import annotations
 

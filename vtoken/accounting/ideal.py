@@ -1,6 +1,7 @@
 """The ideal variant: the same token counts by plainly narrowing the sequence, with no matching and no size bias.
 
-Its efficiency is what smaller matrices cost; what a method loses beyond that is its own overhead (performance.md 1).
+Its efficiency is what smaller matrices cost; what a method loses beyond that is its own overhead (docs/performance.md
+1).
 """
 
 from __future__ import annotations

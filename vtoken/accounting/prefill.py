@@ -1,4 +1,7 @@
-"""What a prompt costs a language model: multiply-adds of the prefill, bytes of the key-value cache (vtc_cls.md 13)."""
+"""What a prompt costs a language model: multiply-adds of the prefill, bytes of the key-value cache.
+
+Source: docs/methods/vtc_cls.md 13.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interleaved timing (performance.md 10): every round runs every variant once, in a rotating order."""
+"""Interleaved timing (docs/performance.md 10): every round runs every variant once, in a rotating order."""
 
 from __future__ import annotations
 

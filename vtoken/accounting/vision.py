@@ -1,4 +1,4 @@
-"""What a plain vision transformer costs, from its measures alone (quota.md section 10)."""
+"""What a plain vision transformer costs, from its measures alone (docs/methods/quota.md 10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multiply-adds of a training step by closed form (attentive_clip.md 12)."""
+"""Multiply-adds of a training step by closed form (docs/methods/attentive_clip.md 12)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from vtoken.core.errors import ConfigError, VTokenError
 def momentum_after(n: int, start: float, total_steps: int | None) -> float:
     """Weight of the old average after optimiser step n: from `start` to 1 by a half cosine, constant without a total.
 
-    Source: attentive_clip.md 8.
+    Source: docs/methods/attentive_clip.md 8.
     """
     if total_steps is None:
         return start

@@ -1,4 +1,4 @@
-"""The heads of the two self-supervised losses, in the published sizes (attentive_clip.md 7)."""
+"""The heads of the two self-supervised losses, in the published sizes (docs/methods/attentive_clip.md 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses of attentive-mask training (attentive_clip.md 7), over all processes, with gradient through the gather."""
+"""Losses of attentive-mask training (docs/methods/attentive_clip.md 7), gathered from all processes with gradient."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def map_scores(
     Returns:
         [B, V, h, w] float32; V = 1 without boxes.
 
-    Source: attentive_clip.md 4.
+    Source: docs/methods/attentive_clip.md 4.
     """
     if view_boxes is None or teacher_boxes is None:
         same = scores.shape[1:] == grid

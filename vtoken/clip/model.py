@@ -426,7 +426,7 @@ class AttentiveMaskCLIP(nn.Module):
             keep_ratio, mode, teacher_scale: other settings than the model's; keep_ratio=1 is a plain CLIP step if there
                 is no BYOL head.
 
-        Source: attentive_clip.md 12.
+        Source: docs/methods/attentive_clip.md 12.
         """
         settings.check_counts(batch=batch, views=views)
         if teacher_scale is not None:

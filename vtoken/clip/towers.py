@@ -1,6 +1,6 @@
 """The image towers that attentive masking knows: open_clip's own and timm trunks behind open_clip's adapter.
 
-Student and teacher run through views (architecture.md 6): the tower's own code with some parts replaced for one call.
+Student and teacher run through views (docs/mechanism.md 2): the tower's own code with some parts replaced for one call.
 The slot of patch dropout, which masking replaces, lies where patches must be left out: behind the position embedding.
 """
 

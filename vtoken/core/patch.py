@@ -1,4 +1,4 @@
-"""Entering a live model and leaving it: same-name subclasses and views (architecture.md 6)."""
+"""Entering a live model and leaving it: same-name subclasses and views (docs/mechanism.md 2)."""
 
 from __future__ import annotations
 

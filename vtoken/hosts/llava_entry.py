@@ -1,4 +1,7 @@
-"""The entry methods of a LLaVA-like model whose prompts are shortened: `forward` and `generate` (vtc_cls.md 5 to 7)."""
+"""The entry methods of a LLaVA-like model whose prompts are shortened: `forward` and `generate`.
+
+Source: docs/methods/vtc_cls.md 5 to 7.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Image features of the LLaVA family, a score for every one, and which of them stay (vtc_cls.md 2, 3, 5, 8)."""
+"""Image features of the LLaVA family, a score for every one, and which of them stay.
+
+Source: docs/methods/vtc_cls.md 2, 3, 5, 8.
+"""
 
 from __future__ import annotations
 

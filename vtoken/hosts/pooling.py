@@ -1,4 +1,7 @@
-"""Pooling that respects sizes: the pooled feature of a merged model is that of its unmerged map (pitome.md 5)."""
+"""Pooling that respects sizes: the pooled feature of a merged model is that of its unmerged map.
+
+Source: docs/methods/pitome.md 5.
+"""
 
 from __future__ import annotations
 

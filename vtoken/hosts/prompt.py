@@ -1,4 +1,6 @@
-"""Shortening a prompt whose image tokens became fewer: ids, masks, labels, positions, padding (vtc_cls.md 6).
+"""Shortening a prompt whose image tokens became fewer: ids, masks, labels, positions, padding.
+
+Source: docs/methods/vtc_cls.md 6.
 
 Nothing here knows a model or a method: placeholders are counted, never looked for in runs, so images may be adjacent
 and rows may hold several images or none. A video is an image of many frames, and may get longer too.

@@ -1,4 +1,7 @@
-"""What QuoTA must know of a family of video models: where frames lie in the prompt, and their features (quota.md 9)."""
+"""What QuoTA must know of a family of video models: where frames lie in the prompt, and their features.
+
+Source: docs/methods/quota.md 9.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos of VideoLLaMA3: one run of placeholders per frame with its time before it (quota.md 9.3)."""
+"""Videos of VideoLLaMA3: one run of placeholders per frame with its time before it (docs/methods/quota.md 9.3)."""
 
 from __future__ import annotations
 

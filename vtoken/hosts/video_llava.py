@@ -1,4 +1,7 @@
-"""Videos of LLaVA-OneVision and LLaVA-NeXT-Video: frames of one size behind a CLIP or SigLIP tower (quota.md 9.3)."""
+"""Videos of LLaVA-OneVision and LLaVA-NeXT-Video: frames of one size behind a CLIP or SigLIP tower.
+
+Source: docs/methods/quota.md 9.3.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: positions along three axes (quota.md 9.3 and 9.4)."""
+"""Videos of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: positions along three axes (docs/methods/quota.md 9.3 and 9.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Qwen3-VL in transformers before 5.18, whose calls take pixels but not what the tower made of them (quota.md 9.5)."""
+"""Qwen3-VL in transformers before 5.18, whose calls take pixels but not what the tower made of them.
+
+Source: docs/methods/quota.md 9.5.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Baselines behind PiToMe's interface: ToMe, random merging, random pruning, fixed stride (pitome.md 8)."""
+"""Baselines behind PiToMe's interface: ToMe, random merging, random pruning, fixed stride.
+
+Source: docs/methods/baselines.md.
+"""
 
 from __future__ import annotations
 

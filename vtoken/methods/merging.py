@@ -37,7 +37,7 @@ class MergeConfig(MethodConfig):
     Raises:
         ConfigError: for values out of range; for lists that do not fit the model when it is applied.
 
-    Source: arXiv 2405.16148; pitome.md sections 3 to 8.
+    Source: arXiv 2405.16148; docs/methods/pitome.md 3 to 8.
     """
 
     layers: tuple[int, ...] | None = None

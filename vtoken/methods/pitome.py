@@ -22,7 +22,7 @@ _MATCHINGS = tuple(name for name in VARIANTS if name != "text")
 
 
 class _Published(NamedTuple):
-    """What the published code does for one model (pitome.md 11).
+    """What the published code does for one model (docs/methods/pitome.md 10).
 
     Args:
         matching: which one block `layer` of `depth` runs.

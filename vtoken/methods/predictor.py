@@ -46,7 +46,7 @@ class ConnectivityPredictor(nn.Module):
     Raises:
         ConfigError: if a setting is out of range, or they do not fit each other.
 
-    Source: arXiv 2303.13755 section 3.2; sparsifiner.md sections 2 and 10.
+    Source: arXiv 2303.13755 section 3.2; docs/methods/sparsifiner.md 2 and 10.
     """
 
     def __init__(

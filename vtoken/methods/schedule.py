@@ -1,4 +1,7 @@
-"""How many tokens each layer removes: `ratio` or `r`, the same everywhere, per layer, or along a line (pitome.md 3)."""
+"""How many tokens each layer removes: `ratio` or `r`, the same everywhere, per layer, or along a line.
+
+Source: docs/methods/pitome.md 3.
+"""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Sparsifiner(MethodConfig):
     Raises:
         ConfigError: for values out of range; for lists that do not fit the model when it is applied.
 
-    Source: arXiv 2303.13755; sparsifiner.md.
+    Source: arXiv 2303.13755; docs/methods/sparsifiner.md.
     """
 
     method: ClassVar[str] = "sparsifiner"
@@ -308,7 +308,7 @@ class SparseAttention(AttentionMethod):
     def macs(
         self, layer: int, tokens: int, embedded: int, spec: HostSpec, predictor: nn.Module | None
     ) -> AttentionMacs:
-        """By the formulas of sparsifiner.md section 7; the basis' entries are counted in the predictor's weights.
+        """By the formulas of docs/methods/sparsifiner.md 7; the basis' entries are counted in the predictor's weights.
 
         "threshold" counts as keeping the share `keep_ratio`, which `vtoken.calibrate_threshold` sets.
         """

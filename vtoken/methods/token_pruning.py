@@ -1,4 +1,4 @@
-"""Tokens dropped for good by the class token's attention (arXiv 2303.13755; sparsifiner.md 5)."""
+"""Tokens dropped for good by the class token's attention (arXiv 2303.13755; docs/methods/sparsifiner.md 5)."""
 
 from __future__ import annotations
 

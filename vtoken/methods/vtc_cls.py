@@ -45,7 +45,7 @@ class VTCCLS(MethodConfig):
     Raises:
         ConfigError: for values out of range.
 
-    Source: arXiv 2412.05819; vtc_cls.md sections 2 to 4 and 8.
+    Source: arXiv 2412.05819; docs/methods/vtc_cls.md 2 to 4 and 8.
     """
 
     method: ClassVar[str] = "vtc_cls"

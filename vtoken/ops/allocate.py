@@ -1,4 +1,4 @@
-"""How many tokens every frame of a video gets: a budget spread by relevance, exactly (quota.md section 6)."""
+"""How many tokens every frame of a video gets: a budget spread by relevance, exactly (docs/methods/quota.md 6)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def allocate_tokens(
         InputError: if there are no scores, or one is negative or not finite.
         ConfigError: if budget, bounds, power or rounding cannot be served.
 
-    Source: arXiv 2503.08689 section 3.3; the exact rule is quota.md section 6.
+    Source: arXiv 2503.08689 section 3.3; the exact rule is docs/methods/quota.md 6.
 
     Example:
         >>> from vtoken.ops import allocate_tokens

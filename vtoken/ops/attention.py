@@ -30,7 +30,7 @@ def attention_with_sizes(
     Raises:
         ShapeError: if `size` does not fit the keys. Else as `attention_with_bias`.
 
-    Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1; pitome.md section 5.
+    Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1; docs/methods/pitome.md 5.
     """
     scale = _check("attention_with_sizes", q, k, v, scale, backend)
     if size is None:

@@ -1,4 +1,7 @@
-"""How much attention patches get: from the class token or from everybody; which of them to keep (vtc_cls.md 2, 3)."""
+"""How much attention patches get: from the class token or from everybody; which of them to keep.
+
+Source: docs/methods/vtc_cls.md 2, 3.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def projected_class_row(
     Returns:
         [B, T] as `class_row`.
 
-    Source: attentive_clip.md 3.
+    Source: docs/methods/attentive_clip.md 3.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.no_grad(), full_precision(x):
@@ -105,7 +108,7 @@ def received_row(queries: Tensor, keys: Tensor, *, scale: float, bias: Tensor | 
     Returns:
         [B, T], float32 (float64 for float64 inputs), detached; each row sums to 1.
 
-    Source: vtc_cls.md 9; not part of the published method.
+    Source: docs/methods/vtc_cls.md 9; not part of the published method.
     """
     if keys.dim() != 4 or queries.shape != keys.shape:
         raise ShapeError(f"expected queries and keys [B, H, T, D], got {queries.shape} and {keys.shape}")
@@ -131,7 +134,7 @@ def scored_layers(depth: int, start: int | None, last: int) -> range:
     Raises:
         ConfigError: for blocks that a tower of `depth` does not have, or a start behind the last one.
 
-    Source: vtc_cls.md 2; 16 of 24 is the published default.
+    Source: docs/methods/vtc_cls.md 2; 16 of 24 is the published default.
     """
     if not -depth <= last < depth:
         raise ConfigError(f"block {last} is read last, the tower has blocks {-depth} to {depth - 1}")

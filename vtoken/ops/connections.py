@@ -184,7 +184,7 @@ def select_topk(
         ShapeError: if the tensors do not fit each other. InputError: if one is none.
         ConfigError: if `keep_ratio` is not in (0, 1], `num_original` no whole number, the backend unknown or unable.
 
-    Source: arXiv 2303.13755 section 3.2; ties as sparsifiner.md section 3.
+    Source: arXiv 2303.13755 section 3.2; ties as docs/methods/sparsifiner.md 3.
     """
     num_tokens = _check("select_topk", coefficients, basis)
     checks.choice("select_topk", "backend", backend, BACKENDS)
@@ -259,7 +259,7 @@ def select_grouped(
         ShapeError, InputError, ConfigError: as `select_topk`; if grid or `live` do not fit; if `group_size` is no whole
             number from 1 on.
 
-    Source: sparsifiner.md section 8.
+    Source: docs/methods/sparsifiner.md 8.
     """
     num_tokens = _check("select_grouped", coefficients, basis)
     group_size = checks.whole("select_grouped", "group_size", group_size, 1)

@@ -1,4 +1,4 @@
-"""Attention of one head over an explicit list of query-key pairs, in plain torch (sparsifiner.md section 8.1)."""
+"""Attention of one head over an explicit list of query-key pairs, in plain torch (docs/methods/sparsifiner.md 8.1)."""
 
 from __future__ import annotations
 

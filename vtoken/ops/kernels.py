@@ -68,6 +68,6 @@ def _flat_size(x: Tensor, size: Tensor | None) -> Tensor | None:
 
 
 def _like_size(new_size: Tensor, size: Tensor | None) -> Tensor:
-    """Sizes are constants (pitome.md 9), in the shape they came in."""
+    """Sizes are constants (docs/methods/pitome.md 8), in the shape they came in."""
     flat = new_size.detach()
     return flat if size is None else flat.reshape(*flat.shape, *size.shape[2:])

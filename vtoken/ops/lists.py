@@ -1,4 +1,4 @@
-"""Sparse attention by kernels: connections as lists per block of 64 queries (sparsifiner.md section 8.2)."""
+"""Sparse attention by kernels: connections as lists per block of 64 queries (docs/methods/sparsifiner.md 8.2)."""
 
 from __future__ import annotations
 

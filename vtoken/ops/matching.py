@@ -1,4 +1,7 @@
-"""Which tokens merge with which: PiToMe's energy matching and its baselines, as MergePlans (pitome.md 2 and 8)."""
+"""Which tokens merge with which: PiToMe's energy matching and its baselines, as MergePlans.
+
+Source: docs/methods/pitome.md 2 and docs/methods/baselines.md.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,7 @@ def plan_pitome(
         ConfigError: if a number is out of range, a name is unknown, or kernels are asked for that cannot serve the
             metric.
 
-    Source: arXiv 2405.16148 section 3; order and ties as pitome.md section 2.
+    Source: arXiv 2405.16148 section 3; order and ties as docs/methods/pitome.md 2.
     """
     checks.choice("plan_pitome", "variant", variant, VARIANTS)
     checks.choice("plan_pitome", "energy", energy, ENERGIES)

@@ -1,4 +1,4 @@
-"""MergePlan: the small index tensors that describe one merge, and their application to rows (performance.md 2)."""
+"""MergePlan: the small index tensors that describe one merge, and their application to rows (docs/performance.md 2)."""
 
 from __future__ import annotations
 
@@ -291,7 +291,10 @@ def _add_by_index(rows: Tensor, step: Tensor, slot: Tensor) -> Tensor:
 
 
 def _add_by_product(rows: Tensor, step: Tensor, slot: Tensor) -> Tensor:
-    """The same as a product with the one-hot [D, r] matrix; deterministic on every device (pitome.md 9)."""
+    """The same as a product with the one-hot [D, r] matrix; deterministic on every device.
+
+    Source: docs/methods/pitome.md 8.
+    """
     onehot = slot.unsqueeze(1) == torch.arange(rows.shape[1], device=rows.device).view(1, -1, 1)
     with full_precision(rows):
         return torch.baddbmm(rows, onehot.to(rows.dtype), step)

@@ -1,7 +1,7 @@
 """Slow, obviously right versions of the functions in `vtoken.ops`; the tests compare the fast ones with these.
 
-One image at a time, Python loops, float64, plain lists of row numbers. Written from pitome.md sections 2 and 8 (and
-architecture.md 0.5 for the order of the rows), not from the fast code, with which it shares nothing.
+One image at a time, Python loops, float64, plain lists of row numbers. Written from docs/methods/pitome.md 2 and
+docs/methods/baselines.md, not from the fast code, with which it shares nothing.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ def pitome_reference(
 ) -> ReferencePlan:
     """Energy matching of a metric [B, T, d]; arguments as `vtoken.ops.plan_pitome`.
 
-    Source: pitome.md section 2 ("pitome"), section 8 ("pitome_pairs"), section 6 (`protect`), section 11.1 ("eq4"),
-    section 8 ("text").
+    Source: docs/methods/pitome.md 2, 6 (`protect`) and 10.1 ("eq4"); docs/methods/baselines.md 3, 6.
     """
     if variant == "tome":
         return tome_reference(metric, r, num_prefix=num_prefix)
@@ -78,7 +77,7 @@ def energy_reference(
 ) -> list[list[float]]:
     """Energies of the mergeable tokens of every image; arguments as `vtoken.ops.plan_pitome`.
 
-    Source: pitome.md section 2, step 3; section 11.1 ("eq4").
+    Source: docs/methods/pitome.md 2, step 3, and 10.1 ("eq4").
     """
     return [_energies(_unit_rows(metric, b, num_prefix), margin, alpha, energy) for b in range(metric.shape[0])]
 
@@ -86,7 +85,7 @@ def energy_reference(
 def tome_reference(metric: Tensor, r: int, *, num_prefix: int = 0) -> ReferencePlan:
     """Bipartite soft matching of a metric [B, T, d] by the parity of absolute row numbers.
 
-    Source: pitome.md section 8, "tome".
+    Source: docs/methods/baselines.md 1.
     """
     num_tokens = metric.shape[1]
     even = [row - num_prefix for row in range(num_prefix, num_tokens) if row % 2 == 0]
@@ -103,7 +102,7 @@ def tome_reference(metric: Tensor, r: int, *, num_prefix: int = 0) -> ReferenceP
 def stride_reference(metric: Tensor, stride: int, *, num_prefix: int = 0) -> ReferencePlan:
     """Mergeable rows 0, k, 2k, ... are destinations, every other row joins the most similar one.
 
-    Source: pitome.md section 8, "stride".
+    Source: docs/methods/baselines.md 5.
     """
     rows = range(metric.shape[1] - num_prefix)
     destinations = [i for i in rows if i % stride == 0]
@@ -134,7 +133,7 @@ def merge_reference(
 ) -> tuple[Tensor, Tensor]:
     """Rows x [B, T, C] and sizes [B, T] (None: ones) after a merge: float64 [B, T', C] and [B, T'].
 
-    Source: pitome.md section 2, steps 7 and 8, and section 8, "prune" and "reductions".
+    Source: docs/methods/pitome.md 2, steps 7 and 8, and docs/methods/baselines.md 4.
     """
     rows, sizes = [], []
     for b in range(x.shape[0]):

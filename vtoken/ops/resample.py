@@ -1,4 +1,7 @@
-"""One frame's grid of features as any number of tokens: resampled, pooled, merged or thinned out (quota.md 7)."""
+"""One frame's grid of features as any number of tokens: resampled, pooled, merged or thinned out.
+
+Source: docs/methods/quota.md 7.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def assign(grid: Tensor, t: int, mode: str = "bilinear", *, shape: str = "exact"
             is no whole number that fits it.
         ConfigError: if mode or shape is unknown, or the mode has no rows to shape.
 
-    Source: arXiv 2503.08689 section 3.4; exact counts and sizes kept over rounds are quota.md section 7.
+    Source: arXiv 2503.08689 section 3.4; exact counts and sizes kept over rounds are docs/methods/quota.md 7.
 
     Example:
         >>> import torch

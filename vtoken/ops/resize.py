@@ -23,7 +23,7 @@ def resize_rows(rows: Tensor, old: tuple[int, int], new: tuple[int, int], *, num
         ShapeError: if `rows` does not fit `old`. InputError, ConfigError: if it is no tensor, if a grid or `num_prefix`
             is none.
 
-    Source: sparsifiner.md section 10.
+    Source: docs/methods/sparsifiner.md 10.
     """
     checks.tensor("resize_rows", "rows", rows, 2, shape="[P + T, K]")
     old, new = checks.grid("resize_rows", "old", old), checks.grid("resize_rows", "new", new)

@@ -1,4 +1,7 @@
-"""Rows in which the tokens of one frame are laid out: any count, near the frame's own shape (quota.md section 7.1)."""
+"""Rows in which the tokens of one frame are laid out: any count, near the frame's own shape.
+
+Source: docs/methods/quota.md 7.1.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moving whole rows of a [B, T, C] tensor by index, as flat `index_select` (performance.md 3.5); autocast off."""
+"""Moving whole rows of a [B, T, C] tensor by index, as flat `index_select` (docs/performance.md 3.5); autocast off."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:
-    """Autocast off on the device of `like`: neither similarities nor averages may be rounded (pitome.md 9)."""
+    """Autocast off on the device of `like`: neither similarities nor averages may be rounded.
+
+    Source: docs/methods/pitome.md 8.
+    """
     kind = like.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)

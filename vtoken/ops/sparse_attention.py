@@ -67,7 +67,7 @@ def sparse_attention(
         ShapeError: if shapes do not fit each other. InputError: if something is no tensor, or no connections.
         ConfigError: if a number is out of range, if the backend is unknown or cannot serve the call.
 
-    Source: arXiv 2303.13755 section 3.3; empty rows as sparsifiner.md section 4.
+    Source: arXiv 2303.13755 section 3.3; empty rows as docs/methods/sparsifiner.md 4.
     """
     checks.choice("sparse_attention", "backend", backend, BACKENDS)
     scale = checks.number("sparse_attention", "scale", scale)
@@ -113,7 +113,7 @@ def explain(
 ) -> Choice:
     """Which backend `sparse_attention` takes for these tensors with "auto", and the reason.
 
-    Source: sparsifiner.md section 8.1.
+    Source: docs/methods/sparsifiner.md 8.1.
     """
     bias = bias or LogitBias(None, None)
     dense = connections.index is not None and connections.keeps_all

@@ -33,7 +33,7 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
         ConfigError: if density is out of range. ShapeError, InputError: if `images` are no images.
         VTokenError: if Sparsifiner is not applied.
 
-    Source: sparsifiner.md section 8.
+    Source: docs/methods/sparsifiner.md 8.
     """
     what = "the share of keys to keep, "
     density = checks.number("calibrate_threshold", "density", density, above=0, below=1, what=what)

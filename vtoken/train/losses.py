@@ -1,4 +1,4 @@
-"""The losses of Sparsifiner's two training phases (arXiv 2303.13755; sparsifiner.md 6)."""
+"""The losses of Sparsifiner's two training phases (arXiv 2303.13755; docs/methods/sparsifiner.md 6)."""
 
 from __future__ import annotations
 

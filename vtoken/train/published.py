@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vtoken.core.errors import ConfigError
 from vtoken.core.patch import PREDICTOR
 
-#: A predictor's own parameters (sparsifiner.md 2).
+#: A predictor's own parameters (docs/methods/sparsifiner.md 2).
 PARTS = ("reduce_q.weight", "reduce_q.bias", "reduce_k.weight", "reduce_k.bias", "w_down", "w_up")
 
 
@@ -19,7 +19,8 @@ def load_published_state_dict(model: nn.Module, state: Mapping[str, Tensor], nam
 
     Backbone keys must be the model's own (the authors build on timm's). vtoken was written without the published code,
     so the predictor's names come from you: print the keys of block 0 that the plain backbone lacks, and tell the six
-    apart by shape. With N tokens, K basis vectors, head width d and reduced width c (sparsifiner.md section 2), the two
+    apart by shape. With N tokens, K basis vectors, head width d and reduced width c (docs/methods/sparsifiner.md 2),
+    the two
     [c, d] matrices and the two [c] vectors are the reductions of queries and keys; of the two [N, K] (or, as layers
     without bias store them, [K, N]) matrices the one applied to keys is `w_down`, the one that gives scores `w_up`.
 

@@ -1,4 +1,4 @@
-"""From scores and a budget to tokens per cell of a video, separators included (quota.md sections 6, 8 and 9.2)."""
+"""From scores and a budget to tokens per cell of a video, separators included (docs/methods/quota.md 6, 8 and 9.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames scored by an open_clip model: the cheap scorer (quota.md section 5)."""
+"""Frames scored by an open_clip model: the cheap scorer (docs/methods/quota.md 5)."""
 
 from __future__ import annotations
 

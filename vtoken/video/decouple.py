@@ -1,4 +1,4 @@
-"""From a question about a video to a clue that can be looked for in one frame (quota.md section 4).
+"""From a question about a video to a clue that can be looked for in one frame (docs/methods/quota.md 4).
 
 Replies of a language model are parsed, never evaluated, and a reply that makes no sense is no error: the question
 itself is the clue then.

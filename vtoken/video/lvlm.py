@@ -1,4 +1,4 @@
-"""Frames scored by asking a vision-language model about each of them (quota.md section 5)."""
+"""Frames scored by asking a vision-language model about each of them (docs/methods/quota.md 5)."""
 
 from __future__ import annotations
 

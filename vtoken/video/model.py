@@ -1,4 +1,4 @@
-"""The wrapper that spends a token budget on the frames of a video by their relevance (quota.md section 9.2)."""
+"""The wrapper that spends a token budget on the frames of a video by their relevance (docs/methods/quota.md 9.2)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class QuotaVideoModel(nn.Module):
         UnsupportedModelError: if no adapter knows the model.
         ConfigError: if a setting is wrong.
 
-    Source: arXiv 2503.08689; exact budgets are quota.md section 6.
+    Source: arXiv 2503.08689; exact budgets are docs/methods/quota.md 6.
     """
 
     _vtoken_records = True

@@ -1,4 +1,4 @@
-"""The prompt of a video model rebuilt around the tokens that its videos were given (quota.md section 9.1)."""
+"""The prompt of a video model rebuilt around the tokens that its videos were given (docs/methods/quota.md 9.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames of a video by number, through PyAV (quota.md section 3)."""
+"""Frames of a video by number, through PyAV (docs/methods/quota.md 3)."""
 
 from __future__ import annotations
 

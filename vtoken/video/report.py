@@ -1,4 +1,4 @@
-"""What a budget did to one video and what that costs (quota.md section 10)."""
+"""What a budget did to one video and what that costs (docs/methods/quota.md 10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports of the videos of one call (quota.md section 10)."""
+"""Reports of the videos of one call (docs/methods/quota.md 10)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which frames of a video are looked at, and how a prompt says so (quota.md section 3)."""
+"""Which frames of a video are looked at, and how a prompt says so (docs/methods/quota.md 3)."""
 
 from __future__ import annotations
 

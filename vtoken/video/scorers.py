@@ -1,4 +1,4 @@
-"""How relevant every frame is to a clue: what a scorer is, and the two that need no model (quota.md section 5)."""
+"""How relevant every frame is to a clue: what a scorer is, and the two that need no model (docs/methods/quota.md 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tokens of videos after resampling, and the placeholders that they take (quota.md sections 7 and 8)."""
+"""The tokens of videos after resampling, and the placeholders that they take (docs/methods/quota.md 7 and 8)."""
 
 from __future__ import annotations
 
