@@ -133,11 +133,11 @@ def whole_numbers(values: Sequence[Any]) -> tuple[int, ...] | None:
 
 def grid(owner: str, name: str, value: Any, *, error: type[VTokenError] = ConfigError) -> tuple[int, int]:
     """(rows, columns) of a patch grid, each at least 1."""
-    sides = several(value)
-    if sides is None or len(sides) != 2:
-        raise error(f"{owner}({name}={value!r}): must be (rows, columns)")
-    rows, columns = (whole(owner, name, side, 1, error=error) for side in sides)
-    return rows, columns
+    entries = several(value)
+    sides = None if entries is None else whole_numbers(entries)
+    if sides is None or len(sides) != 2 or min(sides) < 1:
+        raise error(f"{owner}({name}={value!r}): must be (rows, columns), whole numbers from 1 on")
+    return sides[0], sides[1]
 
 
 def tensor(owner: str, name: str, value: Any, *dims: int, shape: str = "") -> Tensor:
