@@ -17,9 +17,6 @@ from vtoken.core.errors import ConfigError, InputError, ShapeError, VTokenError
 if TYPE_CHECKING:  # so that settings can be read without torch
     from torch import Tensor
 
-#: More than float products miss by: 0.1 * 30 is a little over 3, 100 - 100 * 0.55 a little under 45.
-ROUNDING = 1e-6
-
 
 def whole(
     owner: str,
@@ -153,8 +150,12 @@ def tensor(owner: str, name: str, value: Any, *dims: int, shape: str = "") -> Te
 
 
 def share_of(share: float, count: int) -> int:
-    """ceil(share * count), at least 1: how many of `count` things a share in (0, 1] keeps."""
-    return max(1, math.ceil(share * count - ROUNDING))
+    """ceil(share * count), at least 1: how many of `count` things a share in (0, 1] keeps.
+
+    The 1e-6 is more than float products miss by (0.1 * 30 is a little over 3), and written out, because a graph whose
+    sizes are symbols would make an argument of a global number.
+    """
+    return max(1, math.ceil(share * count - 1e-6))
 
 
 def _range(is_number: bool, least: float | None, most: float | None, above: float | None, below: float | None) -> str:

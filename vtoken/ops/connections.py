@@ -317,6 +317,9 @@ def _check(owner: str, coefficients: Tensor, basis: Tensor) -> int:
 def _score_chunks(coefficients: Tensor, basis: Tensor) -> Iterator[Tensor]:
     """Scores of some of the rows (b, h, t) at a time: [1, rows, N], or [B, rows, N] if each image has its basis."""
     rows = coefficients.flatten(0, 2).unsqueeze(0) if basis.dim() == 2 else coefficients.flatten(1, 2)
+    if torch.compiler.is_compiling():  # how many passes a graph holds cannot depend on the batch
+        yield rows @ basis
+        return
     step = _rows_at_a_time(rows.device, rows.shape[0] * basis.shape[-1], rows.shape[1])
     if basis.dim() == 2 and _has_onednn(rows):
         # Twice as fast on AMD as MKL, whose product torch would take; where measured, equal to the last bit.
@@ -335,6 +338,8 @@ def _has_onednn(x: Tensor) -> bool:
 
 
 def _rows_at_a_time(device: torch.device, row_size: int, queries: int) -> int:
-    if device.type == "meta" or torch.compiler.is_compiling():  # a graph holds every pass: few, whatever the batch
-        return max(1, queries // 4)
+    if (
+        device.type == "meta" or torch.compiler.is_compiling()
+    ):  # how many passes a graph holds may not hang on the batch
+        return max(1, queries)
     return max(1, min(_SCORES.get(device.type, _SCORES_ELSEWHERE) // max(1, row_size), queries // 2))
