@@ -76,7 +76,7 @@ def test_one_graph_serves_every_ratio_margin_batch_and_size() -> None:
 
 
 def test_models_do_not_share_graphs_or_use_up_each_others_limit() -> None:
-    for width in range(1, 12):  # torch's limit is eight graphs
+    for width in range(1, 10):  # torch's limit is eight graphs
         backend = Counting("eager")
         model = vtoken.apply(vit(depth=2, embed_dim=16 * width, num_heads=2).eval(), vtoken.ToMe(r=4))
         with torch.no_grad():
@@ -100,7 +100,7 @@ def test_gradients() -> None:
 
 
 def test_stochastic_depth_trains_beyond_torchs_limit_of_graphs() -> None:
-    model = vtoken.apply(vit(depth=10, drop_path_rate=0.2).train(), vtoken.ToMe(r=2))
+    model = vtoken.apply(vit(depth=9, drop_path_rate=0.2).train(), vtoken.ToMe(r=2))
     vtoken.compile(model, backend="eager")(host_row("vit_token").images()).sum().backward()
     assert all(p.grad is not None for p in model.blocks.parameters())
 
