@@ -156,6 +156,40 @@ def test_features_and_unmerging() -> None:
         assert_close("map", one, other, 1e-5)
 
 
+@pytest.mark.parametrize("part", ["mlp", "attn", "norm1", "mlp.fc1", "attn.qkv", ""])
+def test_hooks_on_parts_are_called_for_their_own_block_and_may_change_what_it_gives(part: str) -> None:
+    host = host_row("vit_token")
+    eager, compiled = _two(host, vtoken.PiToMe(ratio=0.75))
+    x, seen = host.images(), []
+    with torch.no_grad():
+        plain = compiled(x)  # one block's graph serves another from now on
+        handles = []
+        for model in (eager, compiled):
+            module = model.blocks[1].get_submodule(part)
+            handles.append(module.register_forward_hook(lambda m, i, out: (seen.append(m), out * 2)[1]))
+        assert_close("hooked", eager(x), compiled(x), 1e-5)
+        assert [m is compiled.blocks[1].get_submodule(part) for m in seen] == [False, True]
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(compiled(x), plain)
+    assert len(seen) == 2
+
+
+def test_global_hooks_are_called_with_every_module() -> None:
+    host = host_row("vit_token")
+    eager, compiled = _two(host, vtoken.PiToMe(ratio=0.75))
+    x, counts = host.images(), []
+    with torch.no_grad():
+        for model in (eager, compiled):
+            model(x)
+            names, seen = {m: n for n, m in model.named_modules()}, []
+            handle = torch.nn.modules.module.register_module_forward_hook(lambda m, i, o, s=seen: s.append(m))
+            model(x)
+            handle.remove()
+            counts.append([names[m] for m in seen])
+    assert counts[0] == counts[1]
+
+
 def test_what_cannot_be_compiled_so_is_refused() -> None:
     model = host_row("vit_token").model()
     with pytest.raises(vtoken.VTokenError, match=r"vtoken\.apply"):

@@ -64,13 +64,14 @@ def compile(model: M, **options: Any) -> M:
     """Compile the blocks of a patched model, one graph for all layers; in place, undone by `vtoken.remove`.
 
     Compiles in a fraction of the time that `torch.compile(model)` takes on a merging model. A new ratio, margin, image
-    size or batch runs the same graph; a batch of one, a layer that removes no or just one token, training, and another
-    dtype or device have graphs of their own. What stands around the blocks (embedding, head) stays eager, as do blocks
-    whose attention is read on the way (by VTC-CLS, in the tower of a multimodal model).
+    size or batch runs the same graph; a batch of one, a layer that removes no or just one token, training, gradients,
+    inference mode, autocast, and another dtype or device have graphs of their own. What stands around the blocks
+    (embedding, head) stays eager, as do blocks with a hook on one of their parts (so that it is called) and blocks
+    whose attention is read on the way (by VTC-CLS, in the tower of a multimodal model). `apply(replace=True)` undoes
+    it, too.
 
     Args:
-        model: a model, or a module that holds one, to which a merging method was applied. Hooks on the parts of a
-            block must be such that `torch.compile` takes them.
+        model: a model, or a module that holds one, to which a merging method was applied.
         options: further arguments of `torch.compile`, such as `backend` or `mode`.
 
     Returns:

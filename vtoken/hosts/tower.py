@@ -200,6 +200,12 @@ def is_heard(module: nn.Module) -> bool:
     )
 
 
+def is_heard_within(block: nn.Module) -> bool:
+    """Whether `is_heard` holds for a module inside `block`."""
+    children = [child for child in block._modules.values() if child is not None]
+    return any(is_heard(child) or is_heard_within(child) for child in children)
+
+
 def through(module: Any, x: Tensor) -> Tensor:
     """`module(x)`, without the call where it is an identity, or dropout at rest, that nobody listens to."""
     kind = type(module)
@@ -342,8 +348,13 @@ def merged_block(
     removes = state.removes(layer, x.shape[1])
     if attention and (removes or state.slots[layer] is not state.first):
         _refuse_mask(attention)
-    # Inside somebody's larger graph a block is part of that.
-    if state.compiled is not None and not torch.compiler.is_compiling() and not state.reads(layer):
+    # Inside somebody's larger graph a block is part of that. Hooks cannot be in a graph that serves other blocks, too.
+    if (
+        state.compiled is not None
+        and not torch.compiler.is_compiling()
+        and not state.reads(layer)
+        and not is_heard_within(block)
+    ):
         return compiled_block(state.compiled, block, state, layer, x, attention)
     bias = state.bias(layer, x.dtype)
     if bias is not None:
