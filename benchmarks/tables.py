@@ -91,6 +91,17 @@ def small(result: Result) -> str:
     return markdown(head, rows)
 
 
+def compiling(result: Result) -> str:
+    """What compiling costs and gives."""
+    rows = [
+        [row["name"], f"{row['compile_seconds']:.1f} s", f"{row['of_stock']:.2f}"]
+        + [f"{row[name]:.2f}" for name in ("speedup_of_compiled", "speedup", "flops_factor")]
+        for row in result["rows"]
+    ]
+    head = ("", "compiling", "of stock's", "speed x compiled stock", "x eager stock", "FLOPs x")
+    return markdown(head, rows)
+
+
 def sparsifiner(result: Result) -> str:
     """Top-1 by keys kept, means over seeds, and paired differences with the larger of two standard errors."""
     runs, canvases = result["runs"], int(result["settings"]["test"])
@@ -234,6 +245,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "clip": ("train_clip.json", clip),
     "training": ("training.json", training),
     "small": ("small.json", small),
+    "compile": ("compile.json", compiling),
     "sparse": ("sparse_attention.json", sparse),
     "exact-2305": ("sparse_attention.json", sparse_figure("sparse with selection", 2305, 0.1)),
     "exact-2305-macs": ("sparse_attention.json", sparse_figure("sparse with selection", 2305, 0.1, "mac_factor")),
