@@ -10,7 +10,8 @@ from torch import Tensor
 from vtoken.core.errors import InputError
 from vtoken.core.patch import forward_with
 from vtoken.core.state import TokenState
-from vtoken.hosts.tower import Tap, TappedMixin, alone, merged_block
+from vtoken.hosts.merged import merged_block
+from vtoken.hosts.tower import Tap, TappedMixin, alone
 from vtoken.ops.attention import masked_attention
 
 

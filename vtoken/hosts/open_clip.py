@@ -24,6 +24,7 @@ from vtoken.core.patch import base_of, forward_is_replaced, forward_with, is_pat
 from vtoken.core.state import Slot, TokenState
 from vtoken.core.trace import DROPPED, current_trace
 from vtoken.hosts.class_rows import ClassRows, RowTap
+from vtoken.hosts.merged import merged_block
 from vtoken.hosts.pooling import weighted_mean
 from vtoken.hosts.tower import (
     Tap,
@@ -34,7 +35,6 @@ from vtoken.hosts.tower import (
     block_targets,
     bound,
     changed,
-    merged_block,
     mixin_for,
     stock_with,
     through,

@@ -16,13 +16,13 @@ from vtoken.core.errors import InputError
 from vtoken.core.method import AttentionMethod
 from vtoken.core.patch import base_of, forward_with
 from vtoken.core.state import TokenState
+from vtoken.hosts.merged import merged_block
 from vtoken.hosts.tower import (
     Tap,
     TappedMixin,
     alone,
     gather_rope,
     given,
-    merged_block,
     mixin_for,
     stock_with,
     tapped_forward,

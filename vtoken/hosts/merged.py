@@ -1,0 +1,156 @@
+"""One block of a tower that loses tokens: eager, or by the graph that serves all blocks (`vtoken.compile`)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.core.compiled import CompiledBlocks, mark
+from vtoken.core.errors import InputError
+from vtoken.core.method import BlockMethod
+from vtoken.core.state import TokenState
+from vtoken.hosts.tower import Tap, is_heard_within
+
+
+def _refuse_mask(attention: dict[str, Any]) -> None:
+    """A caller's mask names rows of the full sequence; after a merge those rows are no longer there."""
+    if attention.get("attn_mask") is not None or attention.get("is_causal"):
+        what = "is_causal=True" if attention.get("is_causal") else "an attention mask"
+        raise InputError(
+            f"{what} cannot be combined with removed tokens: it names rows of the full sequence. Masked attention and "
+            "padded (NaFlex) batches need the full model; use vtoken.remove(model)"
+        )
+
+
+def merged_block(
+    block: Any,
+    state: TokenState,
+    x: Tensor,
+    stock: Callable[..., Tensor],
+    **attention: Any,
+) -> Tensor:
+    """One block of a tower that loses tokens.
+
+    Args:
+        block: has `_vtoken_index` and its two residual branches as `_vtoken_attn(x, tap, **attention)`, which runs its
+            attention with the tap, and `_vtoken_mlp(x)`.
+        state: of this forward.
+        x: tokens [B, T, C].
+        stock: called as stock(x, tap, **attention) where nothing is removed: the block's own forward.
+        attention: further arguments of the block's attention.
+    """
+    layer: int = block._vtoken_index
+    state.enter(layer, x)
+    removes = state.removes(layer, x.shape[1])
+    if attention and (removes or state.slots[layer] is not state.first):
+        _refuse_mask(attention)
+    # Inside somebody's larger graph a block is part of that. Hooks cannot be in a graph that serves other blocks, too.
+    if (
+        state.compiled is not None
+        and not torch.compiler.is_compiling()
+        and not state.reads(layer)
+        and not is_heard_within(block)
+    ):
+        return compiled_block(state.compiled, block, state, layer, x, attention)
+    bias = state.bias(layer, x.dtype)
+    if bias is not None:
+        attention["attn_mask"] = bias
+    if not removes:
+        state.skip(layer)
+        return stock(x, Tap(state, layer, removes=False), **attention)
+    return reduced(block, state, layer, x, functools.partial(state.on_block, layer), attention)
+
+
+def reduced(
+    block: Any,
+    state: TokenState,
+    layer: int,
+    x: Tensor,
+    remove: Callable[[Tensor, Tensor], Tensor],
+    attention: dict[str, Any],
+) -> Tensor:
+    """The two branches of a block, with tokens taken out by `remove(x, metric)` between or after them."""
+    tap = Tap(state, layer, removes=True)
+    x = x + block._vtoken_attn(x, tap, **attention)
+    if state.method.insert == "after":
+        # The keys are a view of the whole q, k, v projection: reduce them at once, so that it is freed before the MLP.
+        early = None if state.method.metric == "hidden" else tap.metric(x)
+        del tap
+        x = x + block._vtoken_mlp(x)
+        return remove(x, x if early is None else early)
+    metric = tap.metric(x)
+    del tap
+    x = remove(x, metric)
+    return x + block._vtoken_mlp(x)
+
+
+def compiled_block(
+    compiled: CompiledBlocks, block: Any, state: TokenState, layer: int, x: Tensor, attention: dict[str, Any]
+) -> Tensor:
+    """`merged_block` by the graph that serves all layers; what is particular to this one goes in as arguments."""
+    method, slot = state.method, state.slots[layer]
+    r = method.num_removed(layer, x.shape[1] - state.num_prefix, state.first.embedded - state.num_prefix)
+    tensors = (slot.size, slot.anchor, slot.dest, slot.protect)
+    for known in (x, *tensors):
+        mark(known)
+    mark(attention.get("rope"), rows=2)
+    fixed = (method, state.num_prefix, slot.track_anchor, slot.track_dest)
+    case = (x.shape[0] == 1, min(r, 2), block.training, torch.is_grad_enabled(), x.dtype, x.device, fixed[2:])
+    if r == 0:
+        state.skip(layer)
+        result: Tensor = compiled(_kept, case, block, fixed, x, tensors, attention)
+        return result
+    # torch makes constants of the numbers 0 and 1, but not of an argument that is never one of them.
+    x, *after = compiled(
+        _reduced, case, block, fixed, x, tensors, attention, layer + 2, r + 2, method.layer_settings(layer)
+    )
+    size, anchor, dest, protect = after
+    state.slots[layer + 1] = replace(slot, size=size, anchor=anchor, dest=dest, protect=protect)
+    return x
+
+
+def _local(
+    fixed: tuple[BlockMethod, int, bool, bool], tensors: Sequence[Tensor | None], x: Tensor, attention: dict[str, Any]
+) -> tuple[TokenState, dict[str, Any]]:
+    """One block's own state, whose slot is at 0, and the arguments of its attention."""
+    method, num_prefix, track_anchor, track_dest = fixed
+    state = TokenState(method, num_prefix, track_anchor=track_anchor, track_dest=track_dest)
+    size, anchor, dest, protect = tensors
+    state.slots[0] = replace(state.first, size=size, anchor=anchor, dest=dest, protect=protect)
+    bias = state.bias(0, x.dtype)
+    return state, attention if bias is None else attention | {"attn_mask": bias}
+
+
+def _kept(block: Any, fixed: Any, x: Tensor, tensors: Sequence[Tensor | None], attention: dict[str, Any]) -> Tensor:
+    state, attention = _local(fixed, tensors, x, attention)
+    x = x + block._vtoken_attn(x, Tap(state, 0, removes=False), **attention)
+    result: Tensor = x + block._vtoken_mlp(x)
+    return result
+
+
+def _reduced(
+    block: Any,
+    fixed: Any,
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    attention: dict[str, Any],
+    layer: int,
+    r: int,
+    settings: dict[str, Any],
+) -> tuple[Tensor | None, ...]:
+    state, attention = _local(fixed, tensors, x, attention)
+
+    def remove(x: Tensor, metric: Tensor) -> Tensor:
+        x, state.slots[1] = state.method.reduce(
+            layer - 2, r - 2, x, metric, state.slots[0], state.num_prefix, **settings
+        )
+        return x
+
+    x = reduced(block, state, 0, x, remove, attention)
+    after = state.slots[1]
+    return x, after.size, after.anchor, after.dest, after.protect
