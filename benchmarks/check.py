@@ -15,7 +15,7 @@ import vtoken
 from vtoken.accounting.shadow import shared_copy
 from vtoken.core.config import MethodConfig
 from vtoken.core.host import find_adapter
-from vtoken.methods.merging import ScheduledMergeConfig
+from vtoken.methods.merging.base import ScheduledMergeConfig
 
 #: Relative RMS error allowed between the fast and the plain form of a model in float64.
 TOLERANCE = 1e-6

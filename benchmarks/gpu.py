@@ -28,7 +28,7 @@ from throughput import as_rows, measure, show
 import vtoken
 from vtoken.accounting.compare import forward_of, label, write_json
 from vtoken.accounting.timing import interleaved
-from vtoken.core.errors import VTokenError
+from vtoken.errors import VTokenError
 
 Rows = list[dict[str, Any]]
 RATIOS = (0.925, 0.9)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.errors import ConfigError
 from vtoken.core.host import find_adapter
+from vtoken.errors import ConfigError
 from vtoken.hosts.names import check_name
 
 NAMES = "timm name, open_clip:NAME (ViT-B-32), or hf:CONFIG (CLIPVisionConfig, or a folder with a config.json)"

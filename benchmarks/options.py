@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vtoken.accounting import compare
-from vtoken.core.errors import VTokenError
+from vtoken.errors import VTokenError
 
 
 def parser(name: str, doc: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:

@@ -15,9 +15,9 @@ from torch import Tensor
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import Slot
-from vtoken.methods.baselines import ToMe
-from vtoken.methods.merging import Merging
-from vtoken.methods.pitome import PiToMe
+from vtoken.methods.merging.base import Merging
+from vtoken.methods.merging.baselines import ToMe
+from vtoken.methods.merging.pitome import PiToMe
 
 
 class Rows(NamedTuple):

@@ -31,10 +31,10 @@ from vtoken.accounting.compare import Quality, Row
 from vtoken.accounting.timing import interleaved
 from vtoken.cli.settings import add_sweep, sweep
 from vtoken.core.config import MethodConfig
-from vtoken.core.errors import VTokenError
 from vtoken.demo.clutter import DATA, load_clutter_vit, load_test_canvases
 from vtoken.demo.photos import load_photographs, photograph_names
 from vtoken.demo.saliency import NATIVE_SIZE, SaliencyViT, load_saliency_vit, normalise
+from vtoken.errors import VTokenError
 
 METHODS = ["pitome", "tome", "random_merge", "random_prune", "stride"]
 FLAT = ("moon", "hubble")  # nearly flat saliency maps: a correlation with them measures noise

@@ -20,7 +20,7 @@ from options import begin, parse, parser, write
 from torch import Tensor
 
 from vtoken.accounting.timing import Timing, interleaved
-from vtoken.methods.predictor import ConnectivityPredictor
+from vtoken.methods.sparsifiner.predictor import ConnectivityPredictor
 from vtoken.ops import Connections, select_grouped, select_topk, sparse_attention
 
 HEADS, WIDTH, BASIS = 6, 64, 32

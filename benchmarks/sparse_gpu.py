@@ -16,9 +16,9 @@ from check import relative_error
 from torch import Tensor
 
 from vtoken.accounting.timing import interleaved
-from vtoken.methods.predictor import ConnectivityPredictor
+from vtoken.methods.sparsifiner.predictor import ConnectivityPredictor
 from vtoken.ops import Connections, backend, lists, select_grouped, select_topk, sparse_attention
-from vtoken.ops.connections import num_kept, query_order
+from vtoken.ops.sparse.connections import num_kept, query_order
 
 WIDTH, BASIS, GROUP = 64, 32, 64
 #: Relative RMS error that a form may have in the dtype that is timed.

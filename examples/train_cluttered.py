@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from vtoken.core.errors import VTokenError
 from vtoken.demo.clutter import (
     DATA,
     PATCH,
@@ -37,6 +36,7 @@ from vtoken.demo.clutter import (
     paint,
     read_fashion_mnist,
 )
+from vtoken.errors import VTokenError
 
 # Side of the canvas in patches, and the share of all images that come at that size.
 STAGES = ((6, 0.5), (9, 0.2), (SIDE // PATCH, 0.3))

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 import vtoken
 from vtoken import checks, nn, ops
 from vtoken.core.config import example
-from vtoken.ops.hilbert import hilbert_order
-from vtoken.ops.resize import resize_rows
-from vtoken.ops.sparse_attention import attention_map
+from vtoken.ops.sparse.attention import attention_map
+from vtoken.ops.sparse.hilbert import hilbert_order
+from vtoken.ops.sparse.resize import resize_rows
 
 X = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0))
 Q = torch.randn(2, 2, 12, 8, generator=torch.Generator().manual_seed(1))

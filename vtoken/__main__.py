@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vtoken.cli.parser import parser
-from vtoken.core.errors import VTokenError
+from vtoken.errors import VTokenError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,11 +9,13 @@ from vtoken import nn, ops, train, video
 from vtoken.accounting.prefill import kv_cache_bytes, prefill_flops
 from vtoken.accounting.prompt_report import PromptReport, prompt_report
 from vtoken.accounting.report import Report, report
-from vtoken.clip import AttentiveMaskCLIP, AttentiveMaskLoss, MultiViewCrop
 from vtoken.core.apply import applied, apply, config_of, configure, is_applied, num_tokens, plan, remove
 from vtoken.core.compiled import compile
 from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
-from vtoken.core.errors import (
+from vtoken.core.host import HostAdapter, HostSpec, register_adapter
+from vtoken.core.plan import Plan
+from vtoken.core.trace import Trace, trace, tracing, unmerge
+from vtoken.errors import (
     AlreadyAppliedError,
     ConfigError,
     InputError,
@@ -22,18 +24,16 @@ from vtoken.core.errors import (
     VTokenError,
     VTokenWarning,
 )
-from vtoken.core.host import HostAdapter, HostSpec, register_adapter
-from vtoken.core.plan import Plan
-from vtoken.core.trace import Trace, trace, tracing, unmerge
 from vtoken.hosts.class_rows import cls_attention_scores
 from vtoken.hosts.names import supported
-from vtoken.hosts.prompt import shrink_inputs
-from vtoken.methods.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
-from vtoken.methods.pitome import PiToMe
-from vtoken.methods.sparsifiner import Sparsifiner
+from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMaskLoss, MultiViewCrop
+from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
+from vtoken.methods.merging.pitome import PiToMe
+from vtoken.methods.sparsifiner.calibrate import calibrate_threshold
+from vtoken.methods.sparsifiner.settings import Sparsifiner
 from vtoken.methods.vtc_cls import VTCCLS
 from vtoken.ops import select_tokens
-from vtoken.train.calibrate import calibrate_threshold
+from vtoken.prompts.shrink import shrink_inputs
 from vtoken.video.model import QuotaVideoModel
 
 if TYPE_CHECKING:  # drawing needs optional packages, so it is imported when first used

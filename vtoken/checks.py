@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from vtoken.core.errors import ConfigError, InputError, ShapeError, VTokenError
+from vtoken.errors import ConfigError, InputError, ShapeError, VTokenError
 
 if TYPE_CHECKING:  # so that settings can be read without torch
     from torch import Tensor

@@ -11,7 +11,7 @@ import torch
 
 import vtoken
 from tests.helpers import counted
-from vtoken.methods.merging import Merging
+from vtoken.methods.merging.base import Merging
 
 
 def meta_model(name: str, **options: object) -> torch.nn.Module:

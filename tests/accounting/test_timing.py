@@ -9,7 +9,7 @@ from vtoken.accounting import compare, timing
 from vtoken.accounting.ideal import Ideal
 from vtoken.accounting.shadow import shared_copy
 from vtoken.accounting.timing import interleaved
-from vtoken.methods.pitome import PiToMe
+from vtoken.methods.merging.pitome import PiToMe
 
 
 def test_rounds_are_interleaved_and_rotated() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import vtoken
 from vtoken.accounting import compare
 from vtoken.core.state import TokenState
-from vtoken.methods.merging import Merging
+from vtoken.methods.merging.base import Merging
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "benchmarks" / "README.md").read_text()
@@ -369,7 +369,7 @@ def _lazy_matching(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _changed_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that differs from the host's own even when nothing is removed."""
-    tower = importlib.import_module("vtoken.hosts.timm_blocks")
+    tower = importlib.import_module("vtoken.hosts.timm.blocks")
     stock = tower.merged_block
     monkeypatch.setattr(tower, "merged_block", lambda *args, **kwargs: stock(*args, **kwargs) * 1.001)
 

@@ -12,7 +12,7 @@ import torch
 from tests.benchmarks.test_scripts import ROOT, run, script
 from vtoken.accounting.prefill import Decoder, prefill_flops
 from vtoken.ops import assign
-from vtoken.ops.resample import Assigned
+from vtoken.ops.frames.resample import Assigned
 
 
 @pytest.mark.slow

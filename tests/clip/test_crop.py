@@ -22,7 +22,7 @@ from torchvision.transforms.functional import resized_crop
 import vtoken
 from tests.clip.models import batch, wrap
 from tests.helpers import assert_same
-from vtoken.clip.crop import teacher_box
+from vtoken.methods.attentive_clip.crop import teacher_box
 
 
 def coordinates(height: int, width: int) -> Tensor:

@@ -11,7 +11,7 @@ from open_clip import ClipLoss
 from open_clip.loss import SigLipLoss
 
 import vtoken
-from vtoken.clip.loss import byol_loss, clip_loss
+from vtoken.methods.attentive_clip.loss import byol_loss, clip_loss
 
 B, E, D = 6, 10, 7
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import vtoken
 from tests.clip.models import batch, wrap
-from vtoken.clip.mapping import _places, check_boxes, map_scores
+from vtoken.methods.attentive_clip.mapping import _places, check_boxes, map_scores
 
 
 def slow(scores: Tensor, grid: tuple[int, int], view: list[int], teacher: list[int]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 import vtoken
 from tests.clip.models import EMBED, batch, clip, gradients, timm_clip, trunk_clip, wrap
 from tests.helpers import assert_close, assert_same, randomise_, vit
+from vtoken.methods.attentive_clip.mapping import map_scores
 
 MODELS: dict[str, Any] = {
     "default": clip,
@@ -109,7 +110,7 @@ def test_views_have_their_own_masks_by_boxes() -> None:
     found = wrapper(views, t, teacher_image=teacher, view_boxes=view_boxes, teacher_boxes=teacher_boxes)
     assert found["image_features"].shape == (4, 2, EMBED)
     scores = wrapper.score(teacher)
-    mapped = vtoken.clip.mapping.map_scores(scores, (8, 8), view_boxes, teacher_boxes)
+    mapped = map_scores(scores, (8, 8), view_boxes, teacher_boxes)
     kept = [vtoken.select_tokens(mapped[:, v].flatten(1), 32) for v in (0, 1)]
     assert not torch.equal(kept[0], kept[1])
     for v in (0, 1):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtoken
-from vtoken.clip.select import MODES, Selection, kept_units, patches_of, unit_scores
+from vtoken.methods.attentive_clip.select import MODES, Selection, kept_units, patches_of, unit_scores
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(0.25, 13), (0.5, 25), (0.75, 37), (1.0, 49), (1e-4, 1)])

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtoken.core.errors import ConfigError, VTokenError
 from vtoken.demo import captions as module
 from vtoken.demo.captions import (
     CONTEXT,
@@ -26,6 +25,7 @@ from vtoken.demo.captions import (
     zero_shot_accuracy,
 )
 from vtoken.demo.clutter import DATA, read_fashion_mnist
+from vtoken.errors import ConfigError, VTokenError
 
 needs_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 needs_garments = pytest.mark.skipif(not DATA.is_dir(), reason="needs the Debian package dataset-fashion-mnist")

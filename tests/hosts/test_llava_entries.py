@@ -15,8 +15,8 @@ transformers = pytest.importorskip("transformers")
 
 from tests.helpers import assert_close  # noqa: E402
 from tests.hosts.llavas import IMAGE, build, images, prompt, shown  # noqa: E402
-from vtoken.core.errors import VTokenWarning  # noqa: E402
 from vtoken.core.patch import is_patched  # noqa: E402
+from vtoken.errors import VTokenWarning  # noqa: E402
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
 

@@ -205,7 +205,7 @@ def test_videos_run_unpruned_with_one_warning(kind: str) -> None:
 
 
 def test_text_only_calls_reach_the_library_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtoken.hosts import llava_entry
+    from vtoken.hosts.llava import entry as llava_entry
 
     model, given = build("llava"), prompt([1, 5, 6])
     with torch.no_grad():

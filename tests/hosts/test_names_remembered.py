@@ -29,7 +29,7 @@ def test_a_second_call_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("registry")
 def test_a_registered_adapter_is_asked() -> None:
     assert names.why_not("resnet18") is not None
-    from vtoken.hosts.timm_vit import TimmAdapter
+    from vtoken.hosts.timm.adapter import TimmAdapter
 
     class Willing(TimmAdapter):
         def spec(self, model: torch.nn.Module) -> vtoken.HostSpec:

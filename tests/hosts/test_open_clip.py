@@ -113,7 +113,7 @@ def test_tokens_are_matched_by_their_keys(name: str) -> None:
 def test_packed_attention_is_multihead_attention() -> None:
     from vtoken.core.method import KeepAll
     from vtoken.core.state import TokenState
-    from vtoken.hosts.open_clip import packed_attention
+    from vtoken.hosts.open_clip.adapter import packed_attention
     from vtoken.hosts.tower import Tap
 
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.contract import slow_model
-from vtoken.ops.hilbert import hilbert_order
+from vtoken.ops.sparse.hilbert import hilbert_order
 
 
 @dataclass

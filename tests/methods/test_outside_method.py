@@ -14,7 +14,7 @@ import vtoken
 from vtoken.core import config
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import Slot
-from vtoken.methods.merging import MergeConfig, Merging
+from vtoken.methods.merging.base import MergeConfig, Merging
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tests.helpers import assert_close
 from tests.ops.test_connections import Sizes
 from vtoken import ConfigError, ShapeError
-from vtoken.methods.predictor import ConnectivityPredictor
+from vtoken.methods.sparsifiner.predictor import ConnectivityPredictor
 from vtoken.ops import select_grouped, select_topk
-from vtoken.ops.resize import resize_rows
+from vtoken.ops.sparse.resize import resize_rows
 
 
 def make(seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> ConnectivityPredictor:

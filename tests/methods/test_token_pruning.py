@@ -13,8 +13,8 @@ from tests.contract.table import features, run, traced
 from tests.helpers import assert_close, assert_same, images, randomise_, vit
 from tests.methods.sparse_hosts import HOSTS, sparse
 from vtoken.core.state import AttentionCall, Slot
-from vtoken.methods.predictor import ConnectivityPredictor
-from vtoken.methods.token_pruning import TokenPruning
+from vtoken.methods.sparsifiner.predictor import ConnectivityPredictor
+from vtoken.methods.sparsifiner.pruning import TokenPruning
 
 
 @pytest.mark.parametrize("ratio", [0.9, 0.7, 0.5, 0.1, 0.01])
@@ -149,7 +149,7 @@ def test_masks_of_the_caller_are_refused_where_tokens_are_gone() -> None:
 def test_the_class_row_is_only_computed_where_tokens_go(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
 
-    module, calls = importlib.import_module("vtoken.methods.sparsifiner"), []
+    module, calls = importlib.import_module("vtoken.methods.sparsifiner.settings"), []
     first = module._first_row
     monkeypatch.setattr(module, "_first_row", lambda q, k, call: calls.append(call.layer) or first(q, k, call))
     run(pruned(), HOSTS["registers"].images())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from vtoken.core.errors import ConfigError, InputError
+from vtoken.errors import ConfigError, InputError
 from vtoken.ops import allocate_tokens
 
 BITS = 280  # of the reference's fixed-point level; two parts closer than 2 ** -200 are the same

@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vtoken import ConfigError, ShapeError
-from vtoken.ops import Connections, backend, connections, select_grouped, select_threshold, select_topk
-from vtoken.ops.connections import num_kept
-from vtoken.ops.hilbert import hilbert_order
+from vtoken.ops import Connections, backend, select_grouped, select_threshold, select_topk
 from vtoken.ops.largest import keep_largest, largest_index, largest_mask
-from vtoken.ops.packed import largest_packed
+from vtoken.ops.sparse import connections
+from vtoken.ops.sparse.connections import num_kept
+from vtoken.ops.sparse.hilbert import hilbert_order
+from vtoken.ops.sparse.packed import largest_packed
 
 
 class Sizes(TorchDispatchMode):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vtoken import ShapeError
-from vtoken.ops.hilbert import hilbert_order
+from vtoken.ops.sparse.hilbert import hilbert_order
 
 GRIDS = [(r, c) for r in range(1, 10) for c in range(1, 10)] + [
     (14, 14),

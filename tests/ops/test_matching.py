@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtoken import ConfigError, ShapeError
-from vtoken.methods.schedule import removed_by_ratio
-from vtoken.ops import MergePlan, key_metric, matching, plan_pitome, plan_random, plan_stride, plan_tome
+from vtoken.methods.merging.schedule import removed_by_ratio
+from vtoken.ops import MergePlan, key_metric, plan_pitome, plan_random, plan_stride, plan_tome
+from vtoken.ops.merging import matching
 from vtoken.ops.reference import (
     ReferencePlan,
     energy_reference,

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import vtoken.ops.merge
+import vtoken.ops.merging.plan
 from vtoken import ConfigError, ShapeError
 from vtoken.ops import REDUCTIONS, MergePlan, plan_pitome, plan_random, plan_stride, plan_tome, size_bias
-from vtoken.ops.merge import _add_by_index, _add_by_product
+from vtoken.ops.merging.plan import _add_by_index, _add_by_product
 from vtoken.ops.reference import merge_reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -654,7 +654,7 @@ def test_apply_with_the_product(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
         calls.append(slot)
         return rows.copy_(_add_by_product(rows, sources, slot))
 
-    monkeypatch.setattr(vtoken.ops.merge, "_add_by_index", add)
+    monkeypatch.setattr(vtoken.ops.merging.plan, "_add_by_index", add)
     for name, planner in PLANNERS.items():
         plan = planner(draw(83, 2, 25, 4), 9, 2)
         x, size = draw(84, 2, 25, 6, dtype=dtype), draw_size(85, 2, 25)

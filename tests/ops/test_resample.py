@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers import assert_close
-from vtoken.core.errors import ConfigError, InputError, ShapeError
+from vtoken.errors import ConfigError, InputError, ShapeError
 from vtoken.ops import assign, row_widths
-from vtoken.ops.resample import MODES
+from vtoken.ops.frames.resample import MODES
 
 GRIDS = [(27, 27), (9, 9), (8, 12), (24, 24), (5, 7), (1, 1), (1, 13), (13, 1), (1, 40), (2, 31)]
 

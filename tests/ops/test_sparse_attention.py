@@ -15,8 +15,8 @@ from tests.helpers import assert_close
 from tests.ops.test_connections import Sizes
 from vtoken import ConfigError, ShapeError
 from vtoken.ops import Connections, select_grouped, select_threshold, select_topk, size_bias, sparse_attention
-from vtoken.ops import edges as edges_module
-from vtoken.ops.sparse_attention import attention_map, explain
+from vtoken.ops.sparse import edges as edges_module
+from vtoken.ops.sparse.attention import attention_map, explain
 
 FORMS = ["topk", "threshold", "grouped"]
 BACKENDS = {
@@ -228,7 +228,7 @@ def test_repeatable_and_independent_of_the_batch(form: str, backend: str) -> Non
 
 
 def test_many_groups_are_gathered_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["vtoken.ops.sparse_attention"]
+    module = sys.modules["vtoken.ops.sparse.attention"]
     connections = connect("grouped", 2, 2, (7, 6), 1, 0.2)
     q, k, v = draw(2, 2, 43, 4)
     mask = torch.rand(43, 43, generator=torch.Generator().manual_seed(0)) > 0.3

@@ -11,14 +11,14 @@ from torch import Tensor
 
 import vtoken
 from vtoken.core import host
-from vtoken.hosts.video import VideoAdapter, VideoFeatures
+from vtoken.hosts.video.adapter import VideoAdapter, VideoFeatures
 
 pytest.importorskip("transformers")
 
 from tests.helpers import assert_close
 from tests.quota.builders import IMAGE, VIDEO, build, one_video, prompt, run, video_inputs
 from tests.quota.by_hand import by_hand, logits_of, widths
-from vtoken.hosts.video_llava import OnevisionVideo
+from vtoken.hosts.video.llava import OnevisionVideo
 
 SCORES = [0.1, 0.9, 0.4, 0.3]
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}

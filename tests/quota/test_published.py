@@ -12,7 +12,7 @@ import vtoken
 pytest.importorskip("transformers")
 
 from tests.quota.builders import build, one_video
-from vtoken.core.errors import VTokenWarning
+from vtoken.errors import VTokenWarning
 
 SCORES = [0.1, 0.9, 0.4, 0.3]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 from vtoken.video import Clue, CoTDecoupler, IdentityDecoupler, RuleDecoupler
 
 QUESTION = "Which {red} shoe does the dog carry? A. left B. right"

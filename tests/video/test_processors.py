@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.video.clips import coded, write_clip
-from vtoken.core.errors import InputError
+from vtoken.errors import InputError
 from vtoken.video import VideoInfo, processor_arguments
 
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.video.clips import coded, number_of, write_clip
-from vtoken.core.errors import InputError
+from vtoken.errors import InputError
 from vtoken.video import frame_times, read_frames, sample_frame_indices, video_info
 
 av = pytest.importorskip("av")

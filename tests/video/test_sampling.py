@@ -13,7 +13,7 @@ import transformers
 
 from vtoken.accounting.prefill import Decoder, prefill_flops
 from vtoken.accounting.vision import Tower, tower_flops
-from vtoken.core.errors import ConfigError, InputError
+from vtoken.errors import ConfigError, InputError
 from vtoken.video import QuotaReport, frame_times, num_frames, sample_frame_indices, time_instruction
 
 QWEN2_7B = Decoder(layers=28, width=3584, mlp_width=18944, kv_width=4 * 128, q_width=28 * 128)

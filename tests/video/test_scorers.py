@@ -16,7 +16,7 @@ import vtoken
 from tests.video import answering
 from vtoken.accounting.prefill import Decoder, prefill_flops
 from vtoken.accounting.vision import Tower, tower_flops
-from vtoken.core.errors import ConfigError, InputError, ShapeError
+from vtoken.errors import ConfigError, InputError, ShapeError
 from vtoken.video import (
     CLIPScorer,
     Clue,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.video.clips import coded, number_of
-from vtoken.core.errors import InputError
+from vtoken.errors import InputError
 from vtoken.video import read_frames, sample_frame_indices, video_info
 
 av = pytest.importorskip("av")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtoken.core.errors import ShapeError
+from vtoken.errors import ShapeError
 from vtoken.ops import row_widths
 from vtoken.visualize import plot_frames
 from vtoken.visualize.frames import frames_figure, mosaic

@@ -21,8 +21,8 @@ from vtoken.accounting.shadow import shared_copy
 from vtoken.accounting.timing import interleaved
 from vtoken.core.apply import apply, is_applied, remove
 from vtoken.core.config import MethodConfig
-from vtoken.core.errors import ConfigError
 from vtoken.core.host import find_adapter
+from vtoken.errors import ConfigError
 
 SCHEMA = 1
 # Name in result files -> distribution.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import Slot
-from vtoken.methods.merging import Merging, ScheduledMergeConfig
+from vtoken.methods.merging.base import Merging, ScheduledMergeConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from vtoken.accounting.prefill import Decoder, check_count, kv_cache_bytes, pref
 from vtoken.accounting.report import count_macs
 from vtoken.accounting.shadow import meta_copy
 from vtoken.core.apply import Config, apply, config_tuple, is_applied, pixels, remove, resolve
-from vtoken.core.errors import ConfigError
 from vtoken.core.host import find_adapter
+from vtoken.errors import ConfigError
 
 
 @dataclass(frozen=True)

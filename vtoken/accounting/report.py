@@ -14,10 +14,10 @@ from vtoken.accounting.meter import Meter, Repeats
 from vtoken.accounting.shadow import meta_copy
 from vtoken.core.apply import Config, apply, build_methods, chosen, is_applied, plan_of, remove
 from vtoken.core.config import MethodConfig
-from vtoken.core.errors import ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter
 from vtoken.core.method import AttentionMacs, AttentionMethod
 from vtoken.core.patch import PREDICTOR
+from vtoken.errors import ConfigError, ShapeError, VTokenError
 
 
 @dataclass(frozen=True)

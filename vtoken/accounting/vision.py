@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 
 
 @dataclass(frozen=True)

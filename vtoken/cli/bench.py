@@ -13,7 +13,7 @@ from vtoken.accounting import compare
 from vtoken.cli import weights
 from vtoken.cli.settings import sweep
 from vtoken.core.config import MethodConfig
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 
 
 def run(args: argparse.Namespace) -> int:

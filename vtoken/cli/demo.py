@@ -15,8 +15,8 @@ from vtoken.core.config import MethodConfig
 from vtoken.core.trace import trace
 from vtoken.demo.photos import load_photographs, photograph_names
 from vtoken.demo.saliency import SaliencyViT, load_saliency_vit, normalise
-from vtoken.methods.baselines import RandomMerge, RandomPrune, ToMe
-from vtoken.methods.pitome import PiToMe
+from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, ToMe
+from vtoken.methods.merging.pitome import PiToMe
 
 # Their saliency maps are nearly flat, so a correlation with them measures noise.
 _FLAT = ("moon", "hubble")

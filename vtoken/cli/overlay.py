@@ -14,11 +14,11 @@ from vtoken.cli.parser import SALIENCY
 from vtoken.cli.settings import key_values
 from vtoken.core.apply import applied
 from vtoken.core.config import make_config
-from vtoken.core.errors import ConfigError
 from vtoken.core.host import find_adapter
 from vtoken.core.trace import trace
 from vtoken.demo.photos import load_photographs, photograph_names
 from vtoken.demo.saliency import MEAN, NATIVE_SIZE, STD, load_saliency_vit
+from vtoken.errors import ConfigError
 
 _WIDTH = 448  # pixels that a picture should have at least
 

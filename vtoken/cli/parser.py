@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from vtoken.cli.settings import add_sweep
 from vtoken.cli.values import new_folder, new_picture, number, path, share, whole, word
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 
 #: As vtoken.video has them, which needs torch; the tests compare.
 REDUCES = ("max", "mean")

@@ -9,7 +9,7 @@ from typing import Any
 
 from vtoken.cli.values import share, whole
 from vtoken.core.config import MethodConfig, make_config
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 
 
 def key_values(items: Sequence[str]) -> dict[str, Any]:

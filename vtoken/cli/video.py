@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 from vtoken.ops import allocate_tokens, row_widths
 from vtoken.video import (
     CLIPScorer,

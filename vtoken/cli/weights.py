@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vtoken.core.errors import ConfigError
 from vtoken.core.host import find_adapter
+from vtoken.errors import ConfigError
 from vtoken.hosts.names import build
 
 

@@ -12,7 +12,6 @@ from torch import nn
 from vtoken import checks
 from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.config import MethodConfig, make_config
-from vtoken.core.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll, Method
 from vtoken.core.patch import (
@@ -28,6 +27,7 @@ from vtoken.core.patch import (
     wraps_patched_forward,
 )
 from vtoken.core.plan import Plan, count_tokens
+from vtoken.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
 
 Config = MethodConfig | str | Sequence[MethodConfig]
 M = TypeVar("M", bound=nn.Module)

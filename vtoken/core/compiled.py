@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.errors import ConfigError, VTokenError
 from vtoken.core.method import BlockMethod
+from vtoken.errors import ConfigError, VTokenError
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vtoken.checks import hint
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 
 if TYPE_CHECKING:  # so that settings can be read without torch
     from vtoken.core.method import Method
@@ -51,9 +51,9 @@ class MethodConfig:
 
 # Modules whose classes register themselves; imported when a method is first asked for by name.
 _BUILTIN = (
-    "vtoken.methods.baselines",
-    "vtoken.methods.pitome",
-    "vtoken.methods.sparsifiner",
+    "vtoken.methods.merging.baselines",
+    "vtoken.methods.merging.pitome",
+    "vtoken.methods.sparsifiner.settings",
     "vtoken.methods.vtc_cls",
 )
 _registry: dict[str, type[MethodConfig]] = {}

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from vtoken.core.config import MethodConfig
-from vtoken.core.errors import ConfigError, UnsupportedModelError, VTokenError
 from vtoken.core.method import Method
 from vtoken.core.plan import Plan
+from vtoken.errors import ConfigError, UnsupportedModelError, VTokenError
 
 
 @dataclass(frozen=True)
@@ -134,16 +134,16 @@ class HostAdapter:
 # Top-level package of the classes that an adapter knows, part of a model, module, adapter; imported only when such a
 # model arrives.
 _BUILTIN = (
-    ("timm", "tower", "vtoken.hosts.timm_vit", "TimmAdapter"),
-    ("open_clip", "tower", "vtoken.hosts.open_clip", "OpenClipAdapter"),
-    ("transformers", "tower", "vtoken.hosts.hf_vision", "HFAdapter"),
-    ("transformers", "prompt", "vtoken.hosts.llava", "LlavaAdapter"),
-    ("transformers", "video", "vtoken.hosts.video_llava", "OnevisionVideo"),
-    ("transformers", "video", "vtoken.hosts.video_llava", "NextVideo"),
-    ("transformers", "video", "vtoken.hosts.video_qwen", "Qwen2Video"),
-    ("transformers", "video", "vtoken.hosts.video_qwen", "Qwen25Video"),
-    ("transformers", "video", "vtoken.hosts.video_qwen", "Qwen3Video"),
-    ("transformers", "video", "vtoken.hosts.video_llama3", "Llama3Video"),
+    ("timm", "tower", "vtoken.hosts.timm.adapter", "TimmAdapter"),
+    ("open_clip", "tower", "vtoken.hosts.open_clip.adapter", "OpenClipAdapter"),
+    ("transformers", "tower", "vtoken.hosts.transformers.adapter", "HFAdapter"),
+    ("transformers", "prompt", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
+    ("transformers", "video", "vtoken.hosts.video.llava", "OnevisionVideo"),
+    ("transformers", "video", "vtoken.hosts.video.llava", "NextVideo"),
+    ("transformers", "video", "vtoken.hosts.video.qwen", "Qwen2Video"),
+    ("transformers", "video", "vtoken.hosts.video.qwen", "Qwen25Video"),
+    ("transformers", "video", "vtoken.hosts.video.qwen", "Qwen3Video"),
+    ("transformers", "video", "vtoken.hosts.video.llama3", "Llama3Video"),
 )
 _registered: list[HostAdapter] = []
 #: What an adapter of each part cannot do without, of what HostAdapter leaves open.

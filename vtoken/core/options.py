@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 
 
 def held(holder: str, name: str, check: Callable[[Any, Any], None] | None = None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vtoken.core.errors import ShapeError
+from vtoken.errors import ShapeError
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError, VTokenError
 from vtoken.demo.clutter import DATA, draw_layout, paint, read_fashion_mnist
+from vtoken.errors import ConfigError, VTokenError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GARMENTS = (

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vtoken.core.errors import ConfigError, VTokenError
+from vtoken.errors import ConfigError, VTokenError
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

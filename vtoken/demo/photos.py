@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError, VTokenError
+from vtoken.errors import ConfigError, VTokenError
 
 # Everyday scenes first, then rarer subjects; the saliency maps of the last two are nearly flat (deviation 0.04 and
 # 0.02), so correlations on them say little. Left out: drawings, test charts, scanned text, microscopy, bare textures.

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vtoken.core.errors import ConfigError, VTokenError
+from vtoken.errors import ConfigError, VTokenError
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.core.apply import is_applied
-from vtoken.core.errors import ConfigError, ShapeError, UnsupportedModelError, VTokenError
 from vtoken.core.host import find_adapter
 from vtoken.core.patch import view_as
 from vtoken.core.state import Slot, TokenState
+from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError, VTokenError
 from vtoken.ops import ENSEMBLES, class_row, received_row, scored_layers
 from vtoken.ops import ensemble as as_one
 

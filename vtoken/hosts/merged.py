@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vtoken.core.compiled import CompiledBlocks, mark
-from vtoken.core.errors import InputError
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import TokenState
+from vtoken.errors import InputError
 from vtoken.hosts.tower import Tap, is_heard_within
 
 

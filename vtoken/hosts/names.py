@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vtoken.core.errors import ConfigError, UnsupportedModelError
 from vtoken.core.host import HostAdapter, find_adapter, registered
+from vtoken.errors import ConfigError, UnsupportedModelError
 
 # Files of timm whose architectures may be plain towers; every candidate is still built and checked.
 _TIMM_FILES = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva", "naflexvit", "vitamin")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.errors import ShapeError
 from vtoken.core.patch import base_of, view
 from vtoken.core.state import Slot
+from vtoken.errors import ShapeError
 from vtoken.ops import size_bias
 
 SIZED_POOLS = ("avg", "avgmax", "map", "prr")

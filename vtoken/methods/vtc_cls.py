@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.core.config import MethodConfig, register_method
-from vtoken.core.errors import ConfigError
 from vtoken.core.method import FeatureMethod
+from vtoken.errors import ConfigError
 from vtoken.ops import ENSEMBLES, scored_layers, select_tokens
 
 SCORERS = ("auto", "cls", "received")

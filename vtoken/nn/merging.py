@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtoken import checks
-from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import Slot
-from vtoken.methods.merging import MergeConfig
+from vtoken.errors import ConfigError, ShapeError
+from vtoken.methods.merging.base import MergeConfig
 from vtoken.ops import key_metric, size_bias
 
 

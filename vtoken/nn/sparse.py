@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vtoken import checks
-from vtoken.core.errors import ConfigError, ShapeError
 from vtoken.core.host import HostSpec
 from vtoken.core.method import KeepAll
 from vtoken.core.state import AttentionRecord, TokenState
 from vtoken.core.trace import current_trace
-from vtoken.methods.sparsifiner import SparseAttention as SparseAttentionMethod
-from vtoken.methods.sparsifiner import Sparsifiner
+from vtoken.errors import ConfigError, ShapeError
+from vtoken.methods.sparsifiner.settings import SparseAttention as SparseAttentionMethod
+from vtoken.methods.sparsifiner.settings import Sparsifiner
 
 
 class SparseAttention(nn.Module):

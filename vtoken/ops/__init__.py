@@ -5,10 +5,15 @@ they can (`explain` says where). Nothing here knows a model.
 `vtoken.ops.reference` holds slow, obviously right versions of the same functions; the tests compare the two.
 """
 
-from vtoken.ops.allocate import allocate_tokens
-from vtoken.ops.attention import attention_with_bias, attention_with_sizes
 from vtoken.ops.backend import BACKENDS, Choice, explain
-from vtoken.ops.cls_scores import (
+from vtoken.ops.frames.allocate import allocate_tokens
+from vtoken.ops.frames.resample import Assigned, assign
+from vtoken.ops.frames.row_plan import row_widths
+from vtoken.ops.merging.attention import attention_with_bias, attention_with_sizes
+from vtoken.ops.merging.matching import key_metric, plan_pitome, plan_random, plan_stride, plan_tome
+from vtoken.ops.merging.norm import add_merge_norm
+from vtoken.ops.merging.plan import REDUCTIONS, MergePlan, size_bias
+from vtoken.ops.scores import (
     ENSEMBLES,
     class_row,
     cls_scores,
@@ -18,13 +23,8 @@ from vtoken.ops.cls_scores import (
     scored_layers,
     select_tokens,
 )
-from vtoken.ops.connections import Connections, select_grouped, select_threshold, select_topk
-from vtoken.ops.matching import key_metric, plan_pitome, plan_random, plan_stride, plan_tome
-from vtoken.ops.merge import REDUCTIONS, MergePlan, size_bias
-from vtoken.ops.norm import add_merge_norm
-from vtoken.ops.resample import Assigned, assign
-from vtoken.ops.row_plan import row_widths
-from vtoken.ops.sparse_attention import sparse_attention
+from vtoken.ops.sparse.attention import sparse_attention
+from vtoken.ops.sparse.connections import Connections, select_grouped, select_threshold, select_topk
 
 __all__ = [
     "BACKENDS",

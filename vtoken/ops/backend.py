@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtoken import checks
-from vtoken.core.errors import ConfigError, InputError
+from vtoken.errors import ConfigError, InputError
 
 BACKENDS = ("auto", "torch", "triton")
 #: For tests only: "triton" makes "auto" take the kernels wherever they can run, on the CPU too if Triton interprets
@@ -62,7 +62,7 @@ def explain(op: str, *tensors: Tensor, **options: Any) -> Choice:
     Args:
         op: "plan_pitome", "plan_tome", "key_metric", "apply", "add_merge_norm", "attention_with_bias",
             "attention_with_sizes", "select_topk" or "select_grouped". For sparse attention, which has more ways to run,
-            see `vtoken.ops.sparse_attention.explain`.
+            see `vtoken.ops.sparse.attention.explain`.
         tensors: the tensors of the call, in its order: (metric,), (keys,), (x,), (x, y), (q, k, v, bias or size),
             (coefficients, basis).
         options: options that decide: reduction of "apply"; variant and protect of "plan_pitome".

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from vtoken.ops.merge import MergePlan
+    from vtoken.ops.merging.plan import MergePlan
 
 
 def merge(plan: MergePlan, x: Tensor, size: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtoken.ops.packed import MAX_WIDTH, largest_packed
+from vtoken.ops.sparse.packed import MAX_WIDTH, largest_packed
 
 #: Beyond so many passes over the data, topk is faster.
 _MAX_PASSES = 24

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from vtoken import checks
-from vtoken.core.errors import ConfigError, InputError
-from vtoken.hosts.video import VideoLayout
-from vtoken.ops.allocate import ROUNDINGS, allocate_tokens, checked_scores
-from vtoken.ops.resample import MODES
-from vtoken.ops.row_plan import SHAPES, row_widths
+from vtoken.errors import ConfigError, InputError
+from vtoken.hosts.video.adapter import VideoLayout
+from vtoken.ops.frames.allocate import ROUNDINGS, allocate_tokens, checked_scores
+from vtoken.ops.frames.resample import MODES
+from vtoken.ops.frames.row_plan import SHAPES, row_widths
 
 Budget = int | float | None
 #: Cells' worth of default tokens that a video gets if no budget is named.

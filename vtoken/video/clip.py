@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtoken.accounting.vision import Tower, tower_flops
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 from vtoken.video.decouple import Clue
 from vtoken.video.pictures import to_image
 from vtoken.video.scorers import checked, evaluating

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 
 KINDS = ("objects", "event", "query")
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtoken.accounting.prefill import prefill_flops
 from vtoken.accounting.vision import tower_flops
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 from vtoken.video.decouple import Clue
 from vtoken.video.pictures import at_most, to_image
 from vtoken.video.scorers import checked, evaluating

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.errors import ConfigError, InputError, VTokenWarning
 from vtoken.core.host import find_adapter
 from vtoken.core.options import checked, fixed, held
 from vtoken.core.prompt import VideoRecord
 from vtoken.core.trace import current_trace
-from vtoken.hosts import prompt_calls as calls
-from vtoken.hosts.video import VideoAdapter, VideoFeatures, VideoLayout
+from vtoken.errors import ConfigError, InputError, VTokenWarning
+from vtoken.hosts.video.adapter import VideoAdapter, VideoFeatures, VideoLayout
+from vtoken.prompts import calls
 from vtoken.video.budget import Budget, Spending, budgets, check_budget, check_whole, per_cell, scores_by_video
 from vtoken.video.decouple import Decoupler, IdentityDecoupler
 from vtoken.video.prompt import PreparedPrompt, build, check_call, check_placeholders
@@ -183,7 +183,7 @@ class QuotaVideoModel(nn.Module):
         given = {name: value for name, value in given.items() if name != "inputs"} | {"input_ids": ids}
         if given.get("attention_mask") is None and isinstance(ids, Tensor):
             given["attention_mask"] = calls.inferred_mask(self._core, given, ids)
-        from vtoken.hosts.generation import FullPrompt, check_way, generate_on  # only with a model of transformers
+        from vtoken.prompts.generation import FullPrompt, check_way, generate_on  # only with a model of transformers
 
         check_way(self._core, given)
         if self.adapter.inject == "embeds":

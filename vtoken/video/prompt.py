@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError, InputError, ShapeError
 from vtoken.core.trace import current_trace, tracing
-from vtoken.hosts.prompt import ShortPrompt, check_ids, check_shapes, default_positions, shrink_inputs
-from vtoken.hosts.prompt_calls import cache_of, chosen, is_filled
-from vtoken.hosts.video import VISION_SIDE, VideoAdapter, VideoFeatures, VideoLayout, embed, rows_of
+from vtoken.errors import ConfigError, InputError, ShapeError
+from vtoken.hosts.video.adapter import VISION_SIDE, VideoAdapter, VideoFeatures, VideoLayout, embed, rows_of
+from vtoken.prompts.calls import cache_of, chosen, is_filled
+from vtoken.prompts.shrink import ShortPrompt, check_ids, check_shapes, default_positions, shrink_inputs
 from vtoken.video.tokens import VideoTokens, placeholders, with_separators
 
 _ALONG = ("attention_mask", "labels", "token_type_ids")
@@ -142,7 +142,7 @@ def _encode_images(adapter: VideoAdapter, model: Any, given: dict[str, Any], sid
         return _Images(given)
     if _pruning(model) is None:
         return _Images(given, adapter.images(model, given))
-    from vtoken.hosts.llava_entry import prepare  # only with a model of transformers
+    from vtoken.hosts.llava.entry import prepare  # only with a model of transformers
 
     videos = {name: value for name, value in given.items() if name in VISION_SIDE and "video" in name}
     with contextlib.ExitStack() as stack:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from vtoken.core.errors import InputError
+from vtoken.errors import InputError
 from vtoken.video.timeline import Timeline, packets, timeline
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vtoken.accounting.prefill import Decoder
 from vtoken.accounting.vision import Tower
-from vtoken.core.errors import ConfigError
-from vtoken.hosts.video import VideoAdapter, VideoLayout
+from vtoken.errors import ConfigError
+from vtoken.hosts.video.adapter import VideoAdapter, VideoLayout
 from vtoken.video.report import QuotaReport
 from vtoken.video.tokens import VideoTokens
 

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vtoken.core.errors import ConfigError, InputError
+from vtoken.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from vtoken.video.read import VideoInfo

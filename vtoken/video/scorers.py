@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.errors import InputError
+from vtoken.errors import InputError
 from vtoken.video.decouple import Clue
 
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 from itertools import islice, pairwise
 from typing import Any
 
-from vtoken.core.errors import InputError
+from vtoken.errors import InputError
 
 _HEAD = 64  # packets that hold the first frame on screen, however the frames are reordered
 _JUMP = (

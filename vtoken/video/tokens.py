@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtoken.core.errors import ConfigError
-from vtoken.hosts.video import VideoFeatures, VideoLayout
-from vtoken.ops.resample import Assigned, assign
+from vtoken.errors import ConfigError
+from vtoken.hosts.video.adapter import VideoFeatures, VideoLayout
+from vtoken.ops.frames.resample import Assigned, assign
 
 
 @dataclass(frozen=True, eq=False)

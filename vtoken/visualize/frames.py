@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.core.errors import ShapeError
-from vtoken.ops.resample import assign
+from vtoken.errors import ShapeError
+from vtoken.ops.frames.resample import assign
 from vtoken.visualize.figure import save
 
 if TYPE_CHECKING:

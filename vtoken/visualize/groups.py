@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtoken.core.errors import ShapeError
 from vtoken.core.trace import Trace
+from vtoken.errors import ShapeError
 from vtoken.visualize.pixels import cells, checked_image, checked_scale, draw_borders, to_picture
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtoken.core.errors import InputError, ShapeError
+from vtoken.errors import InputError, ShapeError
 from vtoken.visualize.pixels import cells, checked_image, draw_borders, enlarged, heat, to_picture
 
 if TYPE_CHECKING:

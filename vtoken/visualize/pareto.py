@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtoken.accounting.compare import Row, read
-from vtoken.core.errors import ConfigError
+from vtoken.errors import ConfigError
 from vtoken.visualize.figure import new_axes, save
 
 if TYPE_CHECKING:

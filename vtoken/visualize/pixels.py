@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtoken.core.errors import InputError, ShapeError
+from vtoken.errors import InputError, ShapeError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

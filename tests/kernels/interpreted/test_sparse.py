@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.helpers import assert_close
 from vtoken import ConfigError
 from vtoken.ops import Connections, select_grouped, select_threshold, select_topk, size_bias, sparse_attention
-from vtoken.ops import lists as lists_module
-from vtoken.ops.lists import ListedConnections
+from vtoken.ops.sparse import lists as lists_module
+from vtoken.ops.sparse.lists import ListedConnections
 from vtoken_kernels import library
 
 ERROR = {torch.float32: 2e-6, torch.float16: 7e-4, torch.bfloat16: 6e-3}

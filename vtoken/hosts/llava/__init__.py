@@ -1,0 +1,1 @@
+"""transformers' LLaVA family: prompts that get fewer image tokens."""

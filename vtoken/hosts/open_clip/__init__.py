@@ -1,0 +1,1 @@
+"""The image towers of open_clip."""

@@ -1,0 +1,1 @@
+"""timm VisionTransformer, Eva and NaFlexVit."""

@@ -1,0 +1,132 @@
+"""timm VisionTransformer (vit, deit, hybrids, ViTamin), Eva (EVA-02, DINOv3, PE, rope ViTs) and NaFlexVit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers.attention_pool import AttentionPoolLatent
+from torch import nn
+
+from vtoken.core.host import HostAdapter, HostSpec, inner_hint
+from vtoken.core.method import Method
+from vtoken.core.patch import base_of, forward_is_replaced, view
+from vtoken.errors import UnsupportedModelError
+from vtoken.hosts.class_rows import ClassRows
+from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
+from vtoken.hosts.timm.blocks import ATTENTIONS, BLOCKS, SPARSE, parts
+from vtoken.hosts.timm.entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
+from vtoken.hosts.timm.unsupported import reason
+from vtoken.hosts.tower import block_targets
+
+_ENTRIES = ("forward_features", "forward_intermediates", "forward_head")
+
+
+class TimmAdapter(HostAdapter):
+    """timm's plain-attention towers, recognised by class identity and structure, never by name."""
+
+    name = "timm VisionTransformer, Eva, NaFlexVit"
+    package = "timm"
+    hooks = frozenset({"on_block", "on_attention"})
+
+    def spec(self, model: nn.Module) -> HostSpec:
+        """Check the structure block by block; raises UnsupportedModelError with the reason."""
+        if type(model) in BLOCKS:
+            raise UnsupportedModelError(_refusal(model, "it is a single block; pass the model that holds it"))
+        if not isinstance(model, MODELS):
+            raise UnsupportedModelError(_refusal(model, reason(model)))
+        tower: Any = model
+        blocks = self.blocks(model)
+        if not blocks:
+            raise UnsupportedModelError(_refusal(model, "it has no blocks"))
+        if len({id(block) for _, block in blocks}) < len(blocks):
+            raise UnsupportedModelError(_refusal(model, "it runs one block module in several layers"))
+        own = [n for n in (*_ENTRIES, pool_name(tower)) if n in vars(model)]
+        if own:
+            raise UnsupportedModelError(_refusal(model, f"{own[0]} was replaced on the instance; subclass it instead"))
+        for name, block in blocks:
+            problem = _block_problem(block)
+            if problem:
+                raise UnsupportedModelError(_refusal(model, f"{name} is {problem}"))
+        problem = _pool_problem(tower)
+        if problem:
+            raise UnsupportedModelError(_refusal(model, problem))
+        attn: Any = blocks[0][1].attn
+        rope = getattr(tower, "rope", None)
+        return HostSpec(
+            name=type(model).__name__,
+            depth=len(blocks),
+            width=int(tower.embed_dim),
+            num_heads=int(attn.num_heads),
+            head_dim=int(attn.head_dim if hasattr(attn, "head_dim") else tower.embed_dim // attn.num_heads),
+            num_prefix=int(tower.num_prefix_tokens),
+            grid=grid_of(tower, image_size(tower)),
+            pooling=pool_kind(tower),
+            position="absolute" if rope is None else "rotary",
+            fixed_size=fixed_size(tower),
+            class_token=getattr(getattr(tower, "embeds", tower), "cls_token", None) is not None,
+        )
+
+    def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Patch rows and columns, padding of dynamic sizes included."""
+        return grid_of(model, img_size)
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        """Height and width that the model was built for."""
+        return image_size(model)
+
+    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The flat `blocks` sequence."""
+        blocks = getattr(model, "blocks", None)
+        if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+            return []
+        return [(f"blocks.{name}", block) for name, block in blocks._modules.items() if block is not None]
+
+    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+        """The model, then every block with its index."""
+        spec, container = self.spec(model), model.blocks
+        return [(model, TimmMixin, {}), *block_targets(methods, spec, container, parts, SPARSE)]
+
+    def run_watched(self, model: nn.Module, rows: ClassRows, image: Any) -> None:
+        """Class attention behind the norms of queries and keys."""
+        tower: Any = model
+        blocks = rows.watched(tower.blocks, lambda block, tap: view(block, attn=tap.on(block.attn, "q_norm", "k_norm")))
+        view(model, blocks=blocks).forward_features(image)
+
+
+def _refusal(model: nn.Module, why: str) -> str:
+    return (
+        f"cannot reduce the tokens of {type(model).__name__}: {why}. Supported timm models: VisionTransformer, "
+        f"VisionTransformerDistilled, Eva and NaFlexVit whose blocks are all {', '.join(c.__name__ for c in BLOCKS)} "
+        f"with {', '.join(c.__name__ for c in ATTENTIONS)}.{inner_hint(model)} The model was left as it was."
+    )
+
+
+def _block_problem(block: Any) -> str | None:
+    kind = base_of(type(block))
+    known = next((cls for cls in kind.__mro__ if cls in BLOCKS), None)
+    if known is None:
+        return f"a {kind.__module__}.{kind.__qualname__}, {reason(block)}"
+    if kind.forward is not known.forward or forward_is_replaced(block):  # type: ignore[attr-defined]
+        return f"a {kind.__qualname__} with a forward of its own, which merging would bypass"
+    attn = base_of(type(block.attn))
+    known = next((cls for cls in attn.__mro__ if cls in ATTENTIONS), None)
+    if known is None or attn.forward is not known.forward or forward_is_replaced(block.attn):  # type: ignore[attr-defined]
+        return f"a {kind.__qualname__} with {attn.__module__}.{attn.__qualname__}, {reason(block.attn)}"
+    return None
+
+
+def _pool_problem(model: Any) -> str | None:
+    kind = pool_kind(model)
+    if kind not in SIZED_POOLS:
+        return None
+    cls, name = base_of(type(model)), pool_name(model)
+    if not any(getattr(cls, name) is getattr(known, name, None) for known in MODELS):
+        return f"its class overrides {name}(), so its {kind!r} pooling would weigh merged tokens as single patches"
+    pool: Any = getattr(model, "attn_pool", None)
+    if kind == "map" and not (
+        isinstance(pool, AttentionPoolLatent) and type(pool).forward is AttentionPoolLatent.forward
+    ):
+        return f"its attention pool is a {type(pool).__qualname__}, which takes no attention mask"
+    if kind == "map" and pool.pos_embed is not None:
+        return "its attention pool adds a position to every token, which merged tokens no longer have"
+    return None

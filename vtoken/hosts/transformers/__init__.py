@@ -1,0 +1,1 @@
+"""transformers' image towers, and the tower inside a LLaVA."""

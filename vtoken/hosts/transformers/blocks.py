@@ -1,0 +1,161 @@
+"""transformers' vision encoder layers with tokens taken out between (or after) their two residual branches."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from vtoken.core.patch import forward_with
+from vtoken.core.state import TokenState
+from vtoken.errors import InputError
+from vtoken.hosts.merged import merged_block
+from vtoken.hosts.tower import Tap, TappedMixin, alone
+from vtoken.ops.merging.attention import masked_attention
+
+
+class LayerMixin:
+    """What the layers share; a subclass gives the two residual branches as `_vtoken_attn` and `_vtoken_mlp`."""
+
+    _vtoken_index: int
+    _vtoken_takes_mask = True
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        vtoken_state: TokenState | None = None,
+        **options: Any,
+    ) -> Any:
+        stock: Any = super().forward  # type: ignore[misc]
+        if vtoken_state is None:
+            alone(self)
+            return stock(hidden_states, *([attention_mask] if self._vtoken_takes_mask else []), **options)
+        run = functools.partial(self._vtoken_stock, stock)
+        return merged_block(self, vtoken_state, hidden_states, run, attn_mask=attention_mask, **options)
+
+    def _vtoken_stock(
+        self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
+    ) -> Any:  # fmt: skip
+        mask = self._vtoken_mask(x, attn_mask)
+        if tap.row is not None:
+            name = "self_attn" if hasattr(self, "self_attn") else "attention"
+            attn = functools.partial(getattr(self, name), vtoken_tap=tap)
+            # Checkpointing has begun outside; the host's forward would begin it again on a view of its own class.
+            parts = {name: attn, "gradient_checkpointing": False}
+            return forward_with(self, parts, x, mask, **options)
+        return stock(x, mask, **options)
+
+    def _vtoken_mask(self: Any, x: Tensor, attn_mask: Tensor | None) -> Tensor | None:
+        """Sizes [B, 1, 1, T] as the mask [B, 1, T, T] that transformers wants; the host's own masks as they are."""
+        if attn_mask is None or attn_mask.dim() != 4 or attn_mask.shape[2] == x.shape[1]:
+            return attn_mask
+        refuse_flash(attention_of(self).config)
+        return attn_mask.expand(-1, -1, x.shape[1], -1)
+
+    def _vtoken_attend(
+        self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:  # fmt: skip
+        """Normed tokens [B, T, C] through the host's attention, its keys into the tap."""
+        attn = attention_of(self)
+        out: Tensor = tap.attend(attn, x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
+        if tap.keys is not None:
+            tap.keys = tap.keys.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        return out
+
+
+class AttentionMixin(TappedMixin):
+    """What the layers' attentions share: projections of their own for queries and keys."""
+
+    _vtoken_keys = "k_proj"
+
+    def forward(self: Any, *args: Any, vtoken_tap: Tap | None = None, **options: Any) -> Any:
+        if vtoken_tap is None or vtoken_tap.row is None:
+            return super().forward(*args, vtoken_tap=vtoken_tap, **options)  # type: ignore[misc]
+        scale = getattr(self, "scale", getattr(self, "scaling", None))
+        parts = vtoken_tap.row.parts(self, "q_proj", "k_proj", scale)
+        return forward_with(self, parts | {"k_proj": vtoken_tap.behind(parts["k_proj"])}, *args, **options)
+
+
+class ClipLayerMixin(LayerMixin):
+    """CLIP, SigLIP, SigLIP 2."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.layer_norm1(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.mlp(self.layer_norm2(x))
+
+
+class ViTLayerMixin(LayerMixin):
+    """ViT, DeiT."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self.dropout(self._vtoken_attend(self.layernorm_before(x), tap, **attention))
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.dropout(self.mlp(self.layernorm_after(x)))
+
+
+class DinoLayerMixin(LayerMixin):
+    """DINOv2 with and without registers."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self.drop_path(self.layer_scale1(self._vtoken_attend(self.norm1(x), tap, **attention)))
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
+
+
+class MasklessDinoLayerMixin(DinoLayerMixin):
+    """DINOv2 as in transformers 5.17 (nested attention): its layers take no mask, so sizes are added here."""
+
+    _vtoken_takes_mask = False
+
+    def _vtoken_stock(
+        self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
+    ) -> Any:  # fmt: skip
+        if attn_mask is None:
+            return stock(x, **options)
+        x = x + self._vtoken_attn(x, tap, attn_mask=attn_mask)
+        return x + self._vtoken_mlp(x)
+
+    def _vtoken_attend(
+        self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:  # fmt: skip
+        attn = self.attention.attention
+        heads = (attn.num_attention_heads, attn.attention_head_size)
+        q, k, v = (part(x).unflatten(2, heads).transpose(1, 2) for part in (attn.query, attn.key, attn.value))
+        tap.keys = k
+        dropout = attn.dropout_prob if attn.training else 0.0
+        out = masked_attention(q, k, v, attn_mask, dropout_p=dropout)
+        return self.attention.output(out.transpose(1, 2).flatten(2), x)
+
+
+def attention_of(layer: Any) -> Any:
+    """The attention module of a layer."""
+    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+
+
+def refuse_flash(config: Any) -> None:
+    """Raise InputError if the attention chosen in `config` takes no bias on its logits."""
+    name = str(getattr(config, "_attn_implementation", None))
+    if "flash" in name:
+        raise InputError(
+            f"token sizes enter attention as a bias on the logits, which {name!r} does not take; use "
+            "model.set_attn_implementation('sdpa') or settings with prop_attn=False"
+        )
+
+
+#: Mixin of every supported layer, by the module of transformers.models and the class name.
+LAYERS: dict[tuple[str, str], type] = {
+    ("clip", "CLIPEncoderLayer"): ClipLayerMixin,
+    ("siglip", "SiglipEncoderLayer"): ClipLayerMixin,
+    ("siglip2", "Siglip2EncoderLayer"): ClipLayerMixin,
+    ("vit", "ViTLayer"): ViTLayerMixin,
+    ("deit", "DeiTLayer"): ViTLayerMixin,
+    ("dinov2", "Dinov2Layer"): DinoLayerMixin,
+    ("dinov2_with_registers", "Dinov2WithRegistersLayer"): DinoLayerMixin,
+}

@@ -1,0 +1,58 @@
+"""Qwen3-VL in transformers before 5.18, whose calls take pixels but not what the tower made of them.
+
+Source: docs/methods/quota.md 9.5.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.core.patch import view
+from vtoken.hosts.video.adapter import rows_of
+
+
+def encoded(model: Any, call: dict[str, Any], video_id: int, image_id: int) -> tuple[Any, dict[str, Any]]:
+    """A stand-in for the model whose towers hand out `mm_encoder_outputs`, and the call for it.
+
+    The model itself is not written to. The pixels of the call are empty: they only say that there are some.
+    """
+    outputs = call["mm_encoder_outputs"]
+    rest = {name: value for name, value in call.items() if name != "mm_encoder_outputs"}
+    towers = {"video": _Encoded(outputs["video"], video_id)}
+    rest["pixel_values_videos"] = torch.empty(0)
+    if "image" in outputs:
+        towers["image"] = _Encoded(outputs["image"], image_id)
+        rest["pixel_values"] = torch.empty(0)
+
+    def expand(
+        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        pixels = {name: kwargs.pop(name) for name in ("pixel_values", "pixel_values_videos") if name in kwargs}
+        for tower in towers.values():
+            tower.expand(input_ids, expand_size)
+        ids, kwargs = model._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, kwargs | pixels
+
+    inner = view(model.model, **{f"get_{kind}_features": tower for kind, tower in towers.items()})
+    return view(model, model=inner, _expand_inputs_for_generation=expand), rest
+
+
+class _Encoded:
+    """Stands where `get_video_features` or `get_image_features` stood, for one call."""
+
+    def __init__(self, output: Any, token_id: int) -> None:
+        levels = [level if isinstance(level, Tensor) else torch.cat(list(level)) for level in output.deepstack_features]
+        self._rows = [rows_of(output), *levels]
+        self._output = type(output)
+        self._token_id = token_id
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self._output(pooler_output=(self._rows[0],), deepstack_features=self._rows[1:])
+
+    def expand(self, ids: Tensor, times: int) -> None:
+        """Repeat what belongs to every row of ids [B, L], as the rows are repeated."""
+        counts = (ids == self._token_id).sum(1).tolist()
+        self._rows = [torch.cat([part for part in rows.split(counts) for _ in range(times)]) for rows in self._rows]

@@ -1,0 +1,7 @@
+"""Attentive-mask training of CLIP models (arXiv 2212.08653): the wrapper, its losses and its crops."""
+
+from vtoken.methods.attentive_clip.crop import MultiViewCrop
+from vtoken.methods.attentive_clip.loss import AttentiveMaskLoss
+from vtoken.methods.attentive_clip.model import AttentiveMaskCLIP
+
+__all__ = ["AttentiveMaskCLIP", "AttentiveMaskLoss", "MultiViewCrop"]

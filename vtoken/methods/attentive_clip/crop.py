@@ -1,0 +1,135 @@
+"""Crops for attentive-mask training: several views, one larger crop around them for the teacher, and their boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken.errors import ConfigError, InputError, ShapeError
+from vtoken.methods.attentive_clip.settings import check_counts, is_number, is_whole
+
+Box = tuple[int, int, int, int]
+
+
+class MultiViewCrop:
+    """Cuts an image into random views and a teacher's crop that contains all of them.
+
+    Args:
+        size: height and width of the views in pixels, or one number for both.
+        views: how many, V.
+        scale: range of the share of the image's area that a view covers.
+        ratio: range of its aspect ratio, width to height.
+        teacher_size: as `size`, of the teacher's crop; None: the same.
+        student_transform, teacher_transform: applied to each crop, for example colour jitter; they must not move
+            pixels: a flip belongs before this transform, where it turns views and teacher alike.
+
+    Returns of a call, for a PIL image of any mode or a tensor [3, H, W]:
+        dict(views=list of V tensors, teacher=tensor, view_boxes=[V, 4], teacher_box=[4]); boxes are (top, left, height,
+        width) in pixels of the image, int64. PIL images are made RGB first, by Pillow's own rules as open_clip does
+        (transparency is dropped; values of 16-bit and float pictures above 255 are cut off there, so scale those
+        yourself), and become float tensors in [0, 1] after their transform. Tensors keep their dtype. The random
+        numbers are torch's global ones, so that the workers of a DataLoader differ.
+
+    Raises:
+        ConfigError: for values out of range.
+        ShapeError: in a call, for a tensor that is not [3, H, W] or has no pixels.
+        InputError: in a call, for anything else that is no picture, or a mode that Pillow cannot make RGB.
+        ImportError: without torchvision.
+
+    Source: arXiv 2212.08653; the teacher's crop always contains the views, which the released code does not ensure.
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        views: int = 2,
+        scale: tuple[float, float] = (0.5, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        teacher_size: int | tuple[int, int] | None = None,
+        student_transform: Callable[[Any], Any] | None = None,
+        teacher_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        check_counts(views=views)
+        if not _is_range(scale) or scale[1] > 1:
+            raise ConfigError(f"scale={scale!r} must be a range in (0, 1]: the smallest and the largest share")
+        if not _is_range(ratio):
+            raise ConfigError(f"ratio={ratio!r} must be a range of positive numbers: the smallest and the largest")
+        for name, transform in (("student_transform", student_transform), ("teacher_transform", teacher_transform)):
+            if transform is not None and not callable(transform):
+                raise ConfigError(f"{name}={transform!r} must be something to call with a crop, or None")
+        self.size = _pair(size)
+        self.views = views
+        self.scale = scale
+        self.ratio = ratio
+        self.teacher_size = self.size if teacher_size is None else _pair(teacher_size)
+        self.student_transform = student_transform
+        self.teacher_transform = teacher_transform
+
+    def __call__(self, image: Any) -> dict[str, Any]:
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms.functional import get_dimensions
+
+        image = _picture(image)
+        _, height, width = get_dimensions(image)
+        boxes = [RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio)) for _ in range(self.views)]
+        around = teacher_box(boxes, height, width)
+        return {
+            "views": [_crop(image, box, self.size, self.student_transform) for box in boxes],
+            "teacher": _crop(image, around, self.teacher_size, self.teacher_transform),
+            "view_boxes": torch.tensor(boxes),
+            "teacher_box": torch.tensor(around),
+        }
+
+
+def teacher_box(boxes: Sequence[Box], height: int, width: int) -> Box:
+    """The bounding box of all boxes with each side moved outwards by a uniform number of pixels, up to the border."""
+    top, left = _up_to(min(b[0] for b in boxes)), _up_to(min(b[1] for b in boxes))
+    bottom = height - _up_to(height - max(b[0] + b[2] for b in boxes))
+    right = width - _up_to(width - max(b[1] + b[3] for b in boxes))
+    return top, left, bottom - top, right - left
+
+
+def _picture(image: Any) -> Any:
+    """A PIL image made RGB, or the tensor [3, H, W] that it is."""
+    if isinstance(image, Tensor):
+        if image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
+            raise ShapeError(f"MultiViewCrop takes one image [3, H, W] at a time, got a tensor {tuple(image.shape)}")
+        return image
+    if not hasattr(image, "convert"):
+        raise InputError(
+            f"MultiViewCrop takes a PIL image or a tensor [3, H, W], got {type(image).__module__}."
+            f"{type(image).__qualname__}; PIL.Image.fromarray makes a picture of an array [H, W, 3]"
+        )
+    if 0 in image.size:
+        raise ShapeError(f"MultiViewCrop got a picture of {image.size[0]} x {image.size[1]} pixels")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise InputError(f"Pillow cannot make a picture of mode {image.mode!r} RGB: {error}") from error
+
+
+def _is_range(pair: Any) -> bool:
+    ends = tuple(pair) if isinstance(pair, Sequence) else ()
+    return len(ends) == 2 and all(is_number(end) for end in ends) and 0 < ends[0] <= ends[1]
+
+
+def _up_to(last: int) -> int:
+    return int(torch.randint(last + 1, ()))
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(sides) != 2 or not all(is_whole(side) and side >= 1 for side in sides):
+        raise ConfigError(f"size={size!r} must be positive: pixels of both sides, or (height, width)")
+    return int(sides[0]), int(sides[1])
+
+
+def _crop(image: Any, box: Box, size: tuple[int, int], transform: Callable[[Any], Any] | None) -> Tensor:
+    from torchvision.transforms.functional import resized_crop, to_tensor
+
+    crop = resized_crop(image, *box, list(size), antialias=True)
+    crop = crop if transform is None else transform(crop)
+    return crop if isinstance(crop, Tensor) else to_tensor(crop)

@@ -1,0 +1,478 @@
+"""CLIP training in which an averaged teacher chooses the patches that the student sees (arXiv 2212.08653)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vtoken.core.options import checked, fixed, held
+from vtoken.errors import ConfigError, ShapeError
+from vtoken.methods.attentive_clip import cost, heads, settings
+from vtoken.methods.attentive_clip.ema import EmaTeacher, attach, check_schedule, momentum_after
+from vtoken.methods.attentive_clip.follow import StepWatch
+from vtoken.methods.attentive_clip.mapping import check_outside
+from vtoken.methods.attentive_clip.masking import by_view, scores_of_units, shrunk, token_rows
+from vtoken.methods.attentive_clip.select import Selection, patches_of
+from vtoken.methods.attentive_clip.settings import Image, Layers
+
+
+class AttentiveMaskCLIP(nn.Module):
+    """A CLIP whose image tower is trained on the patches that an averaged copy of it attends to.
+
+    In train mode each image is looked at by the teacher, a moving average of the image tower; the class token's
+    attention there says which patches the student gets. In eval mode it is the wrapped model. Call
+    `attach_ema(optimizer)` once (or `update_ema()` after each optimiser step). Where neither is called, as in a
+    training script of others, the teacher follows by itself: weights that changed after a backward pass are one step,
+    taken over when the next training forward, or anything else, needs the teacher (with a compiled forward at the next
+    backward, so that masks lag one step behind). An optimiser that runs several backward passes in a step, as LBFGS
+    does, must be attached. Wrap first, then DDP or compile. Unknown attributes are those of the wrapped model. Settings
+    up to `total_steps`, `outside` and the generator may be changed between steps; the others refuse.
+
+    On cluttered images, trained from scratch, the attention of the first steps means nothing and "topk" can lock in on
+    the background: give `warmup_steps`, or use mode "mix".
+
+    Args:
+        model: an open_clip CLIP or CustomTextCLIP, not copied, that stays usable on its own. Image towers: open_clip's
+            VisionTransformer and timm VisionTransformer trunks, with a class token.
+        keep_ratio: share of the patches that the student sees, in (0, 1]; of n units ceil(n * keep_ratio) are kept.
+            1 masks nothing and runs no teacher (unless `byol_weight` needs it).
+        mode: "topk" keeps the most attended units; "random" any; "sample" draws them with probability ~
+            score^(1/temperature); "mix" keeps the best `top_fraction` of those kept and any others; "lowest" keeps the
+            least attended, for ablations.
+        block: side in patches of the square units that are kept or masked; "auto": 32 pixels, or 1 patch where that
+            does not divide the grid.
+        layers: blocks of the teacher whose attention counts, with equal weight: "all", "last" or indices, negative
+            ones too.
+        top_fraction: of mode "mix", in (0, 1].
+        temperature: of mode "sample", above 0.
+        warmup_steps: optimiser steps without masking at the start.
+        teacher_scale: factor on the sides of the teacher's image; 0.5 is the efficient variant.
+        momentum: of the average after the first steps; grows to 1 by a half cosine over `total_steps`.
+        total_steps: optimiser steps planned; None: constant momentum.
+        simclr_weight: above 0 makes the head of the SimCLR loss between two views. The factor on the loss itself is
+            that of `AttentiveMaskLoss`.
+        byol_weight: the same for the loss between student and teacher.
+        hidden_dim, out_dim, head_norm: widths of the heads, and "batch" or "layer" for their norm.
+        ema_text: average the text tower too, for `unwrap(ema=True)`.
+        freeze_patch_embed: do not train the patch embedding, as published.
+        generator: of the random modes; None is torch's own, which is also the one that compiles.
+        outside: score of a patch whose centre the teacher's image does not show: "border" takes the nearest score,
+            "zeros" takes 0 as the published code does. Only for boxes of your own: `MultiViewCrop` covers every view.
+
+    Raises:
+        UnsupportedModelError: if the model is not understood, with the reason.
+        ConfigError: for values out of range or that do not fit the model.
+
+    Source: arXiv 2212.08653.
+    """
+
+    ema_step: Tensor
+    teacher: Any
+
+    keep_ratio = held("_selection", "keep_ratio", lambda self, how: self._check_units(how))
+    mode = held("_selection", "mode")
+    block = held("_selection", "block", lambda self, how: self._check_units(how))
+    top_fraction = held("_selection", "top_fraction")
+    temperature = held("_selection", "temperature")
+    teacher_scale = checked(
+        "teacher_scale", lambda self, value: settings.check_scale(value, self._image_size, self._patch_size)
+    )
+    momentum = checked("momentum", lambda _, value: check_schedule(value, None))
+    total_steps = checked("total_steps", lambda _, value: check_schedule(1.0, value))
+    outside = checked("outside", lambda _, value: check_outside(value))
+    generator = checked("generator", lambda _, value: settings.check_generator(value))
+    simclr_weight, byol_weight = fixed("simclr_weight"), fixed("byol_weight")
+    hidden_dim, out_dim, head_norm = fixed("hidden_dim"), fixed("out_dim"), fixed("head_norm")
+    ema_text, freeze_patch_embed = fixed("ema_text"), fixed("freeze_patch_embed")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        keep_ratio: float = 0.5,
+        mode: str = "topk",
+        block: int | str = "auto",
+        layers: Layers = "all",
+        top_fraction: float = 0.5,
+        temperature: float = 1.0,
+        warmup_steps: int = 0,
+        teacher_scale: float = 1.0,
+        momentum: float = 0.996,
+        total_steps: int | None = None,
+        simclr_weight: float = 0.0,
+        byol_weight: float = 0.0,
+        hidden_dim: int = 4096,
+        out_dim: int = 256,
+        head_norm: str = "batch",
+        ema_text: bool = False,
+        freeze_patch_embed: bool = False,
+        generator: torch.Generator | None = None,
+        outside: str = "border",
+    ) -> None:
+        super().__init__()
+        from vtoken.methods.attentive_clip.towers import tower_of
+
+        self._tower, self._spec = tower_of(model)
+        self._selection = Selection(
+            keep_ratio=keep_ratio, mode=mode, block=block, top_fraction=top_fraction, temperature=temperature
+        )
+        settings.check_least(0, simclr_weight=simclr_weight, byol_weight=byol_weight)
+        settings.check_counts(hidden_dim=hidden_dim, out_dim=out_dim)
+        settings.check_switches(ema_text=ema_text, freeze_patch_embed=freeze_patch_embed)
+        heads.check_norm(head_norm)
+        self._fixed = {
+            "simclr_weight": simclr_weight, "byol_weight": byol_weight, "hidden_dim": hidden_dim, "out_dim": out_dim,
+            "head_norm": head_norm, "ema_text": ema_text, "freeze_patch_embed": freeze_patch_embed,
+        }  # fmt: skip
+        visual: Any = model.visual
+        self._patch_size = self._tower.patch_size(visual)
+        self._image_size = self._tower.image_size(visual)
+        self._check_units(self._selection)
+        self._steps = 0
+        self.layers = layers
+        self.warmup_steps = warmup_steps
+        self.teacher_scale = teacher_scale
+        self.momentum = momentum
+        self.total_steps = total_steps
+        self.generator = generator
+        self.outside = outside
+
+        like = next(visual.parameters())
+        sizes: dict[str, Any] = {"hidden": hidden_dim, "out": out_dim, "norm": head_norm}
+        width, made = self._tower.features(visual), {"device": like.device, "dtype": like.dtype}
+        self.model: Any = model
+        self.simclr_head = heads.simclr_head(width, **sizes).to(**made) if simclr_weight else None
+        self.byol_projector = heads.byol_projector(width, **sizes).to(**made) if byol_weight else None
+        self.byol_predictor = heads.byol_predictor(**sizes).to(**made) if byol_weight else None
+        self.teacher = EmaTeacher(**self._averaged())
+        self.register_buffer("ema_step", torch.zeros((), dtype=torch.int64, device=like.device))
+        self._freeze()
+        self._watch_steps()
+
+    def _check_units(self, how: Selection) -> None:
+        """Raise ConfigError if the units do not fit the patches of a tower that takes one size only."""
+        if self._image_size is not None:
+            how.block_of(self._spec.grid, max(self._patch_size))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimiser steps without masking at the start; a change counts from the step that has been reached."""
+        return self._warmup_steps
+
+    @warmup_steps.setter
+    def warmup_steps(self, value: int) -> None:
+        settings.check_least(0, warmup_steps=value)
+        self._warmup_steps = value
+        self._count_steps(self._steps)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks of the teacher whose attention counts."""
+        return self._layers
+
+    @layers.setter
+    def layers(self, value: Layers) -> None:
+        self._layers = settings.resolve_layers(value, self._spec.depth)
+
+    @property
+    def output_dict(self) -> bool:
+        """The wrapped model's."""
+        return bool(self.model.output_dict)
+
+    @output_dict.setter
+    def output_dict(self, value: bool) -> None:
+        self.model.output_dict = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("teacher", "ema_step"):  # whoever reads them finds all steps taken over
+            self._follow()
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self._modules["model"], name)
+
+    def forward(
+        self,
+        image: Image | None = None,
+        text: Tensor | None = None,
+        *,
+        teacher_image: Tensor | None = None,
+        view_boxes: Tensor | None = None,
+        teacher_boxes: Tensor | None = None,
+    ) -> Any:
+        """Features of masked images and of texts.
+
+        Args:
+            image: [B, 3, H, W], or a list of V views of that shape.
+            text: token ids [B, L].
+            teacher_image: what the teacher sees, [B, 3, Ht, Wt]; None: the first view.
+            view_boxes: (top, left, height, width) of the views in source pixels, [B, V, 4].
+            teacher_boxes: of the teacher's image, [B, 4]. Without both boxes, teacher and all views must show the same
+                crop. No flip may differ between them.
+
+        Returns:
+            In eval mode or without images what the wrapped model returns. Else a dict: `image_features` [B, E], or
+            [B, V, E] of several views, `text_features`, `logit_scale`, `logit_bias` if the model has one, `simclr`
+            [B, V, D], `byol` [B, V, D] and `byol_target` [B, D] of the heads that there are. With one view, no heads
+            and `output_dict` false the tuple of the wrapped model.
+
+        Raises:
+            ShapeError, ConfigError: if views, teacher image and boxes do not fit each other or the settings.
+        """
+        if image is None or not self.training:
+            return self.model(settings.single(image), text)
+        self._follow()
+        views = [image] if isinstance(image, Tensor) else list(image)
+        self._tower.refuse_patched(self.model.visual)
+        settings.check_views(views, self._image_size, self._patch_size)
+        settings.check_teacher(views, teacher_image, view_boxes, teacher_boxes)
+        if self.simclr_head is not None and len(views) != 2:
+            raise ConfigError(f"simclr_weight > 0 compares two views, but {len(views)} were given")
+        rows, target = self._look(views, teacher_image, view_boxes, teacher_boxes)
+        images = views[0] if len(views) == 1 else torch.cat(views)
+        pooled, projected = self._tower.student(self.model.visual, images, rows)
+        if projected.dim() != 2:
+            raise ShapeError(f"the image tower gives features {tuple(projected.shape)}; CLIP training needs [B, E]")
+        text_features = None if text is None else self.model.encode_text(text, normalize=True)
+        return self._output(len(views), pooled, projected, text_features, target)
+
+    def _output(self, views: int, pooled: Tensor, projected: Tensor, text: Tensor | None, target: Tensor | None) -> Any:
+        features = F.normalize(projected, dim=-1)
+        out = {
+            "image_features": features if views == 1 else by_view(features, views),
+            "text_features": text,
+            "logit_scale": self.model.logit_scale.exp(),
+        }
+        if self.model.logit_bias is not None:
+            out["logit_bias"] = self.model.logit_bias
+        if self.simclr_head is not None:
+            out["simclr"] = by_view(self.simclr_head(pooled), views)
+        if self.byol_predictor is not None and self.byol_projector is not None:
+            out["byol"] = by_view(self.byol_predictor(self.byol_projector(pooled)), views)
+            out["byol_target"] = target
+        plain = views == 1 and self.simclr_head is None and self.byol_projector is None
+        return tuple(out.values()) if plain and not self.model.output_dict else out
+
+    @torch.no_grad()
+    def _look(
+        self,
+        views: Sequence[Tensor],
+        teacher_image: Tensor | None,
+        view_boxes: Tensor | None,
+        teacher_boxes: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of the student's tokens that go on, [V*B, T] (None: all), and the BYOL target [B, D]."""
+        masked = self.keep_ratio < 1 and not self._warming_up
+        scored, byol = masked and self.mode != "random", self.byol_projector is not None
+        scores = target = None
+        if scored or byol:
+            image = views[0] if teacher_image is None else teacher_image
+            scores, pooled = self._teach(image, self.layers if scored else (), stop=not byol)
+            target = self.teacher.byol_projector(pooled) if byol else None
+        if not masked:
+            return None, target
+        grid = self._grid_of(views[0])
+        block = self._block_of(grid)
+        if scores is None:  # random: only the shape counts
+            units = torch.empty(len(views) * len(views[0]), grid[0] * grid[1] // block**2, device=views[0].device)
+        else:
+            units = scores_of_units(scores, grid, block, len(views), view_boxes, teacher_boxes, self.outside)
+        return token_rows(self._selection.choose(units, self.generator), grid, block, self._spec.num_prefix), target
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[2] // self._patch_size[0], images.shape[3] // self._patch_size[1]
+
+    def _block_of(self, grid: tuple[int, int]) -> int:
+        return self._selection.block_of(grid, max(self._patch_size))
+
+    def _teach(self, image: Tensor, layers: Collection[int], *, stop: bool) -> tuple[Tensor | None, Tensor]:
+        """Relevance [B, h, w] of the patches that the teacher sees, and its pooled features."""
+        image = shrunk(image.float(), self.teacher_scale, self._patch_size, self._image_size)
+        grid = self._grid_of(image)
+        reader, pooled = self._tower.teacher(self.teacher.visual, image, layers, stop=stop)
+        return reader.scores()[:, self._spec.num_prefix :].unflatten(1, grid) if layers else None, pooled
+
+    @torch.no_grad()
+    def score(self, images: Tensor) -> Tensor:
+        """How much the teacher's class token attends to each patch, [B, h, w] float32; images [B, 3, H, W].
+
+        Each map sums to a little less than 1: the rest is what prefix tokens get. `teacher_scale` applies.
+        """
+        scores = self._teach(images, self.layers, stop=True)[0]
+        assert scores is not None  # there is always a layer
+        return scores
+
+    @torch.no_grad()
+    def select(self, scores: Tensor) -> Tensor:
+        """The patches that the settings keep for relevance maps [B, h, w], ascending indices [B, K]."""
+        if scores.dim() != 3:
+            raise ShapeError(f"expected relevance maps [B, h, w], got {tuple(scores.shape)}")
+        grid = self._spec.grid if self._image_size is not None else (scores.shape[1], scores.shape[2])
+        block = self._block_of(grid)
+        return patches_of(self._selection.choose(scores_of_units(scores, grid, block), self.generator), grid, block)
+
+    def encode_image(self, image: Tensor, normalize: bool = False, *, ema: bool = False) -> Tensor:
+        """Image features [B, E], nothing masked: of the wrapped model, or of the teacher without gradient."""
+        if not ema:
+            return self.model.encode_image(image, normalize=normalize)
+        with torch.no_grad():
+            features: Tensor = self.teacher.visual(image.float())
+            return F.normalize(features, dim=-1) if normalize else features
+
+    def attach_ema(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Update the teacher after each step of an optimiser; a step that a gradient scaler skips does not count.
+
+        Raises:
+            ConfigError: if it does not train this model, or is attached already.
+        """
+        self._follow()
+        handle = attach(optimizer, self, self._after_step)
+        self._stop_watching()
+        return handle
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # Fused optimisers are stepped by the scaler in any case and told whether to do nothing.
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is None or not skipped.item():
+            self._take_step()
+
+    def update_ema(self) -> None:
+        """Move the teacher towards the student, after an optimiser step; from then on it is yours to call."""
+        self._stop_watching()
+        self._take_step()
+
+    def _take_step(self) -> None:
+        self.teacher.update(self._averaged(), self.momentum_at(self._steps + 1))
+        self._count_steps(self._steps + 1)
+        self.ema_step.fill_(self._steps)
+
+    def _watch_steps(self) -> None:
+        """Follow the student until somebody else sees to it."""
+        self._watch: StepWatch | None = StepWatch(self, lambda owner: owner._follow())
+        self._watch.arm()
+
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _follow(self) -> None:
+        """Take over a step that nobody announced."""
+        if torch.compiler.is_compiling():
+            return
+        watch = self.__dict__.get("_watch")
+        if watch is None:
+            return
+        if watch.stepped():
+            self._take_step()
+        watch.arm()
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; the teacher stays in eval mode."""
+        self._follow()
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module: the wrapped model's under "model.", the teacher's, the heads' and `ema_step`."""
+        self._follow()
+        return super().state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._follow()
+        return {name: value for name, value in self.__dict__.items() if name != "_watch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch_steps()  # a copy has no optimiser yet
+
+    def momentum_at(self, n: int) -> float:
+        """Weight of the old average in the update after optimiser step n = 1, 2, ..."""
+        return momentum_after(n, self.momentum, self.total_steps)
+
+    def unwrap(self, ema: bool = False) -> Any:
+        """The wrapped model; or a copy of it with the teacher's image tower (and text tower with `ema_text`)."""
+        if not ema:
+            return self.model
+        copied = copy.deepcopy(self.model)
+        self.teacher.copy_to(self._towers(copied))
+        return copied
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+    def step_macs(
+        self,
+        batch: int = 1,
+        views: int = 1,
+        *,
+        keep_ratio: float | None = None,
+        mode: str | None = None,
+        teacher_scale: float | None = None,
+    ) -> int:
+        """Multiply-adds of a training step by closed form; heads, poolings and projections are not counted.
+
+        Args:
+            batch, views: B and V.
+            keep_ratio, mode, teacher_scale: other settings than the model's; keep_ratio=1 is a plain CLIP step if there
+                is no BYOL head.
+
+        Source: docs/methods/attentive_clip.md 12.
+        """
+        settings.check_counts(batch=batch, views=views)
+        if teacher_scale is not None:
+            settings.check_scale(teacher_scale, None, self._patch_size)
+        how = self._selection if keep_ratio is None else replace(self._selection, keep_ratio=keep_ratio)
+        how = how if mode is None else replace(how, mode=mode)
+        scale = self.teacher_scale if teacher_scale is None else teacher_scale
+        teacher = self.byol_projector is not None or (how.keep_ratio < 1 and how.mode != "random")
+        kept = how.num_kept(self._spec.grid, max(self._patch_size))
+        image = cost.image_macs(
+            self._tower.blocks(self.model.visual), self._tower.patch_embed(self.model.visual), self._spec.grid,
+            self._spec.num_prefix, views=views, kept=kept, teacher_scale=scale if teacher else None,
+        )  # fmt: skip
+        return batch * (image + 3 * cost.text_macs(self.model))
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module, but the teacher (and a frozen patch embedding) stays frozen."""
+        super().requires_grad_(requires_grad)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        self.teacher.requires_grad_(False)
+        if self.freeze_patch_embed:
+            self._tower.patch_embed(self.model.visual).requires_grad_(False)
+
+    def _averaged(self) -> dict[str, Any]:
+        """What the teacher averages, by name."""
+        heads = {} if self.byol_projector is None else {"byol_projector": self.byol_projector}
+        return self._towers(self.model) | heads
+
+    def _towers(self, model: Any) -> dict[str, Any]:
+        if not self.ema_text:
+            return {"visual": model.visual}
+        # A CLIP keeps the parts of its text tower beside its image tower.
+        own = {n: p for n, p in model.named_parameters(recurse=False) if not n.startswith("logit_")}
+        return dict(model.named_children()) | own
+
+    def _count_steps(self, steps: int) -> None:
+        # Beside the buffer, because reading that would wait for the device; the flag because a compiled forward guards
+        # on what it reads, and the count changes with every step.
+        self._steps = steps
+        self._warming_up = steps < self.warmup_steps
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._watch is not None:
+            self._watch.forget()
+        self._count_steps(int(self.ema_step))

@@ -1,0 +1,124 @@
+"""Which patches of an image the student sees: units of neighbouring patches ranked by their scores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtoken.errors import ConfigError
+from vtoken.ops import select_tokens
+
+MODES = ("topk", "random", "sample", "mix", "lowest")
+_UNIT_PIXELS = 32  # the published unit: 2 x 2 patches of 16 pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """How patches are chosen; see `AttentiveMaskCLIP` for the settings.
+
+    Raises:
+        ConfigError: for values out of range.
+    """
+
+    keep_ratio: float = 0.5
+    mode: str = "topk"
+    block: int | str = "auto"
+    top_fraction: float = 0.5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("keep_ratio", "top_fraction", "temperature"):
+            if not isinstance(getattr(self, name), Real) or isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
+        if not 0 < self.keep_ratio <= 1:
+            raise ConfigError(f"keep_ratio={self.keep_ratio} is the share of patches kept and must be in (0, 1]")
+        if self.mode not in MODES:
+            raise ConfigError(f"mode={self.mode!r} must be one of {', '.join(MODES)}")
+        if self.block != "auto" and not (type(self.block) is int and self.block >= 1):
+            raise ConfigError(f'block={self.block!r} is the side of a unit in patches: an integer from 1 on, or "auto"')
+        if not 0 < self.top_fraction <= 1:
+            raise ConfigError(
+                f"top_fraction={self.top_fraction} is the share of the best units among those kept and must be in "
+                '(0, 1]; mode="random" keeps any'
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature={self.temperature} must be positive")
+
+    def block_of(self, grid: tuple[int, int], patch_size: int) -> int:
+        """Side of the units on a patch grid.
+
+        Raises:
+            ConfigError: if it does not divide the grid, or leaves a single unit, so that nothing could be masked.
+        """
+        block = max(1, _UNIT_PIXELS // patch_size) if self.block == "auto" else int(self.block)
+        if grid[0] % block or grid[1] % block:
+            if self.block != "auto":
+                raise ConfigError(f"block={block} does not divide the grid of {grid[0]} x {grid[1]} patches")
+            block = 1
+        if self.keep_ratio < 1 and grid == (block, block):
+            raise ConfigError(
+                f"block={self.block!r} makes one unit of all {grid[0]} x {grid[1]} patches, so nothing can be masked; "
+                "set a smaller block, for example block=1"
+            )
+        return block
+
+    def num_kept(self, grid: tuple[int, int], patch_size: int) -> int:
+        """Patches that are kept of a grid."""
+        block = self.block_of(grid, patch_size)
+        return kept_units(grid[0] * grid[1] // block**2, self.keep_ratio) * block**2
+
+    def choose(self, scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Kept units of each row, ascending, [B, k] int64.
+
+        Args:
+            scores: of n units, [B, n]; with mode "random" only their shape and device count.
+            generator: for the random modes; None is torch's own.
+        """
+        n = scores.shape[1]
+        k = kept_units(n, self.keep_ratio)
+        if self.mode == "topk":
+            return select_tokens(scores, k)
+        if self.mode == "lowest":
+            return select_tokens(-scores, k)
+        noise = _uniform(scores, generator)
+        if self.mode == "sample":  # Gumbel top-k: without replacement, probability ~ score^(1/temperature)
+            gumbel = -(-noise.clamp(1e-12, 1 - 2**-24).log()).log()
+            return select_tokens(scores.clamp_min(1e-30).log() / self.temperature + gumbel, k)
+        best = int(k * self.top_fraction + 1e-6) if self.mode == "mix" else 0
+        if best:
+            noise = noise.scatter(1, select_tokens(scores, best), 2.0)
+        return select_tokens(noise, k)
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return torch.rand(like.shape, device=like.device)
+    return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
+
+
+def kept_units(n: int, keep_ratio: float) -> int:
+    """How many of n units are kept: ceil(n * keep_ratio), at least 1; guarded against float noise."""
+    return max(1, math.ceil(n * keep_ratio - 1e-6))
+
+
+def unit_scores(scores: Tensor, block: int) -> Tensor:
+    """Patch scores [B, h, w] -> scores of units of block x block patches, [B, h/block * w/block]: their means."""
+    if block > 1:
+        scores = F.avg_pool2d(scores.unsqueeze(1), block).squeeze(1)
+    return scores.flatten(1)
+
+
+def patches_of(units: Tensor, grid: tuple[int, int], block: int) -> Tensor:
+    """Units [B, k] -> the patches in them, ascending, [B, k * block^2] int64."""
+    if block == 1:
+        return units
+    columns = grid[1] // block
+    corner = units // columns * (block * grid[1]) + units % columns * block  # first patch of every unit
+    inside = torch.arange(block, device=units.device)
+    inside = (inside.unsqueeze(1) * grid[1] + inside).flatten()
+    return (corner.unsqueeze(2) + inside).flatten(1).sort(dim=1).values

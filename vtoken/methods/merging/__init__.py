@@ -1,0 +1,1 @@
+"""PiToMe, its baselines, and what they share."""

@@ -1,0 +1,210 @@
+"""What PiToMe and its baselines share: settings, token counts, the step from metric to fewer tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtoken import checks
+from vtoken.core.config import MethodConfig
+from vtoken.core.method import BlockMethod
+from vtoken.core.state import Slot
+from vtoken.errors import ConfigError
+from vtoken.methods.merging import schedule
+from vtoken.ops import REDUCTIONS, MergePlan
+
+METRICS = ("key", "key_concat", "hidden")
+INSERTS = ("between", "after")
+ORDERS = ("raster", "internal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(MethodConfig):
+    """Settings of every merging method.
+
+    Args:
+        layers: blocks that merge; None means all. Negative indices count from the end.
+        metric: what tokens are compared by: "key" (keys averaged over heads, before rotation), "key_concat" (heads
+            side by side) or "hidden" (the tokens themselves).
+        prop_attn: proportional attention, log(size) on the key logits.
+        reduction: "wavg" (weighted by size), "mean", "amax" or "prune".
+        place: where tokens merge: "between" attention and MLP, or "after" both.
+        order: "raster" (tokens leave the model in the order of their positions) or "internal".
+
+    Raises:
+        ConfigError: for values out of range; for lists that do not fit the model when it is applied.
+
+    Source: arXiv 2405.16148; docs/methods/pitome.md 3 to 8.
+    """
+
+    layers: tuple[int, ...] | None = None
+    metric: str = "key"
+    prop_attn: bool = True
+    reduction: str = "wavg"
+    place: str = "between"
+    order: str = "raster"
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        if self.layers is not None:
+            object.__setattr__(self, "layers", checks.wholes(owner, "layers", self.layers))
+        checks.flag(owner, "prop_attn", self.prop_attn)
+        checks.choice(owner, "metric", self.metric, METRICS)
+        checks.choice(owner, "reduction", self.reduction, REDUCTIONS)
+        checks.choice(owner, "place", self.place, INSERTS)
+        checks.choice(owner, "order", self.order, ORDERS)
+
+    def build(self, depth: int) -> BlockMethod:
+        """The merging of a model with `depth` blocks."""
+        return Merging(self, depth)
+
+    def match(
+        self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
+    ) -> MergePlan:
+        """The plan of one merge: metric [B, T, d] -> which r tokens go where."""
+        raise NotImplementedError
+
+    def check_depth(self, depth: int) -> None:
+        """Raise ConfigError for settings that do not fit `depth` blocks."""
+
+    def amounts(self, depth: int) -> tuple[Any, ...]:
+        """How much every layer removes, in whatever form `removed` takes."""
+        raise NotImplementedError
+
+    def removed(self, amount: Any, mergeable: int) -> int:
+        """Tokens that one merge takes from `mergeable`."""
+        raise NotImplementedError
+
+    def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
+        """Multiply-adds of choosing r among `mergeable` tokens compared over `channels`."""
+        return r * r * channels
+
+    def protected_patches(self) -> tuple[int, ...]:
+        """Patches that never merge, ascending."""
+        return ()
+
+    def layer_settings(self, layer: int, depth: int) -> dict[str, Any]:
+        """Settings that differ from layer to layer; `match` takes them by name from who has asked for them."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduledMergeConfig(MergeConfig):
+    """Settings of the methods whose layers remove a chosen number of tokens.
+
+    Args (beside those of MergeConfig):
+        ratio: share of the non-prefix tokens that each layer keeps, in (0, 1]; one number or one per block.
+            0.925 if neither ratio nor r is given.
+        r: instead of ratio, tokens that each layer removes: one number; one per block (missing ones are 0); or
+            a tuple (r, slope) with a slope in [-1, 1], linear over the layers (-1: from 2r down to 0). A list is always
+            one number per block: [8, 1] removes 8 and 1, (8, 1) is a line. In JSON a line is {"r": 8, "slope": 1.0},
+            which may be given as well.
+    """
+
+    ratio: Any = None
+    r: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ratio, r = schedule.check_amount(type(self).__name__, self.ratio, self.r)
+        object.__setattr__(self, "ratio", ratio)
+        object.__setattr__(self, "r", r)
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with some settings changed; a new ratio replaces r and the other way round."""
+        if changes.get("ratio") is not None:
+            changes.setdefault("r", None)
+        elif changes.get("r") is not None:
+            changes.setdefault("ratio", None)
+        return super().replace(**changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; see `MethodConfig.to_dict`."""
+        return super().to_dict() | {"r": schedule.as_json(self.r)}
+
+    def amounts(self, depth: int) -> tuple[Any, ...]:
+        """One entry per layer: a float is a ratio, an int is r."""
+        return schedule.amounts(type(self).__name__, self.ratio, self.r, depth)
+
+    def removed(self, amount: Any, mergeable: int) -> int:
+        """By ratio or by number, at most half of the tokens that may merge."""
+        wanted = schedule.removed_by_ratio(mergeable, amount) if isinstance(amount, float) else int(amount)
+        return max(0, min(wanted, (mergeable - len(self.protected_patches())) // 2))
+
+
+class Merging(BlockMethod):
+    """A merging config resolved for `depth` blocks."""
+
+    hook: ClassVar[str] = "on_block"
+
+    def __init__(self, config: MergeConfig, depth: int) -> None:
+        owner = type(config).__name__
+        config.check_depth(depth)
+        self.config = config
+        self.depth = depth
+        self.metric = config.metric
+        self.insert = config.place
+        self.order = config.order
+        self._layers = schedule.chosen_layers(owner, config.layers, depth)
+        self._amounts = config.amounts(depth)
+
+    def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
+        """Tokens that block `layer` removes from `mergeable` ones; 0 if it is not among the chosen layers."""
+        if layer not in self._layers:
+            return 0
+        return self.config.removed(self._amounts[layer], mergeable)
+
+    def check_patches(self, num_patches: int) -> None:
+        """Protected patches must exist."""
+        rows = self.config.protected_patches()
+        if rows and rows[-1] >= num_patches:
+            raise ConfigError(f"protect names patch {rows[-1]}, but images have only patches 0 to {num_patches - 1}")
+
+    def has_bias(self) -> bool:
+        """Pruned models keep size 1, so only merging with prop_attn has a bias."""
+        return self.config.prop_attn and self.config.reduction != "prune"
+
+    def matching_macs(self, layer: int, mergeable: int, head_dim: int, width: int) -> int:
+        """Multiply-adds of the matching; the averaging adds rows and multiplies by a share, r * C each."""
+        r = self.num_removed(layer, mergeable)
+        channels = head_dim if self.metric == "key" else width
+        return self.config.macs(layer, self.depth, mergeable, r, channels) if r else 0
+
+    def describe(self, layer: int) -> dict[str, Any]:
+        """The settings of one layer; empty if it removes nothing."""
+        if layer not in self._layers:
+            return {}
+        return {"amount": self._amounts[layer]} | self.config.layer_settings(layer, self.depth)
+
+    def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
+        """Merge tokens [B, T, C] by metric [B, T, d]."""
+        return self.reduce(layer, self.num_removed(layer, x.shape[1] - num_prefix), x, metric, slot, num_prefix)
+
+    def layer_settings(self, layer: int) -> dict[str, Any]:
+        """Those that differ from layer to layer."""
+        settings = self.config.layer_settings(layer, self.depth).items()
+        return {k: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v for k, v in settings}
+
+    def reduce(
+        self, layer: int, r: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int, **settings: Any
+    ) -> tuple[Tensor, Slot]:
+        """Merge r tokens of [B, T, C] by metric [B, T, d]."""
+        protect = slot.protect
+        if protect is None:
+            protect = self._first_protect(x, num_prefix)
+        plan = self.config.match(layer, self.depth, metric, r, num_prefix, protect, **settings)
+        x, size = plan.apply(x, slot.size, self.config.reduction)
+        # Pruning leaves every token at size 1: keep None, which keeps attention free of a mask.
+        new_size = None if self.config.reduction == "prune" and slot.size is None else size
+        before = slot if protect is slot.protect else replace(slot, protect=protect)
+        return x, before.advance(plan, new_size, num_prefix)
+
+    def _first_protect(self, x: Tensor, num_prefix: int) -> Tensor | None:
+        rows = self.config.protected_patches()
+        if not rows:
+            return None
+        self.check_patches(x.shape[1] - num_prefix)
+        return torch.tensor(rows, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)

@@ -1,0 +1,1 @@
+"""Sparsifiner: settings, predictors, attention, and the parts of its training."""

@@ -1,0 +1,1 @@
+"""Tokens that become fewer: which go together, how their rows are combined, attention that knows their sizes."""

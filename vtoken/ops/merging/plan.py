@@ -1,0 +1,329 @@
+"""MergePlan: the small index tensors that describe one merge, and their application to rows (docs/performance.md 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtoken import checks
+from vtoken.errors import ConfigError, InputError, ShapeError
+from vtoken.ops import kernels
+from vtoken.ops.backend import BACKENDS, rows_reason, use_triton
+from vtoken.ops.rows import flat_index, full_precision, take_rows
+
+REDUCTIONS = ("wavg", "mean", "amax", "prune")
+HALF = (torch.float16, torch.bfloat16)
+
+
+def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logit bias of proportional attention: a token of `size` patches counts as that many equal keys.
+
+    Args:
+        size: patches per token, [B, T].
+        dtype: dtype of the queries; the logarithm is taken in at least float32.
+
+    Returns:
+        log(size) as an additive attention mask [B, 1, 1, T]; it broadcasts over heads and queries, which keeps
+        `scaled_dot_product_attention` on its fused kernels.
+
+    Raises:
+        ShapeError, InputError: if the sizes are not 2-D, or no tensor. ConfigError: if the dtype is none.
+
+    Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1.
+    """
+    checks.tensor("size_bias", "size", size, 2, shape="[B, T]")
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"size_bias(dtype={dtype!r}): must be a torch.dtype")
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = (size if size.dtype == compute else size.to(compute)).log()
+    return (bias if compute == dtype else bias.to(dtype)).unsqueeze(1).unsqueeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """Which rows of [B, T, C] survive a merge and which row each of the others goes into.
+
+    Output rows are [prefix | kept rows in index order | destinations]. A plan holds no values, so one plan serves
+    any number of tensors: features, positions, masks.
+
+    Args:
+        keep: input row of every output row, [B, T'] int64.
+        src: input rows that disappear, [B, r] int64.
+        slot: output row that each of them goes to, [B, r] int64.
+        num_tokens_in: T.
+        num_dest: how many trailing output rows may receive others; the rows before them are copied untouched.
+        groups: what kernels made along the way: `dest`, and the sources of every destination (start, member; see
+            `vtoken_kernels.layout.group_sources`). None from torch.
+        rows: `keep` and `src` side by side, [B, T], where they are parts of one tensor. None from kernels.
+    """
+
+    keep: Tensor
+    src: Tensor
+    slot: Tensor
+    num_tokens_in: int
+    num_dest: int
+    groups: tuple[Tensor, Tensor, Tensor] | None = None
+    rows: Tensor | None = None
+
+    @classmethod
+    def of(cls, parts: list[Tensor], src: Tensor, partner: Tensor) -> MergePlan:
+        """From the parts of `keep`, the last of which are the destinations that `partner` counts among."""
+        rows = torch.cat([*parts, src], dim=1)
+        num_in, num_dest = rows.shape[1], parts[-1].shape[1]
+        num_out = num_in - src.shape[1]
+        slot = partner + (num_out - num_dest)
+        return cls(rows[:, :num_out], rows[:, num_out:], slot, num_in, num_dest, rows=rows)
+
+    @classmethod
+    def identity(cls, batch: int, num_tokens: int, device: torch.device) -> MergePlan:
+        """The plan that changes nothing.
+
+        Raises:
+            ConfigError: if a count is no whole number from 0 on.
+        """
+        batch = checks.whole("MergePlan.identity", "batch", batch, 0)
+        num_tokens = checks.whole("MergePlan.identity", "num_tokens", num_tokens, 0)
+        keep = torch.arange(num_tokens, device=device).expand(batch, num_tokens)
+        none = keep[:, :0]
+        return cls(keep, none, none, num_tokens, 0)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows after the merge, T'."""
+        return self.keep.shape[1]
+
+    @property
+    def removed(self) -> int:
+        """Rows that the merge takes away, r."""
+        return self.src.shape[1]
+
+    @property
+    def dest(self) -> Tensor:
+        """Output row of every input row, [B, T] int64: the group map of this merge."""
+        if self.removed == 0:
+            return self.keep
+        if self.groups is not None:
+            return self.groups[0]
+        out = torch.arange(self.num_tokens, device=self.keep.device).expand_as(self.keep)
+        dest = self.keep.new_empty(self.keep.shape[0], self.num_tokens_in)
+        return dest.scatter(1, self.keep, out).scatter(1, self.src, self.slot)
+
+    def apply(
+        self, x: Tensor, size: Tensor | None = None, reduction: str = "wavg", *, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """Merge the rows of `x`.
+
+        Args:
+            x: rows [B, T, C], any floating dtype; never modified.
+            size: patches per row, [B, T] or [B, T, 1]; None means ones.
+            reduction: "wavg" (mean weighted by size), "mean" (plain mean of a destination and its sources),
+                "amax", or "prune" (sources are dropped, destinations and sizes stay as they are).
+            backend: "auto" (kernels on a GPU where they can, else torch), "torch" or "triton".
+
+        Returns:
+            Rows [B, T', C] in the dtype of `x` (half precision accumulates in float32) and float32 sizes in the shape
+            of `size`, [B, T'] if it was None. Rows that received nothing are bit-equal to their input.
+
+        Raises:
+            ShapeError: if `x` or `size` does not fit the plan. InputError: if one is no tensor.
+            ConfigError: if the reduction or the backend is unknown, or kernels are asked for that cannot serve x.
+        """
+        checks.choice("MergePlan.apply", "backend", backend, BACKENDS)
+        _check_apply(self, x, size, reduction)
+        if self.removed == 0:
+            return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
+        if use_triton(backend, x, lambda: rows_reason(x)):
+            return kernels.merge(self, x, size, reduction)
+        if self.rows is not None and reduction == "wavg" and _is_one_image(x, size):
+            return _merge_one_image(self.rows[0], self.slot[0], x[0], size)
+        flat = size
+        if flat is not None and (flat.dim() == 3 or flat.dtype != torch.float32):
+            flat = flat.reshape(x.shape[:2]).to(torch.float32)
+        src_share = None
+        if reduction == "prune":
+            new_size = torch.ones(self.keep.shape, device=x.device) if flat is None else flat.gather(1, self.keep)
+        else:
+            new_size, src_share = self._sizes_and_shares(flat, _compute_dtype(x))
+            if reduction == "mean" and flat is not None:
+                src_share = self._sizes_and_shares(None, _compute_dtype(x))[1]
+        if reduction == "amax":
+            index = self.slot.unsqueeze(-1).expand(-1, -1, x.shape[2])
+            rows = take_rows(x, self.keep).scatter_reduce(1, index, take_rows(x, self.src), "amax", include_self=True)
+        else:
+            rows = _merge_rows(self, x, src_share)
+        if size is not None and size.dim() == 3:
+            new_size = new_size.unsqueeze(2)
+        return rows, new_size
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Spread output rows [B, T', C] back to all input rows [B, T, C]: every row gets its group's value.
+
+        Raises:
+            ShapeError, InputError: if `y` does not fit the plan, or is no tensor.
+        """
+        checks.tensor("MergePlan.unmerge", "y", y)
+        if y.dim() != 3 or y.shape[:2] != self.keep.shape:
+            batch = self.keep.shape[0]
+            raise ShapeError(f"unmerge takes [{batch}, {self.num_tokens}, C] (the merged rows), got {tuple(y.shape)}")
+        return take_rows(y, self.dest)
+
+    def then(self, next_plan: MergePlan) -> MergePlan:
+        """This merge followed by `next_plan` as one plan ("wavg" and "amax" give the same rows either way).
+
+        Raises:
+            ShapeError, InputError: if `next_plan` does not start where this one ends, or is no plan.
+        """
+        if not isinstance(next_plan, MergePlan):
+            raise InputError(f"MergePlan.then(next_plan=...): must be a MergePlan, got {type(next_plan).__name__}")
+        if next_plan.keep.shape[0] != self.keep.shape[0]:
+            raise ShapeError(
+                f"the next plan is for {next_plan.keep.shape[0]} images, this one for {self.keep.shape[0]}"
+            )
+        if next_plan.num_tokens_in != self.num_tokens:
+            raise ShapeError(f"the next plan starts from {next_plan.num_tokens_in} rows, this one ends with "
+                             f"{self.num_tokens}")  # fmt: skip
+        return MergePlan(
+            keep=self.keep.gather(1, next_plan.keep),
+            src=torch.cat([self.src, self.keep.gather(1, next_plan.src)], dim=1),
+            slot=torch.cat([next_plan.dest.gather(1, self.slot), next_plan.slot], dim=1),
+            num_tokens_in=self.num_tokens_in,
+            num_dest=next_plan.num_tokens,
+        )
+
+    def _sizes_and_shares(self, size: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+        """New sizes [B, T'] (float32) and the share [B, r] that each source has in the row it goes to."""
+        # Sizes are whole numbers, exact in float32, so the order of these additions does not matter on any device.
+        if size is None:
+            added = torch.ones(self.src.shape, device=self.src.device)
+            kept = torch.ones(self.keep.shape, device=self.src.device)
+        else:
+            added, kept = size.gather(1, self.src), size.gather(1, self.keep)
+        new_size = kept.scatter_add(1, self.slot, added)
+        return new_size, added.to(compute) / new_size.gather(1, self.slot)
+
+
+def _is_one_image(x: Tensor, size: Tensor | None) -> bool:
+    """Whether `_merge_one_image` may merge x [B, T, C]: plain numbers, nothing that watches them."""
+    if x.shape[0] != 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if any(t.dtype != torch.float32 or t.requires_grad for t in ((x,) if size is None else (x, size))):
+        return False
+    return (size is None or size.dim() == 2) and not torch._C._are_functorch_transforms_active()
+
+
+def _merge_one_image(rows: Tensor, slot: Tensor, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `MergePlan.apply` makes of one image, x [T, C] and sizes [1, T], by "wavg".
+
+    So few rows cost less than the operations on them: one gather serves those that stay and those that go.
+    """
+    num_out = rows.shape[0] - slot.shape[0]
+    sizes = torch.ones(rows.shape, device=x.device) if size is None else size[0].index_select(0, rows)
+    moved = x.index_select(0, rows)
+    new_size, added, out, src = sizes[:num_out], sizes[num_out:], moved[:num_out], moved[num_out:]
+    new_size.index_add_(0, slot, added)
+    share = added / new_size.index_select(0, slot)
+    out.index_add_(0, slot, src.sub_(out.index_select(0, slot)).mul_(share.unsqueeze(1)))
+    return out.unsqueeze(0), new_size.unsqueeze(0)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in HALF else x.dtype
+
+
+def _check_apply(plan: MergePlan, x: Tensor, size: Tensor | None, reduction: str) -> None:
+    checks.choice("MergePlan.apply", "reduction", reduction, REDUCTIONS)
+    check_rows(plan, x, size)
+    if reduction in ("wavg", "mean") and not x.is_floating_point():
+        raise ConfigError(f"{reduction!r} averages, which {x.dtype} cannot hold; use 'amax' or 'prune', or convert x")
+
+
+def check_rows(plan: MergePlan, x: Tensor, size: Tensor | None) -> None:
+    """Raise ShapeError if rows [B, T, C] or sizes do not fit the plan, InputError if they are no tensors."""
+    checks.tensor("MergePlan.apply", "x", x)
+    if size is not None:
+        checks.tensor("MergePlan.apply", "size", size)
+    expected = (plan.keep.shape[0], plan.num_tokens_in)
+    if x.dim() != 3 or tuple(x.shape[:2]) != expected:
+        raise ShapeError(f"the plan takes x of shape [{expected[0]}, {expected[1]}, C], got {tuple(x.shape)}")
+    if size is not None and tuple(size.shape) not in (expected, (*expected, 1)):
+        raise ShapeError(f"size must be {list(expected)} or {[*expected, 1]}, got {tuple(size.shape)}")
+
+
+def _merge_rows(plan: MergePlan, x: Tensor, src_share: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        merged: Tensor = _MergeRows.apply(x, plan.keep, plan.src, plan.slot, src_share, plan.num_dest)
+        return merged
+    return _merge_rows_forward(x, plan.keep, plan.src, plan.slot, src_share, plan.num_dest)
+
+
+def _merge_rows_forward(
+    x: Tensor, keep: Tensor, src: Tensor, slot: Tensor, src_share: Tensor | None, num_dest: int
+) -> Tensor:
+    """Gather the kept rows, then move every destination by share * (source - destination).
+
+    This form of the weighted mean leaves rows that receive nothing, and groups of equal rows, exactly as they were;
+    only destinations and sources enter arithmetic. src_share=None drops the sources.
+    """
+    out = take_rows(x, keep)
+    if src_share is None:
+        return out
+    compute = _compute_dtype(x)
+    step = (take_rows(x, src).to(compute) - take_rows(out, slot).to(compute)) * src_share.unsqueeze(-1)
+    first = out.shape[1] - num_dest
+    if x.device.type not in ("cpu", "meta"):  # meta counts what a CPU would do
+        out[:, first:] = _add_by_product(out[:, first:].to(compute), step, slot - first)
+    elif out.dtype != compute:
+        # A new tensor, as `to` changes the dtype: adding in place is safe.
+        out[:, first:] = _add_by_index(out[:, first:].to(compute), step, slot - first)
+    else:
+        _add_by_index(out, step, slot)
+    return out
+
+
+def _add_by_index(rows: Tensor, step: Tensor, slot: Tensor) -> Tensor:
+    """Add `step` [B, r, C] to `rows` [B, D, C], in place, at `slot` [B, r]; deterministic on CPU only."""
+    flat = rows.view(-1, rows.shape[2])
+    flat.index_add_(0, flat_index(slot, rows.shape[1]), step.view(-1, rows.shape[2]))
+    return rows
+
+
+def _add_by_product(rows: Tensor, step: Tensor, slot: Tensor) -> Tensor:
+    """The same as a product with the one-hot [D, r] matrix; deterministic on every device.
+
+    Source: docs/methods/pitome.md 8.
+    """
+    onehot = slot.unsqueeze(1) == torch.arange(rows.shape[1], device=rows.device).view(1, -1, 1)
+    with full_precision(rows):
+        return torch.baddbmm(rows, onehot.to(rows.dtype), step)
+
+
+class _MergeRows(torch.autograd.Function):
+    """Merging is linear in x, so its gradient is one gather by group, scaled by each row's share."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, keep: Tensor, src: Tensor, slot: Tensor, src_share: Tensor | None, num_dest: int
+    ) -> Tensor:  # fmt: skip
+        return _merge_rows_forward(x, keep, src, slot, src_share, num_dest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, keep, src, slot, src_share, num_dest = inputs
+        dest = MergePlan(keep, src, slot, x.shape[1], num_dest).dest
+        own = torch.ones(keep.shape, dtype=_compute_dtype(x), device=x.device)
+        if src_share is None:
+            src_share = torch.zeros(src.shape, dtype=own.dtype, device=x.device)
+        own = own.scatter_add(1, slot, -src_share)
+        share = torch.empty(x.shape[:2], dtype=own.dtype, device=x.device)
+        ctx.save_for_backward(dest, share.scatter(1, keep, own).scatter(1, src, src_share))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dest, share = ctx.saved_tensors
+        rows = take_rows(grad, dest).to(_compute_dtype(grad)) * share.unsqueeze(-1)
+        return rows.to(grad.dtype), None, None, None, None, None

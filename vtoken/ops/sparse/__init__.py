@@ -1,0 +1,1 @@
+"""Attention over chosen connections: which keys every query keeps, and the ways to run it."""
