@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.method import BlockMethod
 from vtoken.errors import ConfigError, VTokenError
 
 M = TypeVar("M", bound=nn.Module)
@@ -113,7 +112,7 @@ def compile(model: M, **options: Any) -> M:
 
 def _check(methods: dict[str, Any]) -> None:
     method = methods["on_block"]
-    if "on_attention" in methods or type(method).reduce is BlockMethod.reduce:
+    if "on_attention" in methods or not method.reduces:
         which = methods.get("on_attention", method)
         raise ConfigError(
             f"vtoken.compile serves merging methods, not {type(which).__name__}; torch.compile(model) serves all"

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtoken.ops import MergePlan, size_bias
+from vtoken.ops import MergePlan
+from vtoken.ops.merging.plan import log_sizes
 from vtoken.ops.rows import take_rows
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ class TokenState:
 
     __slots__ = (
         "attention",
+        "biased",
         "compiled",
         "embedded",
         "first",
@@ -173,6 +175,8 @@ class TokenState:
         compiled: CompiledBlocks | None = None,
     ) -> None:
         self.method = method
+        #: Whether sizes enter the attention logits.
+        self.biased = method.has_bias()
         self.compiled = compiled
         self.attention = attention
         self.num_prefix = num_prefix
@@ -205,7 +209,7 @@ class TokenState:
         """What is known of embedded tokens as tensors, so that the first block runs the same graph as the others."""
         batch, tokens, _ = x.shape
         first = self.first
-        size = torch.ones(batch, tokens, device=x.device) if self.method.has_bias() else None
+        size = torch.ones(batch, tokens, device=x.device) if self.biased else None
         anchor, dest = (
             torch.arange(tokens, device=x.device).repeat(batch, 1) if tracked else None
             for tracked in (first.track_anchor, first.track_dest)
@@ -216,14 +220,14 @@ class TokenState:
         """Whether somebody reads the attention of block `layer` on the way."""
         return self.watch is not None and layer in self.watch.layers
 
-    def removes(self, layer: int, num_tokens: int) -> bool:
-        """Whether block `layer` takes anything away from `num_tokens` tokens."""
-        return self.method.num_removed(layer, num_tokens - self.num_prefix, self.first.embedded - self.num_prefix) > 0
+    def amount(self, layer: int, num_tokens: int) -> int:
+        """How many of `num_tokens` tokens block `layer` takes away."""
+        return self.method.num_removed(layer, num_tokens - self.num_prefix, self.first.embedded - self.num_prefix)
 
     def bias(self, layer: int, dtype: torch.dtype) -> Tensor | None:
         """The size term of block `layer`'s attention, [B, 1, 1, T]; None (not zeros) before the first merge."""
         size = self.slots[layer].size
-        return None if size is None or not self.method.has_bias() else size_bias(size, dtype)
+        return None if size is None or not self.biased else log_sizes(size, dtype)
 
     def call(self, layer: int, *, scale: float, mask: Tensor | None, dropout: float, wants_cls: bool) -> AttentionCall:
         """What block `layer`'s attention method is told; opens its record if a trace wants one."""
@@ -239,7 +243,12 @@ class TokenState:
         """Block `layer` removes nothing: what was known before it is known after it."""
         self.slots[layer + 1] = self.slots[layer]
 
-    def on_block(self, layer: int, x: Tensor, metric: Tensor) -> Tensor:
-        """Remove tokens [B, T, C] at block `layer`, choosing by `metric` [B, T, d]."""
-        x, self.slots[layer + 1] = self.method.on_block(layer, x, metric, self.slots[layer], self.num_prefix)
+    def on_block(self, layer: int, r: int, x: Tensor, metric: Tensor) -> Tensor:
+        """Remove the r tokens of [B, T, C] that `amount` told for block `layer`, choosing by `metric` [B, T, d]."""
+        method, slot = self.method, self.slots[layer]
+        if method.reduces:
+            settings = method.layer_settings(layer)
+            x, self.slots[layer + 1] = method.reduce(layer, r, x, metric, slot, self.num_prefix, **settings)
+        else:
+            x, self.slots[layer + 1] = method.on_block(layer, x, metric, slot, self.num_prefix)
         return x

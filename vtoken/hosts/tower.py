@@ -20,7 +20,7 @@ from vtoken.core.state import AttentionCall, Slot, TokenState
 from vtoken.core.trace import DROPPED, current_trace
 from vtoken.errors import ShapeError, UnsupportedModelError, VTokenWarning
 from vtoken.hosts.class_rows import RowTap
-from vtoken.ops import key_metric
+from vtoken.ops.merging.matching import summed_keys
 from vtoken.ops.rows import take_rows
 
 
@@ -297,7 +297,7 @@ class Tap:
         if self.keys is None:
             raise RuntimeError("the attention never called its key norm, so there are no keys to compare tokens by")
         if self._wanted == "key":
-            return key_metric(self.keys)
+            return summed_keys(self.keys)
         return self.keys.detach().transpose(1, 2).flatten(2)
 
 

@@ -14,8 +14,8 @@ from vtoken.core.config import register_method
 from vtoken.errors import ConfigError
 from vtoken.methods.merging import schedule
 from vtoken.methods.merging.base import ScheduledMergeConfig
-from vtoken.ops import MergePlan, plan_pitome
-from vtoken.ops.merging.matching import ENERGIES, VARIANTS
+from vtoken.ops import MergePlan
+from vtoken.ops.merging.matching import ENERGIES, VARIANTS, energy_matching
 
 #: Matchings of image tokens; `plan_pitome` has one for text encoders besides.
 _MATCHINGS = tuple(name for name in VARIANTS if name != "text")
@@ -152,16 +152,16 @@ class PiToMe(ScheduledMergeConfig):
         r: int,
         num_prefix: int,
         protect: Tensor | None,
-        margin: Tensor | None = None,
+        margin: float | Tensor | None = None,
         variant: str | None = None,
     ) -> MergePlan:
         """The energy matching with this layer's margin and variant."""
-        return plan_pitome(
+        return energy_matching(
             metric,
             r,
+            num_prefix,
             margin=self._margin(layer, depth) if margin is None else margin,
             alpha=self.alpha,
-            num_prefix=num_prefix,
             variant=self._variant(layer, depth) if variant is None else variant,
             energy=self.energy,
             protect=protect,
