@@ -201,8 +201,15 @@ def is_heard(module: nn.Module) -> bool:
 
 def is_heard_within(block: nn.Module) -> bool:
     """Whether `is_heard` holds for a module inside `block`."""
-    children = [child for child in block._modules.values() if child is not None]
-    return any(is_heard(child) or is_heard_within(child) for child in children)
+    left = [block]
+    for module in left:  # which grows: asked at every call of a compiled block, so without recursion
+        for child in module._modules.values():
+            if child is not None:
+                if is_heard(child):
+                    return True
+                if child._modules:
+                    left.append(child)
+    return False
 
 
 def through(module: Any, x: Tensor) -> Tensor:
