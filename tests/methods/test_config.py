@@ -21,8 +21,9 @@ import vtoken
 from vtoken import ConfigError, MethodConfig, PiToMe, RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.cli.settings import key_values
 from vtoken.core.config import make_config
+from vtoken.core.counts import count_tokens
 from vtoken.core.method import BlockMethod
-from vtoken.core.plan import Plan, count_tokens
+from vtoken.core.spec import Plan
 
 METHODS = {
     "pitome": PiToMe,

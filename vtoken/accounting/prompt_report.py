@@ -10,7 +10,8 @@ from torch import nn
 from vtoken.accounting.prefill import Decoder, check_count, kv_cache_bytes, prefill_macs
 from vtoken.accounting.report import count_macs
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, config_tuple, is_applied, pixels, remove, resolve
+from vtoken.core.apply import Config, apply, config_tuple, is_applied, remove, resolve
+from vtoken.core.counts import pixels
 from vtoken.core.host import find_adapter
 from vtoken.errors import ConfigError
 

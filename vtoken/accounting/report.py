@@ -12,8 +12,9 @@ from torch import nn
 from vtoken import checks
 from vtoken.accounting.meter import Meter, Repeats
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, build_methods, chosen, is_applied, plan_of, remove
+from vtoken.core.apply import Config, apply, build_methods, is_applied, remove
 from vtoken.core.config import MethodConfig
+from vtoken.core.counts import chosen, plan_of
 from vtoken.core.host import HostAdapter
 from vtoken.core.method import AttentionMacs, AttentionMethod
 from vtoken.core.patch import PREDICTOR

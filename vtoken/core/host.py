@@ -4,65 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import Method
-from vtoken.core.plan import Plan
+from vtoken.core.spec import HostSpec, ImageTokens, Plan
 from vtoken.errors import ConfigError, UnsupportedModelError, VTokenError
-
-
-@dataclass(frozen=True)
-class HostSpec:
-    """What a method may know of a host.
-
-    Args:
-        name: class name of the model, for messages.
-        depth: number of blocks L.
-        width: channels C.
-        num_heads: attention heads H of the first block.
-        head_dim: channels per head D.
-        num_prefix: class, register and distillation tokens P.
-        grid: patch rows and columns at the model's own image size.
-        pooling: the model's own word for its pooling ("token", "avg", "map", ...).
-        position: "absolute" or "rotary".
-        fixed_size: whether the model takes images of one size only.
-        class_token: whether the first prefix token is a class token.
-    """
-
-    name: str
-    depth: int
-    width: int
-    num_heads: int
-    head_dim: int
-    num_prefix: int
-    grid: tuple[int, int]
-    pooling: str
-    position: str
-    fixed_size: bool = True
-    class_token: bool = True
-
-
-@dataclass(frozen=True)
-class ImageTokens:
-    """One image on its way to a language model.
-
-    Args:
-        crops: images that the tower sees for it, at its own size.
-        rows: tokens of one of them that go through the projector.
-        full: tokens of all, newlines included, without pruning of the prompt.
-        kept: tokens with it; newlines that depend on the image all count.
-        exact: whether `kept` is the same for every image.
-    """
-
-    crops: int
-    rows: int
-    full: int
-    kept: int
-    exact: bool = True
 
 
 class HostAdapter:

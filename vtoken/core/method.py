@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vtoken.core.state import AttentionCall, Slot
-
-if TYPE_CHECKING:
-    from vtoken.core.host import HostSpec
+from vtoken.core.slots import AttentionCall, Slot
+from vtoken.core.spec import HostSpec
 
 
 class Method:

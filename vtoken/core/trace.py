@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vtoken import checks
-from vtoken.core.prompt import PromptRecord, VideoRecord
-from vtoken.core.state import AttentionRecord, Slot, TokenState
+from vtoken.core.records import AttentionRecord, PromptRecord, VideoRecord
+from vtoken.core.slots import Slot
+from vtoken.core.state import TokenState
 from vtoken.errors import InputError, ShapeError, VTokenError
 from vtoken.ops.rows import take_rows
 

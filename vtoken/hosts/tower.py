@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from vtoken.core.host import HostSpec
 from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll
 from vtoken.core.patch import PREDICTOR, base_of, forward_with
-from vtoken.core.state import AttentionCall, Slot, TokenState
+from vtoken.core.slots import AttentionCall, Slot
+from vtoken.core.spec import HostSpec
+from vtoken.core.state import TokenState
 from vtoken.core.trace import DROPPED, current_trace
 from vtoken.errors import ShapeError, UnsupportedModelError, VTokenWarning
 from vtoken.hosts.class_rows import RowTap

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vtoken import checks
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.merging.base import MergeConfig
 from vtoken.ops import key_metric, size_bias

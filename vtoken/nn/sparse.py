@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vtoken import checks
-from vtoken.core.host import HostSpec
 from vtoken.core.method import KeepAll
-from vtoken.core.state import AttentionRecord, TokenState
+from vtoken.core.records import AttentionRecord
+from vtoken.core.spec import HostSpec
+from vtoken.core.state import TokenState
 from vtoken.core.trace import current_trace
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.sparsifiner.settings import SparseAttention as SparseAttentionMethod

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtoken.core.apply import build_methods, plan
+from vtoken.core.apply import build_methods
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import HostAdapter, HostSpec, ImageTokens
+from vtoken.core.counts import plan
+from vtoken.core.host import HostAdapter
 from vtoken.core.method import FeatureMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced
+from vtoken.core.spec import HostSpec, ImageTokens
 from vtoken.errors import ShapeError, UnsupportedModelError
 from vtoken.hosts.llava.entry import InnerMixin, PromptMixin
 from vtoken.hosts.llava.features import drops_first, feature_layer, tower_of

@@ -17,10 +17,12 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from vtoken.core.host import HostAdapter, HostSpec, find_adapter
+from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import AttentionMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, forward_with, is_patched, view
-from vtoken.core.state import Slot, TokenState
+from vtoken.core.slots import Slot
+from vtoken.core.spec import HostSpec
+from vtoken.core.state import TokenState
 from vtoken.core.trace import DROPPED, current_trace
 from vtoken.errors import InputError, ShapeError, UnsupportedModelError
 from vtoken.hosts.class_rows import ClassRows, RowTap

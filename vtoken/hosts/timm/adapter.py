@@ -7,9 +7,10 @@ from typing import Any
 from timm.layers.attention_pool import AttentionPoolLatent
 from torch import nn
 
-from vtoken.core.host import HostAdapter, HostSpec, inner_hint
+from vtoken.core.host import HostAdapter, inner_hint
 from vtoken.core.method import Method
 from vtoken.core.patch import base_of, forward_is_replaced, view
+from vtoken.core.spec import HostSpec
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind

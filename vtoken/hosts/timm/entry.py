@@ -13,7 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vtoken.core.patch import base_of, view
-from vtoken.core.state import Slot, TokenState
+from vtoken.core.slots import Slot
+from vtoken.core.state import TokenState
 from vtoken.core.trace import current_trace
 from vtoken.errors import InputError, ShapeError
 from vtoken.hosts.pooling import pool_kind, remember_sizes, sized_pool, sizes_for_head

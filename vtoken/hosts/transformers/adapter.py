@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.host import HostAdapter, HostSpec
+from vtoken.core.host import HostAdapter
 from vtoken.core.method import BlockMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, is_patched
-from vtoken.core.plan import Plan
+from vtoken.core.spec import HostSpec, Plan
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.tower import block_targets

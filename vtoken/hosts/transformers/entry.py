@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtoken.core.patch import base_of, forward_with, is_patched, view
-from vtoken.core.state import Slot, TokenState
+from vtoken.core.slots import Slot
+from vtoken.core.state import TokenState
 from vtoken.core.trace import current_trace
 from vtoken.errors import InputError
 from vtoken.hosts.class_rows import ClassRows

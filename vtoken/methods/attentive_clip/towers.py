@@ -20,8 +20,9 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from vtoken.core.host import HostSpec, find_adapter
+from vtoken.core.host import find_adapter
 from vtoken.core.patch import is_patched, view
+from vtoken.core.spec import HostSpec
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.ops import class_row, projected_class_row
 from vtoken.ops.rows import take_rows

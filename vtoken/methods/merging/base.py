@@ -11,7 +11,7 @@ from torch import Tensor
 from vtoken import checks
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.merging import schedule
 from vtoken.ops import REDUCTIONS, MergePlan
