@@ -11,7 +11,7 @@ from torch import nn
 
 from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.config import MethodConfig, make_config
-from vtoken.core.host import HostAdapter, find_adapter
+from vtoken.core.host import Host, host_of
 from vtoken.core.method import AttentionMethod, BlockMethod, Method
 from vtoken.core.patch import (
     PREDICTOR,
@@ -74,8 +74,8 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
         True
     """
     configs = resolve(config, options)
-    parts = [(find_adapter(model, part), group) for part, group in _by_part(configs).items()]
-    built = [build_methods(model, adapter, group) for adapter, group in parts]
+    parts = [(host_of(model, part), group) for part, group in _by_part(configs).items()]
+    built = [build_methods(host, group) for host, group in parts]
     carriers = [(m, part) for m, part in _carried(model) if part in _by_part(configs)]
     if carriers and not replace:
         names = ", ".join(c.method for c in config_tuple(model) if c.part in _by_part(configs))
@@ -87,16 +87,21 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     try:
         for module, part in carriers:
             unpatch(module, part)
-        for (adapter, group), methods in zip(parts, built, strict=True):
-            targets = adapter.targets(model, methods)
-            targets[0][2]["_vtoken"] = Applied(group, methods)
-            patch(targets, adapter.part)
+        for (host, group), methods in zip(parts, built, strict=True):
+            enter(host, group, methods)
     except BaseException:
         for module in patched_modules(model):
             unpatch(module)
         restore(previous)
         raise
     return model
+
+
+def enter(host: Host, configs: tuple[MethodConfig, ...], methods: dict[str, Method]) -> None:
+    """Patch one part of a model that carries nothing there, with methods that were built for it."""
+    targets = host.targets(methods)
+    targets[0][2]["_vtoken"] = Applied(configs, methods)
+    patch(targets, host.adapter.part)
 
 
 def remove(model: M, method: str | None = None) -> M:
@@ -157,13 +162,13 @@ def configure(model: M, **changes: Any) -> M:
         raise VTokenError(f"configure needs exactly one applied method, found {len(configs)}; use vtoken.apply")
     owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and meant[0] in m.__dict__["_vtoken"].configs)
     new = tuple(c.replace(**changes) if c is meant[0] else c for c in owner.__dict__["_vtoken"].configs)
-    adapter = find_adapter(owner, meant[0].part)
-    applied = Applied(new, build_methods(owner, adapter, new), owner.__dict__["_vtoken"].compiled)
+    host = host_of(owner, meant[0].part)
+    applied = Applied(new, build_methods(host, new), owner.__dict__["_vtoken"].compiled)
     carriers = [m for m in owner.modules() if "_vtoken_method" in m.__dict__]
     attention = applied.methods.get("on_attention")
     if isinstance(attention, AttentionMethod):
         layers = {int(m.__dict__["_vtoken_index"]) for m in carriers}
-        if any(attention.acts_on(layer) != (layer in layers) for layer in range(adapter.spec(owner).depth)):
+        if any(attention.acts_on(layer) != (layer in layers) for layer in range(host.spec.depth)):
             raise ConfigError("configure cannot add or take away layers with a learned part; use replace=True in apply")
         for carrier in carriers:
             attention.fits(int(carrier.__dict__["_vtoken_index"]), carrier.get_submodule(PREDICTOR))
@@ -189,9 +194,9 @@ def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]
     return configs
 
 
-def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodConfig, ...]) -> dict[str, Method]:
+def build_methods(host: Host, configs: tuple[MethodConfig, ...]) -> dict[str, Method]:
     """The methods by the hook they serve, checked against the model; nothing is changed."""
-    spec = adapter.spec(model)
+    spec, adapter = host.spec, host.adapter
     built: dict[str, Method] = {}
     made = [(config, method) for config in configs for method in _made(config.build(spec.depth))]
     for config, method in made:
@@ -209,7 +214,7 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
         if isinstance(method, BlockMethod) and spec.fixed_size:
             method.check_patches(spec.grid[0] * spec.grid[1])
         built[method.hook] = method
-    adapter.check(model, built)
+    adapter.check(host.model, built)
     return built
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from vtoken import checks
 from vtoken.core.apply import Config, build_methods, config_tuple, resolve
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import HostAdapter, find_adapter
-from vtoken.core.method import BlockMethod, KeepAll
+from vtoken.core.host import Host, find_adapter, host_of
+from vtoken.core.method import BlockMethod, KeepAll, Method
 from vtoken.core.spec import Plan
 from vtoken.errors import ConfigError, ShapeError
 
@@ -26,9 +26,8 @@ def plan(
         config: settings; None means those that are applied.
         img_size: pixels, one side or (height, width); None means the model's own.
     """
-    adapter, _, method = chosen(model, config, options)
-    size = adapter.image_size(model) if img_size is None else pixels(img_size)
-    return plan_of(model, adapter, method, size)
+    host, _, methods = chosen(model, config, options)
+    return plan_of(host, methods, host.image_size() if img_size is None else pixels(img_size))
 
 
 def num_tokens(
@@ -55,43 +54,43 @@ def num_tokens(
         shortening = find_adapter(model, "prompt")
         size = shortening.image_size(model) if img_size is None else pixels(img_size)
         return shortening.count(model, configs, size).kept
-    adapter = find_adapter(model)
-    size = adapter.image_size(model) if img_size is None else pixels(img_size)
-    if not configs:
-        spec, (height, width) = adapter.spec(model), adapter.grid(model, size)
-        full = Plan((spec.num_prefix + height * width,) * (spec.depth + 1), spec.num_prefix)
-        return adapter.num_tokens(model, full)
-    method = chosen(model, config, options)[2]
-    return adapter.num_tokens(model, plan_of(model, adapter, method, size))
+    host, methods = (host_of(model), {}) if not configs else chosen(model, config, options)[::2]
+    size = host.image_size() if img_size is None else pixels(img_size)
+    return host.adapter.num_tokens(model, plan_of(host, methods, size))
 
 
 def chosen(
     model: nn.Module, config: Config | None, options: dict[str, Any]
-) -> tuple[HostAdapter, tuple[MethodConfig, ...], BlockMethod]:
-    """The model's adapter, the given or else the applied settings, and the method they make."""
-    adapter = find_adapter(model)
+) -> tuple[Host, tuple[MethodConfig, ...], dict[str, Method]]:
+    """The model's tower, the given or else the applied settings, and the methods that these make there."""
+    host = host_of(model)
     configs = resolve(config, options) if config is not None else config_tuple(model)
     if not configs:
         raise ConfigError("no settings given and no method applied to this model")
     in_tower = tuple(c for c in configs if c.part == "tower")
     if not in_tower:
         find_adapter(model, "prompt")  # or says why no prompt of the model can be shortened
-    method = build_methods(model, adapter, in_tower).get("on_block", KeepAll())
+    return host, configs, build_methods(host, in_tower)
+
+
+def removing(methods: dict[str, Method]) -> BlockMethod:
+    """The one among the methods that removes tokens in the blocks."""
+    method = methods.get("on_block", KeepAll())
     assert isinstance(method, BlockMethod)
-    return adapter, configs, method
+    return method
 
 
-def plan_of(model: nn.Module, adapter: HostAdapter, method: BlockMethod, size: tuple[int, int]) -> Plan:
-    """Token counts of `method` on images of `size` (height, width) pixels."""
-    spec = adapter.spec(model)
-    own = tuple(adapter.image_size(model)) if spec.fixed_size else tuple(size)
+def plan_of(host: Host, methods: dict[str, Method], size: tuple[int, int]) -> Plan:
+    """Token counts on images of `size` (height, width) pixels."""
+    spec = host.spec
+    own = host.image_size() if spec.fixed_size else tuple(size)
     if tuple(size) != own:
         raise ShapeError(
             f"{spec.name} does not take images of {size} pixels (height, width), only of {own}; build it for another "
             "size, or so that it takes any (timm: dynamic_img_size=True)"
         )
-    height, width = adapter.grid(model, size)
-    return count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix)
+    height, width = host.grid(size)
+    return count_tokens(removing(methods), spec.depth, spec.num_prefix + height * width, spec.num_prefix)
 
 
 def pixels(size: int | Sequence[int]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import inspect
 import threading
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -142,6 +142,13 @@ def forward_is_replaced(module: nn.Module) -> bool:
     forward, old = module.__dict__.get("forward"), module.__dict__.get("_old_forward")
     hooked = _is_hook(forward, module) and _is_own(old, module, type(module))
     return forward is not None and not hooked and not _is_own(forward, module, type(module))
+
+
+def runs_as_known(module: nn.Module, known: Collection[type]) -> bool:
+    """Whether a module, patched or not, runs the `forward` of the first of the known classes that it is."""
+    kind: Any = base_of(type(module))
+    cls: Any = next((c for c in kind.__mro__ if c in known), None)
+    return cls is not None and kind.forward is cls.forward and not forward_is_replaced(module)
 
 
 def _is_own(method: Any, module: nn.Module, cls: type) -> bool:

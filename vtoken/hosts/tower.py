@@ -16,7 +16,6 @@ from torch.nn.modules import module as _module
 from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll
 from vtoken.core.patch import PREDICTOR, base_of, forward_with
 from vtoken.core.slots import AttentionCall, Slot
-from vtoken.core.spec import HostSpec
 from vtoken.core.state import TokenState
 from vtoken.core.trace import DROPPED, current_trace
 from vtoken.errors import ShapeError, UnsupportedModelError, VTokenWarning
@@ -339,9 +338,10 @@ def tapped_forward(block: Any, name: str, tap: Tap, *args: Any, **options: Any) 
 
 def block_targets(
     methods: Mapping[str, Any],
-    spec: HostSpec,
     container: Any,
     parts: Callable[[Any], tuple[type, Any, type]],
+    *,
+    num_prefix: int,
     sparse: Collection[type] = (),
 ) -> list[tuple[nn.Module, type, dict[str, Any]]]:
     """What `patch` needs for the blocks of a tower, their container and their attentions.
@@ -349,6 +349,7 @@ def block_targets(
     Args:
         container: holds the blocks.
         parts: of a block its mixin, its attention and the mixin of that.
+        num_prefix: class, register and distillation tokens.
         sparse: the classes of attention whose core an attention method may replace.
 
     Raises:
@@ -363,7 +364,10 @@ def block_targets(
         mixin, attn, attention_mixin = parts(block)
         found.append((block, mixin, {"_vtoken_index": index, "_vtoken_depth": len(blocks), **shared}))
         chosen = method is not None and method.acts_on(index)
-        attributes = _attention_attributes(method, spec, index, block.attn, sparse) if chosen else {}
+        attributes: dict[str, Any] = {}
+        if chosen:
+            _check_attention(index, block.attn, sparse)
+            attributes = {"_vtoken_index": index, "_vtoken_method": method, "_vtoken_prefix": num_prefix}
         found.append((attn, attention_mixin, attributes))
     return found
 
@@ -373,20 +377,15 @@ def mixin_for(module: Any, mixins: Mapping[type, type]) -> type:
     return mixins[next(base for base in base_of(type(module)).__mro__ if base in mixins)]
 
 
-def _attention_attributes(
-    method: Any, spec: HostSpec, index: int, attn: Any, sparse: Collection[type]
-) -> dict[str, Any]:
-    """An attention method, with its learned part, for the attention of block `index`."""
+def _check_attention(index: int, attn: Any, sparse: Collection[type]) -> None:
+    """Whether an attention method can serve the attention of block `index`."""
     kind: Any = base_of(type(attn))
     if not any(cls in sparse and kind.forward is cls.forward for cls in kind.__mro__) or PREDICTOR in attn._modules:
         known = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in sparse)
         raise UnsupportedModelError(
-            f"cannot put connectivity masks into {spec.name}: the attention of block {index} is a "
+            f"cannot put connectivity masks into this model: the attention of block {index} is a "
             f"{kind.__module__}.{kind.__qualname__}; supported: {known}. The model was left as it was."
         )
-    like = next(attn.parameters())
-    attributes = {"_vtoken_index": index, "_vtoken_method": method, "_vtoken_prefix": spec.num_prefix}
-    return attributes | {PREDICTOR: method.predictor(index, spec, like).train(attn.training)}
 
 
 def given(**arguments: Any) -> dict[str, Any]:

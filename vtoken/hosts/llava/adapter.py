@@ -12,7 +12,7 @@ from torch import nn
 from vtoken.core.apply import build_methods
 from vtoken.core.config import MethodConfig
 from vtoken.core.counts import plan
-from vtoken.core.host import HostAdapter
+from vtoken.core.host import Host, HostAdapter
 from vtoken.core.method import FeatureMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.core.spec import HostSpec, ImageTokens
@@ -145,7 +145,7 @@ class LlavaAdapter(HostAdapter):
 
     def _method(self, model: nn.Module, configs: Sequence[MethodConfig]) -> Any:
         prompt = tuple(c for c in configs if c.part == "prompt")
-        return build_methods(model, self, prompt)["on_features"] if prompt else None
+        return build_methods(Host(self, model, self.spec(model)), prompt)["on_features"] if prompt else None
 
 
 def _crops(model: Any, size: tuple[int, int]) -> int:

@@ -425,7 +425,7 @@ class OpenClipAdapter(HostAdapter):
             (tower, OpenClipTowerMixin, {}),
             (tower.transformer, TransformerMixin, {}),
             *((pool, PoolMixin, {}) for pool in pools if pool is not None),
-            *block_targets(methods, self.spec(model), container, _parts, sparse),
+            *block_targets(methods, container, _parts, num_prefix=NUM_PREFIX, sparse=sparse),
         ]
 
     def run_image(self, model: Any, image: Tensor) -> Any:

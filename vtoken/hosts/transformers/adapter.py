@@ -159,7 +159,7 @@ class HFAdapter(HostAdapter):
         path = _mixin(tower)._vtoken_path
         found: list[tuple[nn.Module, type, dict[str, Any]]] = [(tower, _mixin(tower), {})]
         found += tower_targets(tower, path)
-        found += block_targets(methods, self.spec(model), tower.get_submodule(".".join(path)), _parts)
+        found += block_targets(methods, tower.get_submodule(".".join(path)), _parts, num_prefix=num_prefix(tower))
         held = _known(type(model), HOLDERS)
         head = None if held is None else HOLDERS[held][1]
         return found if head is None else [*found, (model, head, {})]

@@ -40,6 +40,9 @@ class MergeConfig(MethodConfig):
     Source: arXiv 2405.16148; docs/methods/pitome.md 3 to 8.
     """
 
+    #: Patches that never merge, ascending.
+    protect: ClassVar[tuple[int, ...]] = ()
+
     layers: tuple[int, ...] | None = None
     metric: str = "key"
     prop_attn: bool = True
@@ -81,10 +84,6 @@ class MergeConfig(MethodConfig):
     def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
         """Multiply-adds of choosing r among `mergeable` tokens compared over `channels`."""
         return r * r * channels
-
-    def protected_patches(self) -> tuple[int, ...]:
-        """Patches that never merge, ascending."""
-        return ()
 
     def layer_settings(self, layer: int, depth: int) -> dict[str, Any]:
         """Settings that differ from layer to layer; `match` takes them by name from who has asked for them."""
@@ -132,7 +131,7 @@ class ScheduledMergeConfig(MergeConfig):
     def removed(self, amount: Any, mergeable: int) -> int:
         """By ratio or by number, at most half of the tokens that may merge."""
         wanted = schedule.removed_by_ratio(mergeable, amount) if isinstance(amount, float) else int(amount)
-        return max(0, min(wanted, (mergeable - len(self.protected_patches())) // 2))
+        return max(0, min(wanted, (mergeable - len(self.protect)) // 2))
 
 
 class Merging(BlockMethod):
@@ -152,7 +151,7 @@ class Merging(BlockMethod):
         self._amounts = config.amounts(depth)
         self._settings = tuple([config.layer_settings(layer, depth) for layer in range(depth)])
         self._removed: dict[tuple[int, int], int] = {}
-        self._protects = bool(config.protected_patches())
+        self._protects = bool(config.protect)
 
     def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
         """Tokens that block `layer` removes from `mergeable` ones; 0 if it is not among the chosen layers."""
@@ -167,7 +166,7 @@ class Merging(BlockMethod):
 
     def check_patches(self, num_patches: int) -> None:
         """Protected patches must exist."""
-        rows = self.config.protected_patches()
+        rows = self.config.protect
         if rows and rows[-1] >= num_patches:
             raise ConfigError(f"protect names patch {rows[-1]}, but images have only patches 0 to {num_patches - 1}")
 
@@ -213,5 +212,4 @@ class Merging(BlockMethod):
 
     def _first_protect(self, x: Tensor, num_prefix: int) -> Tensor:
         self.check_patches(x.shape[1] - num_prefix)
-        rows = self.config.protected_patches()
-        return torch.tensor(rows, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)
+        return torch.tensor(self.config.protect, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)

@@ -99,7 +99,7 @@ class PiToMe(ScheduledMergeConfig):
     alpha: float = 1.0
     variant: str | Sequence[str] = "pitome"
     energy: str = "elu"
-    protect: tuple[int, ...] = ()
+    protect: tuple[int, ...] = ()  # type: ignore[misc]  # a setting here
 
     def __post_init__(self) -> None:
         if isinstance(self.variant, str):
@@ -139,10 +139,6 @@ class PiToMe(ScheduledMergeConfig):
         variants = {self._variant(layer, depth) for layer in range(depth)}
         if self.protect and "tome" in variants:
             raise ConfigError('PiToMe(protect=...) cannot be combined with the variant "tome", which protects nothing')
-
-    def protected_patches(self) -> tuple[int, ...]:
-        """The patches that `protect` names."""
-        return self.protect
 
     def match(
         self,
