@@ -13,49 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll
+from vtoken.core.method import KeepAll
 from vtoken.core.patch import PREDICTOR, base_of, forward_with
 from vtoken.core.slots import AttentionCall, Slot
 from vtoken.core.state import TokenState
-from vtoken.core.trace import DROPPED, current_trace
+from vtoken.core.trace import DROPPED
 from vtoken.errors import ShapeError, UnsupportedModelError, VTokenWarning
 from vtoken.hosts.class_rows import RowTap
 from vtoken.ops.merging.matching import summed_keys
 from vtoken.ops.rows import take_rows
-
-
-def begin(model: Any, num_prefix: int, *, anchor: bool, dest: bool) -> TokenState:
-    """The state of one forward of a patched model.
-
-    Args:
-        anchor, dest: whether the host needs them; a trace does in any case.
-    """
-    carried, methods, trace = model.__dict__.get("_vtoken"), _methods(model), current_trace(model)
-    method: BlockMethod = methods.get("on_block") or KeepAll()
-    attention: AttentionMethod | None = methods.get("on_attention")
-    # A connectivity mask of fewer tokens must know which they were.
-    follows = attention is not None and "on_block" in methods
-    return TokenState(
-        method,
-        num_prefix,
-        track_anchor=anchor or follows or trace is not None,
-        track_dest=dest or trace is not None,
-        attention=attention,
-        maps=None if trace is None else trace.maps,
-        compiled=None if carried is None else carried.compiled,
-    )
-
-
-def block_method(model: Any) -> BlockMethod:
-    """What removes tokens in a patched model."""
-    method: BlockMethod = _methods(model).get("on_block") or KeepAll()
-    return method
-
-
-def _methods(model: Any) -> dict[str, Any]:
-    """What is applied to a patched model itself; nothing if it is only watched."""
-    carried = model.__dict__.get("_vtoken")
-    return {} if carried is None else carried.methods
 
 
 @dataclass(eq=False)
