@@ -1,8 +1,8 @@
 """What an adapter for models of your own is made of; `docs/extend/host.md` writes one.
 
-`HostAdapter` says what the model is, `forward_of` opens one forward in the model's entry method, `bound` gives its blocks
-the state of that forward, `merged_block` is a block that loses tokens, `block_targets` lists what is patched. `TappedMixin`
-shows the keys of an attention, `forward_with` runs a module's own forward with parts exchanged for this call.
+`HostAdapter` says what the model is, `forward_of` opens one forward in the model's entry method, `bound` gives its
+blocks the state of that forward, `merged_block` is a block that loses tokens, `block_targets` lists what is patched.
+`TappedMixin` shows the keys of an attention, `forward_with` runs a module's own forward with parts exchanged.
 """
 
 from vtoken.core.forward import forward_of
