@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.errors import ConfigError, ShapeError
-from vtoken.ops.backend import BACKENDS, keys_reason, metric_reason, use_triton
+from vtoken.ops.backend import BACKENDS, limits_of, use_triton, width_reason
 from vtoken.ops.merging.plan import HALF, MergePlan
 from vtoken.ops.rows import full_precision, take_rows
 
@@ -26,6 +26,22 @@ _LOG2E = math.log2(math.e)
 #: where passes over memory are cheap and launches are not, what may be held (1 GiB); and the fewest rows, which keep
 #: the product fast.
 _CACHED, _HELD, _LEAST_ROWS = 1 << 17, 1 << 28, 32
+
+
+@limits_of("plan_pitome", "plan_tome")
+def metric_reason(metric: Tensor, *, variant: str = "pitome", protect: object = None) -> str:
+    """Why the kernels cannot match by this metric [B, T, d]."""
+    if variant == "text":
+        return 'the variant "text"'
+    if variant == "pitome_pairs" and protect is not None:
+        return 'protect with the variant "pitome_pairs"'
+    return width_reason("metric", metric, 8192)
+
+
+@limits_of("key_metric")
+def keys_reason(keys: Tensor) -> str:
+    """Why the kernels cannot add up the heads of keys [B, H, T, D]."""
+    return width_reason("keys", keys, 8192)
 
 
 def key_metric(keys: Tensor, *, backend: str = "auto") -> Tensor:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.errors import ShapeError
-from vtoken.ops import kernels
-from vtoken.ops.backend import BACKENDS, select_reason, use_triton
+from vtoken.ops.backend import BACKENDS, limits_of, use_triton, width_reason
 from vtoken.ops.largest import branch_free, largest_index
 from vtoken.ops.sparse.hilbert import hilbert_order
 
@@ -162,6 +161,15 @@ def num_kept(keep_ratio: float, num_tokens: int, num_original: int | None = None
     return min(checks.share_of(keep_ratio, checks.whole("num_kept", "num_original", num_original, 1)), num_tokens)
 
 
+@limits_of("select_topk", "select_grouped")
+def select_reason(coefficients: Tensor, basis: Tensor) -> str:
+    """Why the kernels cannot select keys by coefficients [B, H, T, K] times a basis [K, N] or [B, K, N]."""
+    for name, x in (("coefficients", coefficients), ("basis", basis)):
+        if x.dtype != torch.float32:
+            return f"{name} are {x.dtype}; kernels select by float32 scores"
+    return width_reason("coefficients", coefficients, 1024)
+
+
 @torch.no_grad()
 def select_topk(
     coefficients: Tensor,
@@ -190,7 +198,9 @@ def select_topk(
     checks.choice("select_topk", "backend", backend, BACKENDS)
     k = num_kept(keep_ratio, num_tokens, num_original)
     if use_triton(backend, coefficients, lambda: select_reason(coefficients, basis)):
-        return Connections(num_tokens, index=kernels.select_rows(coefficients, basis, k))
+        from vtoken_kernels.library import select_rows
+
+        return Connections(num_tokens, index=select_rows(coefficients, basis, k).to(torch.int64))
     chunks: list[Tensor] = []
     room = None
     for scores in _score_chunks(coefficients, basis):
