@@ -70,5 +70,5 @@ def add_merge_norm(
     from vtoken_kernels import library
 
     arguments = kernel_arguments(plan, size, x, branch, weight, bias)
-    merged, normed, new_size = library.add_merge_norm(x, branch, *arguments, weight, bias, eps)
+    merged, normed, new_size = library.add_merge_norm(x, branch, *arguments, weight, bias, eps)[:3]
     return merged, normed, like_size(new_size, size)
