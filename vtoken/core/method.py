@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vtoken.core.state import AttentionCall, Slot
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # annotations only: a host is described in the methods' words
     from vtoken.core.host import HostSpec
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vtoken.ops import MergePlan, size_bias
 from vtoken.ops.rows import take_rows
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # annotations only: methods are handed the state
     from vtoken.core.compiled import CompiledBlocks
     from vtoken.core.method import AttentionMethod, BlockMethod
 
