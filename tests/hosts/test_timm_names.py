@@ -97,7 +97,7 @@ def test_supported_names_are_those_of_the_specification() -> None:
 
 def test_the_page_of_models_has_these_names_under_their_methods() -> None:
     """docs/models.md; one of every structure is asked whether it takes Sparsifiner, too."""
-    text = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs/models.md").read_text()
     if f"## timm {timm.__version__}" not in text:
         pytest.skip(f"the page was written for another timm than {timm.__version__}")
     listed = text.split(f"## timm {timm.__version__}")[1]
