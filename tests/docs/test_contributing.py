@@ -1,4 +1,7 @@
-"""CONTRIBUTING.md: its map is the tree, its table the rules of tests/test_imports.py, what it names is there."""
+"""CONTRIBUTING.md: its map is the tree, its table the rules of tests/test_imports.py, what it names is there.
+
+README.md leads to every page.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +36,9 @@ def test_targets_of_make_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"`make ([\w-]+)", TEXT)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\(([\w./]+\.md)(?:#[\w-]+)?\)", (ROOT / "README.md").read_text()))
+    assert all((ROOT / path).is_file() for path in linked), linked
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")} | {"CONTRIBUTING.md"} <= linked

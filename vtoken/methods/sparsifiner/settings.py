@@ -74,6 +74,13 @@ class Sparsifiner(MethodConfig):
     Raises:
         ConfigError: for values out of range; for lists that do not fit the model when it is applied.
 
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit"), vtoken.Sparsifiner(keep_ratio=0.1))
+        >>> _, trace = vtoken.trace(model, torch.randn(1, 3, 160, 160))
+        >>> round(trace.attention[0].density, 2)  # 11 of 101 keys
+        0.11
+
     Source: arXiv 2303.13755; docs/methods/sparsifiner.md.
     """
 

@@ -42,6 +42,15 @@ def attention_with_sizes(
     Raises:
         ShapeError: if `size` does not fit the keys. Else as `attention_with_bias`.
 
+    Example:
+        >>> import torch, vtoken
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 16)
+        >>> twice = [torch.cat([x, x[:, :, :1]], dim=2) for x in (k, v)]  # the first key, twice
+        >>> size = torch.tensor([[2.0, 1.0, 1.0, 1.0, 1.0]])
+        >>> found = vtoken.ops.attention_with_sizes(q, k, v, size)
+        >>> torch.allclose(found, vtoken.ops.attention_with_sizes(q, *twice, None), atol=1e-5)
+        True
+
     Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1; docs/methods/pitome.md 5.
     """
     scale = _check("attention_with_sizes", q, k, v, scale, backend)
@@ -76,6 +85,12 @@ def attention_with_bias(
         ShapeError: if q, k and v do not fit each other, or the bias is not one per key.
         InputError: if one is no tensor.
         ConfigError: if the scale is no finite number, the backend unknown or unable to serve the call.
+
+    Example:
+        >>> import torch, vtoken
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 16)
+        >>> vtoken.ops.attention_with_bias(q, k, v, torch.zeros(1, 1, 1, 5)).shape
+        torch.Size([1, 2, 5, 16])
     """
     scale = _check("attention_with_bias", q, k, v, scale, backend)
     if bias is not None:

@@ -51,6 +51,14 @@ def add_merge_norm(
     Raises:
         ShapeError: if x, branch, size, weight or bias do not fit. InputError: if one is no tensor, or `plan` no plan.
         ConfigError: if `eps` is negative, the backend unknown.
+
+    Example:
+        >>> import torch, vtoken
+        >>> x, branch = torch.randn(2, 1, 10, 8)
+        >>> plan = vtoken.ops.plan_tome(x, 4)
+        >>> rows, normed, size = vtoken.ops.add_merge_norm(plan, x, branch)
+        >>> normed.shape, size.sum()
+        (torch.Size([1, 6, 8]), tensor(10.))
     """
     if not isinstance(plan, MergePlan):
         raise InputError(f"add_merge_norm(plan=...): must be a MergePlan, got {type(plan).__name__}")

@@ -37,6 +37,11 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ShapeError, InputError: if the sizes are not 2-D, or no tensor. ConfigError: if the dtype is none.
 
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.size_bias(torch.tensor([[1.0, 4.0]]), torch.float32).exp()
+        tensor([[[[1., 4.]]]])
+
     Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1.
     """
     checks.tensor("size_bias", "size", size, 2, shape="[B, T]")
@@ -63,6 +68,17 @@ class MergePlan:
         groups: what kernels made along the way: `dest`, and the sources of every destination (start, member; see
             `vtoken_kernels.layout.group_sources`). None from torch.
         rows: `keep` and `src` side by side, [B, T], where they are parts of one tensor. None from kernels.
+
+    Example:
+        >>> import torch, vtoken
+        >>> x = torch.tensor([[[1.0], [2.0], [4.0]]])
+        >>> keep, src, slot = (torch.tensor([rows]) for rows in ([0, 1], [2], [1]))
+        >>> plan = vtoken.ops.MergePlan(keep, src, slot, num_tokens_in=3, num_dest=1)  # row 2 goes into row 1
+        >>> plan.apply(x)
+        (tensor([[[1.],
+                 [3.]]]), tensor([[1., 2.]]))
+        >>> plan.unmerge(plan.apply(x)[0]).flatten()
+        tensor([1., 3., 3.])
     """
 
     keep: Tensor

@@ -60,6 +60,13 @@ def sparse_attention(
         ShapeError: if shapes do not fit each other. InputError: if something is no tensor, or no connections.
         ConfigError: if a number is out of range, if the backend is unknown or cannot serve the call.
 
+    Example:
+        >>> import torch, vtoken
+        >>> q, k, v = torch.randn(3, 1, 2, 13, 8)
+        >>> connections = vtoken.ops.select_topk(torch.rand(1, 2, 12, 4), torch.rand(4, 13), keep_ratio=0.25)
+        >>> vtoken.ops.sparse_attention(q, k, v, connections, scale=8**-0.5).shape
+        torch.Size([1, 2, 13, 8])
+
     Source: arXiv 2303.13755 section 3.3; empty rows as docs/methods/sparsifiner.md 4.
     """
     checks.choice("sparse_attention", "backend", backend, WAYS)

@@ -192,6 +192,12 @@ def select_topk(
         ShapeError: if the tensors do not fit each other. InputError: if one is none.
         ConfigError: if `keep_ratio` is not in (0, 1], `num_original` no whole number, the backend unknown or unable.
 
+    Example:
+        >>> import torch, vtoken
+        >>> coefficients, basis = torch.rand(1, 2, 12, 4), torch.rand(4, 13)  # 12 patches, one prefix token
+        >>> vtoken.ops.select_topk(coefficients, basis, keep_ratio=0.25).index.shape
+        torch.Size([1, 2, 12, 4])
+
     Source: arXiv 2303.13755 section 3.2; ties as docs/methods/sparsifiner.md 3.
     """
     num_tokens = _check("select_topk", coefficients, basis)
@@ -216,6 +222,12 @@ def select_threshold(coefficients: Tensor, basis: Tensor, threshold: float | Ten
 
     Tensors and errors as `select_topk`; a threshold is a finite number or a tensor [H] or []. The number of kept keys
     depends on the values, so this neither compiles into one graph nor runs on the meta device.
+
+    Example:
+        >>> import torch, vtoken
+        >>> coefficients, basis = torch.ones(1, 2, 12, 1), torch.arange(13.0).unsqueeze(0)
+        >>> vtoken.ops.select_threshold(coefficients, basis, 10.5).mask()[0, 0, 1].nonzero().flatten()
+        tensor([11, 12])
 
     Source: arXiv 2303.13755 section 3.2.
     """
@@ -268,6 +280,12 @@ def select_grouped(
     Raises:
         ShapeError, InputError, ConfigError: as `select_topk`; if grid or `live` do not fit; if `group_size` is no whole
             number from 1 on.
+
+    Example:
+        >>> import torch, vtoken
+        >>> coefficients, basis = torch.rand(1, 2, 12, 4), torch.rand(4, 13)
+        >>> vtoken.ops.select_grouped(coefficients, basis, 0.25, grid=(3, 4), group_size=4).index.shape
+        torch.Size([1, 2, 3, 4])
 
     Source: docs/methods/sparsifiner.md 8.
     """
