@@ -81,12 +81,25 @@ def prefill_macs(decoder: Any, num_tokens: int, *, causal: bool = False) -> int:
 
 
 def prefill_flops(decoder: Any, num_tokens: int, *, causal: bool = False) -> int:
-    """2 * prefill_macs. Many papers print the multiply-adds of the image tokens alone and call them FLOPs."""
+    """2 * prefill_macs. Many papers print the multiply-adds of the image tokens alone and call them FLOPs.
+
+    Example:
+        >>> import transformers, vtoken
+        >>> few, many = (vtoken.prefill_flops(transformers.LlamaConfig(), n) for n in (100, 200))
+        >>> many > 2 * few  # attention grows with the square
+        True
+    """
     return 2 * prefill_macs(decoder, num_tokens, causal=causal)
 
 
 def kv_cache_bytes(decoder: Any, num_tokens: int, bytes_per_element: int = 2) -> int:
-    """Bytes of the keys and values of `num_tokens` tokens; two bytes per element in half precision."""
+    """Bytes of the keys and values of `num_tokens` tokens; two bytes per element in half precision.
+
+    Example:
+        >>> import transformers, vtoken
+        >>> vtoken.kv_cache_bytes(transformers.LlamaConfig(), 1000) // 2**20
+        500
+    """
     d = Decoder.of(decoder)
     check_count("num_tokens", num_tokens, 0)
     check_count("bytes_per_element", bytes_per_element, 1)

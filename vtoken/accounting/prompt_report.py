@@ -114,6 +114,14 @@ def prompt_report(
         UnsupportedModelError, ConfigError: as `vtoken.apply`; ConfigError if no method acts in the prompt, and for
             counts that no prompt has.
         ShapeError: if the image size is none.
+
+    Example:
+        >>> import torch, transformers, vtoken
+        >>> with torch.device("meta"):  # no weights are needed to count
+        ...     model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig())
+        >>> report = vtoken.prompt_report(model, vtoken.VTCCLS(num_tokens=64))
+        >>> report.before.image_tokens, report.after.image_tokens
+        (576, 64)
     """
     for name, value, least in (("images", images, 1), ("text_tokens", text_tokens, 0)):
         check_count(name, value, least)

@@ -36,6 +36,15 @@ class CLIPScorer:
         ConfigError: if the model has no two encoders, an option is unknown, or "sigmoid" is asked of a model without
             logit bias.
 
+    Example:
+        >>> import open_clip, torch, vtoken
+        >>> tower = dict(layers=1, width=64, head_width=32, patch_size=16, image_size=32)
+        >>> clip = open_clip.CLIP(32, tower, dict(layers=1, width=64, heads=2)).eval()  # yours has weights
+        >>> scorer = vtoken.video.CLIPScorer(clip, open_clip.tokenize, lambda image: torch.rand(3, 32, 32))
+        >>> clue = vtoken.video.Clue("objects", ("shoe", "bag"), "Where is the shoe?")
+        >>> scorer.score([torch.rand(3, 40, 40)] * 3, clue).shape
+        torch.Size([3])
+
     Source: arXiv 2503.08689, ablation of scorers.
     """
 

@@ -23,6 +23,12 @@ def frame_question(clue: Clue, yes: str = "A", no: str = "B") -> str:
 
     Raises:
         ConfigError: if it is given no clue.
+
+    Example:
+        >>> import vtoken
+        >>> clue = vtoken.video.RuleDecoupler().decouple("Where is the red shoe?")
+        >>> "red shoe" in vtoken.video.frame_question(clue)
+        True
     """
     if not isinstance(clue, Clue):
         raise ConfigError(f"frame_question({clue!r}): must be a vtoken.video.Clue")

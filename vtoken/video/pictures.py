@@ -22,6 +22,11 @@ def to_image(frame: Any) -> Image:
 
     Raises:
         ShapeError, InputError: if it is none of these. ImportError: if pillow is missing.
+
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.video.to_image(torch.zeros(3, 20, 30)).size  # width and height
+        (30, 20)
     """
     try:
         from PIL import Image

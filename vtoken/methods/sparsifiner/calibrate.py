@@ -33,6 +33,13 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
         ConfigError: if density is out of range. ShapeError, InputError: if `images` are no images.
         VTokenError: if Sparsifiner is not applied.
 
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit").eval(), vtoken.Sparsifiner(keep_ratio=0.2))
+        >>> found = vtoken.calibrate_threshold(model, torch.randn(2, 3, 160, 160), density=0.2)
+        >>> vtoken.config_of(model).mode, len(found) == len(model.blocks)
+        ('threshold', True)
+
     Source: docs/methods/sparsifiner.md 8.
     """
     what = "the share of keys to keep, "

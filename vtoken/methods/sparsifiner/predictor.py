@@ -46,6 +46,13 @@ class ConnectivityPredictor(nn.Module):
     Raises:
         ConfigError: if a setting is out of range, or they do not fit each other.
 
+    Example:
+        >>> import torch, vtoken
+        >>> predictor = vtoken.nn.ConnectivityPredictor(head_dim=8, num_heads=2, num_tokens=17)
+        >>> q, k = torch.randn(2, 1, 2, 17, 8)
+        >>> predictor.scores(q, k).shape  # of every patch query, for every key
+        torch.Size([1, 2, 16, 17])
+
     Source: arXiv 2303.13755 section 3.2; docs/methods/sparsifiner.md 2 and 10.
     """
 
