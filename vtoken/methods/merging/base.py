@@ -173,12 +173,6 @@ class Merging(BlockMethod):
         channels = head_dim if self.metric == "key" else width
         return self.config.macs(layer, self.depth, mergeable, r, channels) if r else 0
 
-    def describe(self, layer: int) -> dict[str, Any]:
-        """The settings of one layer; empty if it removes nothing."""
-        if layer not in self._layers:
-            return {}
-        return {"amount": self._amounts[layer]} | self.config.layer_settings(layer, self.depth)
-
     def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
         """Merge tokens [B, T, C] by metric [B, T, d]."""
         return self.reduce(layer, self.num_removed(layer, x.shape[1] - num_prefix), x, metric, slot, num_prefix)
