@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vtoken import checks
@@ -137,6 +138,6 @@ def heat(values: Tensor, low: float | None = None, high: float | None = None) ->
 
 def to_picture(pixels: Tensor) -> Image:
     """Pixels [3, H, W] in [0, 1] as a pillow image."""
-    array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    picture: Image = pillow().fromarray(array)
+    values = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+    picture: Image = pillow().fromarray(rearrange(values, "c h w -> h w c").contiguous().numpy())
     return picture
