@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.accounting.vision import Tower, tower_flops
 from vtoken.errors import ConfigError
 from vtoken.video.decouple import Clue
@@ -58,12 +59,9 @@ class CLIPScorer:
         scale: str = "minmax",
         batch_size: int = 32,
     ) -> None:
-        if reduce not in REDUCES or scale not in SCALES:
-            raise ConfigError(
-                f"reduce={reduce!r}, scale={scale!r}: supported are {', '.join(REDUCES)} and {', '.join(SCALES)}"
-            )
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} must be a whole number of at least 1")
+        checks.choice("CLIPScorer", "reduce", reduce, REDUCES)
+        checks.choice("CLIPScorer", "scale", scale, SCALES)
+        batch_size = checks.whole("CLIPScorer", "batch_size", batch_size, 1)
         if not all(callable(getattr(model, name, None)) for name in ("encode_image", "encode_text")):
             raise ConfigError(
                 f"CLIPScorer takes an open_clip model with encode_image and encode_text, not a {type(model).__name__}"

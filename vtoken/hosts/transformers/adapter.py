@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken.core.host import HostAdapter
@@ -170,9 +171,8 @@ class HFAdapter(HostAdapter):
         runner: Any = model if model.main_input_name == "pixel_values" else tower
         if tower.config.model_type == "siglip2_vision_model":
             patch, (height, width) = int(tower.config.patch_size), grid_of(tower, (image.shape[2], image.shape[3]))
-            rows = (
-                image.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-            )
+            whole = image[:, :, : height * patch, : width * patch]
+            rows = rearrange(whole, "b c (h y) (w x) -> b (h w) (y x c)", y=patch, x=patch)
             shapes = torch.tensor([[height, width]] * image.shape[0])
             return runner(rows, pixel_attention_mask=None, spatial_shapes=shapes, **options)
         other_size = (image.shape[2], image.shape[3]) != self.image_size(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken import checks
@@ -63,7 +64,7 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
                 model(images)
             for record in found.attention:
                 assert record.scores is not None
-                by_head = record.scores.transpose(0, 1).flatten(1)
+                by_head = rearrange(record.scores, "b h query key -> h (b query key)")
                 kept = max(1, round(density * by_head.shape[1]))
                 # The largest score that is not kept: strictly more than it are `kept`, fewer where scores tie.
                 limit = by_head.kthvalue(max(1, by_head.shape[1] - kept), dim=1).values

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken import checks
@@ -377,5 +378,5 @@ def _random(q: Tensor, ratio: float, original: int, seed: int, num_prefix: int) 
     rows, step = range(tokens - num_prefix), max(1, _DRAWN // (heads * tokens))
     draws = [largest_index(torch.rand(len(rows[i : i + step]), heads, tokens, generator=rng), kept)
              for i in rows[::step]]  # fmt: skip
-    index = torch.cat(draws).transpose(0, 1).to(q.device)
+    index = rearrange(torch.cat(draws), "query h key -> h query key").to(q.device)
     return Connections(tokens, index=index.expand(batch, -1, -1, -1))
