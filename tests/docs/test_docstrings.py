@@ -16,7 +16,15 @@ MODULES = [m.name for m in pkgutil.walk_packages(vtoken.__path__, "vtoken.") if 
 
 @pytest.mark.parametrize(
     "name",
-    ["vtoken.core.apply", "vtoken.accounting.report", "vtoken.nn.merging", "vtoken.nn.sparse", "vtoken.visualize.kept"],
+    [
+        "vtoken.core.apply",
+        "vtoken.accounting.report",
+        "vtoken.methods.merging.base",
+        "vtoken.methods.merging.threshold",
+        "vtoken.nn.merging",
+        "vtoken.nn.sparse",
+        "vtoken.visualize.kept",
+    ],
 )
 def test_examples(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name), verbose=False)

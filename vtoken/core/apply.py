@@ -181,6 +181,8 @@ def plan(
 ) -> Plan:
     """Token counts per layer; nothing is run and the model is not changed.
 
+    Where the images decide how many tokens are left (`vtoken.ThresholdMerge`), the plan holds bounds; see `Plan.exact`.
+
     Args:
         model: a supported model; its weights are not read.
         config: settings; None means those that are applied.
@@ -205,6 +207,9 @@ def num_tokens(
         config: settings; None means those that are applied, or none at all.
         img_size: pixels, one side or (height, width); None means the model's own.
 
+    Raises:
+        ConfigError: if the images decide how many tokens are left, so that there is no such number.
+
     Example:
         >>> import timm, vtoken
         >>> vtoken.num_tokens(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.9))
@@ -222,7 +227,9 @@ def num_tokens(
         full = Plan((spec.num_prefix + height * width,) * (spec.depth + 1), spec.num_prefix)
         return adapter.num_tokens(model, full)
     method = chosen(model, config, options)[2]
-    return adapter.num_tokens(model, plan_of(model, adapter, method, size))
+    counts = plan_of(model, adapter, method, size)
+    counts.settled("num_tokens")
+    return adapter.num_tokens(model, counts)
 
 
 def chosen(
