@@ -23,6 +23,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(vtoken.__path__, "vtoken.") if 
         "vtoken.methods.merging.threshold",
         "vtoken.nn.merging",
         "vtoken.nn.sparse",
+        "vtoken.testing.method",
         "vtoken.visualize.kept",
     ],
 )
