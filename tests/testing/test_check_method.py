@@ -33,6 +33,9 @@ class Sound(vtoken.ScheduledMergeConfig):
     ) -> MergePlan:
         return plan_tome(metric, r, num_prefix=num_prefix)
 
+    def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
+        return (mergeable // 2) * (mergeable - mergeable // 2) * channels
+
 
 @settings
 class WrongCount(Sound):
@@ -48,6 +51,22 @@ class ForgetsPrefix(Sound):
 
     def match(self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Any) -> MergePlan:
         return plan_tome(metric, r)
+
+
+@settings
+class Free(Sound):
+    """Says that its matching costs nothing."""
+
+    def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
+        return 0
+
+
+@settings
+class Looks(Sound):
+    """Asks its tokens for a number, and says that it does not."""
+
+    def match(self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Any) -> MergePlan:
+        return plan_tome(metric, min(r, int(metric.abs().sum()) + r), num_prefix=num_prefix)
 
 
 @settings
@@ -182,6 +201,9 @@ class Rhythm(vtoken.MergeConfig):
     def match(self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Any) -> MergePlan:
         return plan_stride(metric, 3, num_prefix=num_prefix)
 
+    def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
+        return r * (mergeable - r) * channels
+
 
 @pytest.fixture(scope="module")
 def one() -> dict[str, nn.Module]:
@@ -236,6 +258,8 @@ def test_a_method_without_merging_passes(one: dict[str, nn.Module]) -> None:
         (Dropper(wrong="anchors"), r"what is known of the tokens fits them: .*anchors or group map were not advanced"),
         (HeavySizes(r=4), r"sizes sum to the tokens: .*of the 69 tokens"),
         (TornMap(r=4), r"the group map is a partition: behind block 0"),
+        (Free(r=4), r"vtoken.report tells the cost .*choosing takes \d+ multiply-adds .* says 0"),
+        (Looks(r=4), r"vtoken.report tells the cost .*on the meta device"),
         (Unpicklable(r=4), r"a patched model can be pickled: .*must stand at the top of a module"),
     ],
     ids=lambda value: None if isinstance(value, str) else f"{type(value).__name__}-{getattr(value, 'wrong', '')}",

@@ -265,7 +265,8 @@ def _report_of(model: nn.Module, config: MethodConfig, images: Tensor) -> Report
 def _ideal_of(config: MethodConfig, cost: Report) -> Ideal | None:
     if getattr(config, "ratio", None) is None and getattr(config, "r", None) is None:
         return None
-    return Ideal(removed=tuple(a - b for a, b in zip(cost.tokens, cost.tokens[1:], strict=False)))
+    removed = tuple(a - b for a, b in zip(cost.tokens, cost.tokens[1:], strict=False))
+    return Ideal(removed=removed, place=getattr(config, "place", "between"))
 
 
 def _figures(model: nn.Module, config: MethodConfig | None, quality: Any) -> dict[str, Quality]:

@@ -25,15 +25,17 @@ class Ideal(MethodConfig):
 
     Args:
         removed: tokens that each block removes, as `vtoken.plan(...).removed` gives them.
+        place: "between" attention and MLP, or "after" both.
     """
 
     method: ClassVar[str] = "ideal"
 
     removed: tuple[int, ...]
+    place: str = "between"
 
     def build(self, depth: int) -> BlockMethod:
         """The narrowing of a model with `depth` blocks."""
-        return Narrowing(self.removed)
+        return Narrowing(self.removed, self.place)
 
 
 class Narrowing(BlockMethod):

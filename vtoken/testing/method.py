@@ -28,9 +28,9 @@ def check_method(
     """Try on small models that a method of your own keeps what vtoken promises (docs/mechanism.md 1).
 
     Tried are: settings can be compared, copied, pickled and written as JSON; one step keeps prefix rows, counts, dtype
-    and its input; no-op equality; planned counts; groups and sizes; undoing; state-dict keys and modes; gradients, two
-    forwards before one backward, recomputed blocks; nothing left behind by a forward; independence of the batch;
-    threads; copies; dtypes and devices. It takes a few seconds.
+    and its input; no-op equality; planned counts; groups and sizes; undoing; state-dict keys and modes; counted cost;
+    gradients, two forwards before one backward, recomputed blocks; nothing left behind by a forward; independence of
+    the batch; threads; copies; dtypes and devices. It takes a few seconds.
 
     Args:
         config: settings under which the method removes tokens.
@@ -83,6 +83,7 @@ def check_method(
 _PROMISES = (
     promises.undone,
     promises.parameters,
+    promises.costs,
     promises.forwards,
     promises.batches,
     promises.gradients,

@@ -16,10 +16,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.apply import applied, apply, plan, remove
+from vtoken.accounting.ideal import Ideal
+from vtoken.accounting.report import report
+from vtoken.core.apply import applied, apply, chosen, plan, remove
 from vtoken.core.config import MethodConfig
 from vtoken.core.host import find_adapter
 from vtoken.core.trace import Trace, tracing
+from vtoken.errors import VTokenError
 from vtoken.testing.models import images_for
 
 #: Relative error of float64 results that were computed in another order.
@@ -262,6 +265,35 @@ def kinds(model: nn.Module, config: MethodConfig) -> None:
                 broken("dtype and device are kept", f"of {before} became {[(o.dtype, o.device) for o in after]}")
             if not all(bool(out.isfinite().all()) for out in after):
                 broken("outputs are finite", f"not in {dtype} on {place}")
+
+
+def costs(model: nn.Module, config: MethodConfig) -> None:
+    """`vtoken.report` can count, and what it says of the choosing is what torch's products cost.
+
+    Where the images decide the counts nothing can be counted, and the method's own word stands.
+    """
+    promise = f"vtoken.report tells the cost with {config}"
+    adapter = find_adapter(model)
+    size = (adapter.channels(model), *adapter.image_size(model))
+    try:
+        told = report(model, config, input_size=size)
+    except VTokenError:
+        raise
+    except Exception as error:
+        raise AssertionError(
+            f"{promise}: on the meta device, where there are shapes and no data, {type(error).__name__}: {error}"
+        ) from error
+    if not told.exact:
+        return
+    method = chosen(model, config, {})[2]
+    narrow = Ideal(removed=plan(model, config, img_size=size[1:]).removed, place=method.insert)
+    spent = told.macs_after - report(model, narrow, input_size=size).macs_after
+    if abs(spent - told.matching_macs) > 0.02 * max(spent, told.matching_macs):
+        broken(
+            promise,
+            f"choosing takes {spent} multiply-adds by torch's counter, and `macs` (or `matching_macs`) says "
+            f"{told.matching_macs}",
+        )
 
 
 def traced(model: nn.Module, images: Tensor) -> tuple[list[Tensor], Trace]:
