@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
+from vtoken.core.calling import is_heard
 from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll
 from vtoken.core.patch import PREDICTOR, base_of, forward_with
 from vtoken.core.slots import AttentionCall, Slot
@@ -181,22 +181,6 @@ class ContainerMixin:
         if vtoken_blocks is None:
             return super().forward(input)  # type: ignore[misc]
         return vtoken_blocks.run(input)
-
-
-def is_heard(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: hooks, also global ones, another forward or call."""
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl
-        or _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    )
 
 
 def is_heard_within(block: nn.Module) -> bool:
