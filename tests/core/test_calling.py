@@ -142,7 +142,7 @@ def test_hooks_that_are_always_called_are_so_on_an_error() -> None:
 def test_nothing_is_written_to_the_module_and_threads_do_not_meet() -> None:
     module, x = Scaled(), torch.randn(2, 3)
     module.register_forward_hook(lambda m, a, o: o + 1)
-    plain, before = module(x).detach(), {n: v for n, v in vars(module).items()}
+    plain, before = module(x).detach(), dict(vars(module))
     ready, wrong = threading.Barrier(3), []
 
     def work(factor: float) -> None:

@@ -73,8 +73,8 @@ class HostAdapter:
         """Multiply-adds that a method in the prompt spends on one image or crop; for adapters of the part "prompt"."""
         raise NotImplementedError
 
-    def run_watched(self, model: nn.Module, rows: Any, image: Any) -> None:
-        """Run the tower on [B, C, H, W] with the attention of its blocks read into `rows`; see hosts/class_rows.py."""
+    def run_watched(self, model: nn.Module, watch: Any, image: Any) -> None:
+        """Run the tower on [B, C, H, W] with the attention of its blocks read by a `vtoken.core.watch.Watch`."""
         raise UnsupportedModelError(f"{self.name}: vtoken cannot read class attention there")
 
     def run_image(self, model: nn.Module, image: Any) -> Any:

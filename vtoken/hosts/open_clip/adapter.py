@@ -24,9 +24,10 @@ from vtoken.core.slots import Slot
 from vtoken.core.spec import HostSpec
 from vtoken.core.state import TokenState
 from vtoken.core.trace import DROPPED, current_trace
+from vtoken.core.watch import Watch
 from vtoken.errors import InputError, ShapeError, UnsupportedModelError
-from vtoken.hosts.class_rows import ClassRows, RowTap
 from vtoken.hosts.merged import merged_block
+from vtoken.hosts.open_clip.watched import run_watched
 from vtoken.hosts.pooling import weighted_mean
 from vtoken.hosts.tower import (
     Tap,
@@ -279,7 +280,7 @@ class PackedMixin:
 class OwnAttentionMixin(TappedMixin):
     """open_clip's own `Attention`."""
 
-    _vtoken_keys = "ln_k"
+    _vtoken_reads = ("ln_q", "ln_k")
 
 
 class PoolMixin:
@@ -432,18 +433,10 @@ class OpenClipAdapter(HostAdapter):
         """The tower alone: a whole CLIP also wants text."""
         return self.tower(model)[1](image)
 
-    def run_watched(self, model: nn.Module, rows: ClassRows, image: Tensor) -> None:
+    def run_watched(self, model: nn.Module, watch: Watch, image: Tensor) -> None:
         """Class attention of the packed projection, or behind the norms of open_clip's own attention."""
         adapter, tower = self.tower(model)
-        if adapter is not self:
-            return adapter.run_watched(tower, rows, image)
-        blocks = rows.watched(tower.transformer.resblocks, _tapped)
-        view(tower, transformer=view(tower.transformer, resblocks=blocks))(image)
-
-
-def _tapped(block: Any, tap: RowTap) -> Any:
-    own = isinstance(block, CustomResidualAttentionBlock)
-    return view(block, attn=tap.on(block.attn, "ln_q", "ln_k") if own else tap.on_packed(block.attn))
+        (run_watched if adapter is self else adapter.run_watched)(tower, watch, image)
 
 
 def _refusal(model: nn.Module, why: str) -> str:

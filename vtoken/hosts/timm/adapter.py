@@ -9,14 +9,15 @@ from torch import nn
 
 from vtoken.core.host import HostAdapter, inner_hint
 from vtoken.core.method import Method
-from vtoken.core.patch import base_of, runs_as_known, view
+from vtoken.core.patch import base_of, runs_as_known
 from vtoken.core.spec import HostSpec
+from vtoken.core.watch import Watch
 from vtoken.errors import UnsupportedModelError
-from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
 from vtoken.hosts.timm.blocks import ATTENTIONS, BLOCKS, SPARSE, parts
 from vtoken.hosts.timm.entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
 from vtoken.hosts.timm.unsupported import reason
+from vtoken.hosts.timm.watched import run_watched
 from vtoken.hosts.tower import block_targets
 
 _ENTRIES = ("forward_features", "forward_intermediates", "forward_head")
@@ -88,11 +89,9 @@ class TimmAdapter(HostAdapter):
         found = block_targets(methods, tower.blocks, parts, num_prefix=int(tower.num_prefix_tokens), sparse=SPARSE)
         return [(model, TimmMixin, {}), *found]
 
-    def run_watched(self, model: nn.Module, rows: ClassRows, image: Any) -> None:
+    def run_watched(self, model: nn.Module, watch: Watch, image: Any) -> None:
         """Class attention behind the norms of queries and keys."""
-        tower: Any = model
-        blocks = rows.watched(tower.blocks, lambda block, tap: view(block, attn=tap.on(block.attn, "q_norm", "k_norm")))
-        view(model, blocks=blocks).forward_features(image)
+        run_watched(model, watch, image)
 
 
 def _refusal(model: nn.Module, why: str) -> str:

@@ -61,22 +61,13 @@ class LayerMixin:
         """Normed tokens [B, T, C] through the host's attention, its keys into the tap."""
         attn = attention_of(self)
         out: Tensor = tap.attend(attn, x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
-        if tap.keys is not None:
-            tap.keys = tap.keys.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # [B, H, T, D]
         return out
 
 
 class AttentionMixin(TappedMixin):
     """What the layers' attentions share: projections of their own for queries and keys."""
 
-    _vtoken_keys = "k_proj"
-
-    def forward(self: Any, *args: Any, vtoken_tap: Tap | None = None, **options: Any) -> Any:
-        if vtoken_tap is None or vtoken_tap.row is None:
-            return super().forward(*args, vtoken_tap=vtoken_tap, **options)  # type: ignore[misc]
-        scale = getattr(self, "scale", getattr(self, "scaling", None))
-        parts = vtoken_tap.row.parts(self, "q_proj", "k_proj", scale)
-        return forward_with(self, parts | {"k_proj": vtoken_tap.behind(parts["k_proj"])}, *args, **options)
+    _vtoken_reads = ("q_proj", "k_proj")
 
 
 class ClipLayerMixin(LayerMixin):
