@@ -148,13 +148,13 @@ class Reader:
     def __init__(self, *, wants_keys: bool = False, row: Row | None = None) -> None:
         self.wants_keys = wants_keys
         self.row = row
-        #: Keys [B, H, T, D], once the attention has run.
+        #: Keys as their module makes them, once the attention has run.
         self.keys: Tensor | None = None
 
-    def parts(self, attn: Any, query: str, key: str) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What stands where the modules `query` and `key` of an attention stood: calls go to them and are read.
+    def parts(self, attn: Any, key: str, query: str) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What stands where the modules `key` and `query` of an attention stood: calls go to them and are read.
 
-        They are projections that make [B, T, C], or norms of [B, H, T, D].
+        They are projections that make [B, T, C], or norms of [B, H, T, D]. Queries are needed for a row only.
         """
         found: dict[str, Callable[[Tensor], Tensor]] = {}
         if self.row is not None:
@@ -171,7 +171,7 @@ class Reader:
     def _key(self, attn: Any, make: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         made = make(x)
         if self.wants_keys:
-            self.keys = _heads(made, attn)
+            self.keys = made
         if self.row is not None:
             self.row.keys(_heads(made.detach(), attn), _scale(attn))
         return made

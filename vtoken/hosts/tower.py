@@ -13,49 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.core.calling import call, is_heard
-from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll
+from vtoken.core.method import KeepAll
 from vtoken.core.patch import PREDICTOR, base_of, forward_with
 from vtoken.core.slots import AttentionCall, Slot
 from vtoken.core.state import TokenState
-from vtoken.core.trace import DROPPED, current_trace
+from vtoken.core.trace import DROPPED
 from vtoken.core.watch import Reader
 from vtoken.errors import ShapeError, UnsupportedModelError, VTokenWarning
 from vtoken.ops.merging.matching import summed_keys
 from vtoken.ops.rows import take_rows
-
-
-def begin(model: Any, num_prefix: int, *, anchor: bool, dest: bool) -> TokenState:
-    """The state of one forward of a patched model.
-
-    Args:
-        anchor, dest: whether the host needs them; a trace does in any case.
-    """
-    carried, methods, trace = model.__dict__.get("_vtoken"), _methods(model), current_trace(model)
-    method: BlockMethod = methods.get("on_block") or KeepAll()
-    attention: AttentionMethod | None = methods.get("on_attention")
-    # A connectivity mask of fewer tokens must know which they were.
-    follows = attention is not None and "on_block" in methods
-    return TokenState(
-        method,
-        num_prefix,
-        track_anchor=anchor or follows or trace is not None,
-        track_dest=dest or trace is not None,
-        attention=attention,
-        maps=None if trace is None else trace.maps,
-        compiled=None if carried is None else carried.compiled,
-    )
-
-
-def block_method(model: Any) -> BlockMethod:
-    """What removes tokens in a patched model."""
-    method: BlockMethod = _methods(model).get("on_block") or KeepAll()
-    return method
-
-
-def _methods(model: Any) -> dict[str, Any]:
-    """What is applied to a patched model itself; nothing if it is only watched."""
-    carried = model.__dict__.get("_vtoken")
-    return {} if carried is None else carried.methods
 
 
 @dataclass(eq=False)
@@ -293,13 +259,14 @@ class TappedMixin:
     """An attention that shows its keys: its own forward runs with a tap behind the modules that make them."""
 
     _vtoken_takes_tap: ClassVar[bool] = True
-    #: The norms or projections of queries and keys.
-    _vtoken_reads: ClassVar[tuple[str, str]] = ("q_norm", "k_norm")
+    #: The norms or projections of keys and queries.
+    _vtoken_keys: ClassVar[str] = "k_norm"
+    _vtoken_queries: ClassVar[str] = "q_norm"
 
     def forward(self: Any, *args: Any, vtoken_tap: Tap | None = None, **options: Any) -> Any:
         if vtoken_tap is None:
             return super().forward(*args, **options)  # type: ignore[misc]
-        return forward_with(self, vtoken_tap.parts(self, *self._vtoken_reads), *args, **options)
+        return forward_with(self, vtoken_tap.parts(self, self._vtoken_keys, self._vtoken_queries), *args, **options)
 
 
 def stock_with(block: Any, stock: Callable[..., Any], name: str, x: Tensor, tap: Tap, **options: Any) -> Any:

@@ -100,6 +100,6 @@ class SparseAttention(nn.Module):
         out: Tensor = self._method.attend(q, k, v, self.predictor, call)
         if trace is not None:
             state.skip(0)
-            trace.record_attention(self, state, self.grid)
+            trace.record_attention(self, state)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected

@@ -144,7 +144,7 @@ class AttentionMixin:
                 raise InputError("is_causal=True cannot be combined with a connectivity mask; use vtoken.remove(model)")
             return around(self, functools.partial(_method_core, self, tap, attn_mask), x)
         if not self.fused_attn:
-            read = tap.parts(self, "q_norm", "k_norm")
+            read = tap.parts(self, "k_norm", "q_norm")
             return forward_with(self, read, x, **given(attn_mask=attn_mask, is_causal=is_causal))
         dropout = self.attn_drop.p if self.training else 0.0
         if attn_mask is not None and adds_sizes(self, x, tap, attn_mask, is_causal):

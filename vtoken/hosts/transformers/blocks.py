@@ -61,13 +61,15 @@ class LayerMixin:
         """Normed tokens [B, T, C] through the host's attention, its keys into the tap."""
         attn = attention_of(self)
         out: Tensor = tap.attend(attn, x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
+        if tap.keys is not None:
+            tap.keys = tap.keys.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # [B, H, T, D]
         return out
 
 
 class AttentionMixin(TappedMixin):
     """What the layers' attentions share: projections of their own for queries and keys."""
 
-    _vtoken_reads = ("q_proj", "k_proj")
+    _vtoken_keys, _vtoken_queries = "k_proj", "q_proj"
 
 
 class ClipLayerMixin(LayerMixin):

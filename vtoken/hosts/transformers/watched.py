@@ -38,4 +38,4 @@ def _read(layer: Any, row: Row) -> dict[str, Any]:
             "nested; newer releases can be read"
         )
     name = "self_attn" if hasattr(layer, "self_attn") else "attention"
-    return {name: functools.partial(call_with, attn, Reader(row=row).parts(attn, "q_proj", "k_proj"))}
+    return {name: functools.partial(call_with, attn, Reader(row=row).parts(attn, "k_proj", "q_proj"))}
