@@ -79,3 +79,20 @@ class Plan:
         for layer, r in enumerate(self.removed):
             rows.append(f"{layer:>5} {self.tokens[layer]:>6} {r:>8} {self.tokens[layer + 1]:>6}")
         return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """What a method that leaves out patches may know of a tower.
+
+    Args:
+        embed: name of the module that turns pixels into patch tokens.
+        size: height and width of a patch in pixels.
+        image_size: height and width of the images that the tower takes; None: any.
+        features: width of the pooled features, before the projection.
+    """
+
+    embed: str
+    size: tuple[int, int]
+    image_size: tuple[int, int] | None
+    features: int

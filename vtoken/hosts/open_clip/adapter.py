@@ -22,12 +22,13 @@ from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import AttentionMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, forward_with, is_patched, view
 from vtoken.core.slots import Slot
-from vtoken.core.spec import HostSpec
+from vtoken.core.spec import HostSpec, PatchSpec
 from vtoken.core.state import TokenState
 from vtoken.core.trace import DROPPED
 from vtoken.core.watch import Watch
 from vtoken.errors import InputError, ShapeError, UnsupportedModelError
 from vtoken.hosts.merged import merged_block
+from vtoken.hosts.open_clip.masked import patch_spec, run_masked
 from vtoken.hosts.open_clip.watched import run_watched
 from vtoken.hosts.pooling import weighted_mean
 from vtoken.hosts.tower import (
@@ -425,6 +426,16 @@ class OpenClipAdapter(HostAdapter):
         """Class attention of the packed projection, or behind the norms of open_clip's own attention."""
         adapter, tower = self.tower(model)
         (run_watched if adapter is self else adapter.run_watched)(tower, watch, image)
+
+    def patch_spec(self, model: nn.Module) -> PatchSpec:
+        """Of a built-in tower, or of a timm trunk that can."""
+        return patch_spec(getattr(model, "visual", model))
+
+    def masked(
+        self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Patches are left out in the slot of the tower's patch dropout."""
+        return run_masked(getattr(model, "visual", model), images, rows, watch)
 
 
 def _refusal(model: nn.Module, why: str) -> str:

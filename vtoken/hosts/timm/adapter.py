@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers.attention_pool import AttentionPoolLatent
-from torch import nn
+from torch import Tensor, nn
 
 from vtoken.core.host import HostAdapter, inner_hint
 from vtoken.core.method import Method
 from vtoken.core.patch import base_of, runs_as_known
-from vtoken.core.spec import HostSpec
+from vtoken.core.spec import HostSpec, PatchSpec
 from vtoken.core.watch import Watch
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
 from vtoken.hosts.timm.blocks import ATTENTIONS, BLOCKS, SPARSE, parts
 from vtoken.hosts.timm.entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
+from vtoken.hosts.timm.masked import patch_spec, run_masked
 from vtoken.hosts.timm.unsupported import reason
 from vtoken.hosts.timm.watched import run_watched
 from vtoken.hosts.tower import block_targets
@@ -92,6 +93,16 @@ class TimmAdapter(HostAdapter):
     def run_watched(self, model: nn.Module, watch: Watch, image: Any) -> None:
         """Class attention behind the norms of queries and keys."""
         run_watched(model, watch, image)
+
+    def patch_spec(self, model: nn.Module) -> PatchSpec:
+        """Of a `VisionTransformer` with patches that do not overlap."""
+        return patch_spec(model)
+
+    def masked(
+        self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Patches are left out in the slot of the tower's patch dropout."""
+        return run_masked(model, images, rows, watch)
 
 
 def _refusal(model: nn.Module, why: str) -> str:
