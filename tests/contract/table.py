@@ -145,6 +145,14 @@ def distinct_hosts(library: str | None = None) -> pytest.MarkDecorator:
     return _cases([(h, PITOME) for h in HOSTS if h.name in _DISTINCT] + others, library)
 
 
+def slow_but(cases: list[tuple[Host, MethodRow]], *quick: str) -> pytest.MarkDecorator:
+    """These hosts and methods, all marked slow but those named "host-method": for what compiles a graph per case."""
+    names = [f"{h.name}-{m.name}" for h, m in cases]
+    marks = [() if name in quick else (pytest.mark.slow,) for name in names]
+    params = [pytest.param(h, m, id=name, marks=mark) for (h, m), name, mark in zip(cases, names, marks, strict=True)]
+    return pytest.mark.parametrize(("host", "method"), params)
+
+
 def installed(*names: str) -> list[str]:
     """Those of the host rows that can be built here."""
     return [n for n in names if n in _BY_HOST]

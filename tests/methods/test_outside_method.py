@@ -47,9 +47,6 @@ class _FirstRows(BlockMethod):
         left = x.shape[1] - self.num_removed(layer, x.shape[1] - num_prefix)
         return x[:, :left], slot.keep(torch.arange(left).expand(x.shape[0], -1))
 
-    def describe(self, layer: int) -> dict[str, Any]:
-        return {"r": self.r}
-
 
 class _Counting(Merging):
     """A merging that looks on."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from vtoken.accounting.prefill import Decoder, check_count, kv_cache_bytes, prefill_macs
+from vtoken import checks
+from vtoken.accounting.prefill import Decoder, kv_cache_bytes, prefill_macs
 from vtoken.accounting.report import count_macs
 from vtoken.accounting.shadow import meta_copy
 from vtoken.core.apply import Config, apply, config_tuple, is_applied, remove, resolve
@@ -114,10 +115,18 @@ def prompt_report(
         UnsupportedModelError, ConfigError: as `vtoken.apply`; ConfigError if no method acts in the prompt, and for
             counts that no prompt has.
         ShapeError: if the image size is none.
+
+    Example:
+        >>> import torch, transformers, vtoken
+        >>> with torch.device("meta"):  # no weights are needed to count
+        ...     model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig())
+        >>> report = vtoken.prompt_report(model, vtoken.VTCCLS(num_tokens=64))
+        >>> report.before.image_tokens, report.after.image_tokens
+        (576, 64)
     """
-    for name, value, least in (("images", images, 1), ("text_tokens", text_tokens, 0)):
-        check_count(name, value, least)
-    check_count("bytes_per_element", bytes_per_element, 1)
+    images = checks.whole("prompt_report", "images", images, 1)
+    text_tokens = checks.whole("prompt_report", "text_tokens", text_tokens, 0)
+    bytes_per_element = checks.whole("prompt_report", "bytes_per_element", bytes_per_element, 1)
     configs = resolve(config, options) if config is not None else config_tuple(model)
     if not any(c.part == "prompt" for c in configs):
         raise ConfigError("prompt_report needs a method that acts in the prompt, such as vtoken.VTCCLS(num_tokens=64)")

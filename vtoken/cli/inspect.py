@@ -20,8 +20,7 @@ from vtoken.ops import explain
 
 
 def _kernels_on(device: str) -> str:
-    choice = explain("apply", torch.empty(1, 1, 1, device=device))
-    return f"{choice.backend}: {choice.reason}" if choice.reason else choice.backend
+    return str(explain("apply", torch.empty(1, 1, 1, device=device)))
 
 
 def show_info(args: argparse.Namespace) -> int:

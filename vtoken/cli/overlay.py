@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken.cli import weights
@@ -90,4 +91,4 @@ def _read_image(file: Path, size: tuple[int, int]) -> Tensor:
         raise ConfigError(f"{name} cannot be read as an image: {error}") from error
     fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return pixels.permute(2, 0, 1).float() / 255
+    return rearrange(pixels, "h w c -> c h w").float() / 255

@@ -114,6 +114,12 @@ def remove(model: M, method: str | None = None) -> M:
 
     Raises:
         VTokenError: if nothing (of that name) is applied, or a wrapper around the patched forward would be left behind.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = timm.create_model("test_vit").eval()
+        >>> vtoken.remove(vtoken.apply(model, "tome", r=8)) is model, vtoken.is_applied(model)
+        (True, False)
     """
     carriers = _carried(model) if method is None else _carriers_of(model, method)
     if not carriers:
@@ -124,7 +130,16 @@ def remove(model: M, method: str | None = None) -> M:
 
 @contextlib.contextmanager
 def applied(model: M, config: Config, **options: Any) -> Iterator[M]:
-    """`apply` for the length of a `with` block; always undone, also on an error."""
+    """`apply` for the length of a `with` block; always undone, also on an error.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = timm.create_model("test_vit").eval()
+        >>> with vtoken.applied(model, "tome", r=8):
+        ...     tokens = vtoken.num_tokens(model)
+        >>> tokens < vtoken.num_tokens(model)
+        True
+    """
     if "replace" in options:
         raise ConfigError("applied() cannot replace what is applied; vtoken.remove it first, or use vtoken.configure")
     configs = resolve(config, options)
@@ -136,12 +151,24 @@ def applied(model: M, config: Config, **options: Any) -> Iterator[M]:
 
 
 def is_applied(model: nn.Module) -> bool:
-    """Whether the model, or a module inside it, carries a method."""
+    """Whether the model, or a module inside it, carries a method.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.is_applied(vtoken.apply(timm.create_model("test_vit"), "tome", r=8))
+        True
+    """
     return bool(_carried(model))
 
 
 def config_of(model: nn.Module) -> MethodConfig | tuple[MethodConfig, ...] | None:
-    """The settings that the model carries: None, one, or a tuple if several methods are applied."""
+    """The settings that the model carries: None, one, or a tuple if several methods are applied.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.config_of(vtoken.apply(timm.create_model("test_vit"), "tome", r=8)).r
+        8
+    """
     configs = config_tuple(model)
     return configs if len(configs) > 1 else configs[0] if configs else None
 
@@ -155,6 +182,12 @@ def configure(model: M, **changes: Any) -> M:
     Raises:
         VTokenError: if nothing is applied, or it cannot be told which method is meant.
         ConfigError: if a value is wrong; the old settings stay.
+
+    Example:
+        >>> import timm, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit"), "tome", r=8)
+        >>> vtoken.config_of(vtoken.configure(model, r=4)).r
+        4
     """
     configs = config_tuple(model)
     meant = [c for c in configs if all(hasattr(c, name) for name in changes)] if len(configs) > 1 else list(configs)

@@ -84,7 +84,13 @@ def register_method(config: type[MethodConfig]) -> type[MethodConfig]:
 
 
 def methods() -> list[str]:
-    """Names of the registered methods, as `vtoken.apply(model, "name", ...)` takes them."""
+    """Names of the registered methods, as `vtoken.apply(model, "name", ...)` takes them.
+
+    Example:
+        >>> import vtoken
+        >>> "pitome" in vtoken.methods()
+        True
+    """
     return sorted(_known())
 
 
@@ -107,6 +113,11 @@ def config_from_dict(values: Mapping[str, Any]) -> MethodConfig:
 
     Raises:
         ConfigError: for unknown methods, versions or keys, and values out of range.
+
+    Example:
+        >>> import vtoken
+        >>> vtoken.config_from_dict(vtoken.ToMe(r=8).to_dict()) == vtoken.ToMe(r=8)
+        True
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"settings are a dict as to_dict writes it, got {values!r}")

@@ -25,6 +25,11 @@ def plan(
         model: a supported model; its weights are not read.
         config: settings; None means those that are applied.
         img_size: pixels, one side or (height, width); None means the model's own.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("vit_base_patch16_224"), "tome", r=16).tokens[:3]
+        (197, 181, 165)
     """
     host, _, methods = chosen(model, config, options)
     return plan_of(host, methods, host.image_size() if img_size is None else pixels(img_size))

@@ -144,6 +144,15 @@ def unmerge(features: Tensor, trace: Trace, *, layer: int | None = None) -> Tens
     Raises:
         ShapeError: if the features do not belong to that forward.
         InputError, ConfigError: if they are no tensor, or the model has no such layer.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = timm.create_model("test_vit").eval()
+        >>> model = vtoken.apply(model, "tome", r=8)
+        >>> with vtoken.tracing(model) as record:
+        ...     features = model.forward_features(torch.randn(1, 3, 160, 160))
+        >>> vtoken.unmerge(features, record).shape
+        torch.Size([1, 101, 64])
     """
     if not isinstance(trace, Trace):
         raise InputError(f"unmerge(trace=...): must be a vtoken.Trace, got {type(trace).__name__}")
@@ -183,6 +192,14 @@ def tracing(model: nn.Module, maps: Collection[str] = ()) -> Iterator[Trace]:
     Raises:
         ConfigError: for an unknown map.
         VTokenError: if the model has no method applied, or if no forward of it ran (a compiled model records nothing).
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = timm.create_model("test_vit").eval()
+        >>> with vtoken.tracing(vtoken.apply(model, "tome", r=8)) as record:
+        ...     logits = model(torch.randn(1, 3, 160, 160))
+        >>> record.size.sum()  # patches and the class token
+        tensor(101.)
     """
     traced = [m for m in model.modules() if _is_traced(m)]
     if not traced:
@@ -209,7 +226,15 @@ def _is_traced(module: nn.Module) -> bool:
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
-    """`model(*args, **kwargs)` and the record of what happened to its tokens."""
+    """`model(*args, **kwargs)` and the record of what happened to its tokens.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = timm.create_model("test_vit").eval()
+        >>> logits, record = vtoken.trace(vtoken.apply(model, "tome", r=8), torch.randn(1, 3, 160, 160))
+        >>> record.tokens[:2]
+        [101, 93]
+    """
     with tracing(model) as record:
         output = model(*args, **kwargs)
     return output, record

@@ -27,6 +27,11 @@ def supported(pattern: str = "*") -> list[str]:
 
     Raises:
         ConfigError: if timm is not installed, or the pattern is no string.
+
+    Example:
+        >>> import vtoken
+        >>> vtoken.supported("deit_tiny*")
+        ['deit_tiny_distilled_patch16_224', 'deit_tiny_patch16_224']
     """
     if not isinstance(pattern, str):
         raise ConfigError(f"supported takes one pattern such as 'deit3_*', got {pattern!r}")

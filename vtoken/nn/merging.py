@@ -96,6 +96,13 @@ class MergeBlock(nn.Module):
 
     Raises:
         ConfigError: if a number is out of range, heads do not divide the channels, or `merge` merges elsewhere.
+
+    Example:
+        >>> import torch, vtoken
+        >>> block = vtoken.nn.MergeBlock(64, 4, vtoken.nn.MergeTokens(vtoken.ToMe(r=8), num_prefix=1))
+        >>> x, size = block(torch.randn(2, 65, 64))[:2]
+        >>> x.shape
+        torch.Size([2, 57, 64])
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken import checks
@@ -87,7 +88,7 @@ class SparseAttention(nn.Module):
         checks.tensor("SparseAttention", "x", x)
         if x.dim() != 3 or x.shape[2] != self.qkv.in_features:
             raise ShapeError(f"x must be [B, T, {self.qkv.in_features}], got {tuple(x.shape)}")
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = rearrange(self.qkv(x), "b n (part h d) -> part b h n d", part=3, h=self.num_heads).unbind(0)
         trace = current_trace(self)
         state = TokenState(
             KeepAll(), self.num_prefix, track_anchor=False, track_dest=False, maps=None if trace is None else trace.maps
@@ -101,5 +102,5 @@ class SparseAttention(nn.Module):
         if trace is not None:
             state.skip(0)
             trace.record_attention(self, state)
-        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.proj(rearrange(out, "b h n d -> b n (h d)"))
         return projected

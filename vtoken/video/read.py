@@ -55,6 +55,19 @@ def video_info(path: Video) -> VideoInfo:
 
     Raises:
         InputError: if it is no readable video. ImportError: if PyAV is missing.
+
+    Example:
+        >>> import av, io, numpy, vtoken
+        >>> file = io.BytesIO()
+        >>> with av.open(file, "w", format="mp4") as container:
+        ...     stream = container.add_stream("mpeg4", rate=10)
+        ...     stream.width, stream.height = 64, 48
+        ...     for value in (0, 60, 120, 180):
+        ...         frame = av.VideoFrame.from_ndarray(numpy.full((48, 64, 3), value, numpy.uint8))
+        ...         container.mux(stream.encode(frame))
+        ...     container.mux(stream.encode())
+        >>> vtoken.video.video_info(file)
+        VideoInfo(frames=4, fps=10.0, width=64, height=48)
     """
     with _opened(path, "SLICE") as (container, stream, name):
         line = timeline(container, stream, name)
@@ -79,6 +92,19 @@ def read_frames(path: Video, indices: Sequence[int], *, max_side: int | None = N
 
     Raises:
         InputError: if it is no readable video or has no such frame. ImportError: if PyAV is missing.
+
+    Example:
+        >>> import av, io, numpy, vtoken
+        >>> file = io.BytesIO()
+        >>> with av.open(file, "w", format="mp4") as container:
+        ...     stream = container.add_stream("mpeg4", rate=10)
+        ...     stream.width, stream.height = 64, 48
+        ...     for value in (0, 60, 120, 180):
+        ...         frame = av.VideoFrame.from_ndarray(numpy.full((48, 64, 3), value, numpy.uint8))
+        ...         container.mux(stream.encode(frame))
+        ...     container.mux(stream.encode())
+        >>> vtoken.video.read_frames(file, [0, 3]).shape
+        (2, 48, 64, 3)
     """
     import numpy as np
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken.core.host import HostAdapter
@@ -194,7 +195,8 @@ def _image_arguments(tower: Any, image: Tensor, own_size: tuple[int, int]) -> di
     """A tower's arguments for images [B, C, H, W]; it was built for those of `own_size`."""
     if tower.config.model_type == "siglip2_vision_model":
         patch, (height, width) = int(tower.config.patch_size), grid_of(tower, (image.shape[2], image.shape[3]))
-        rows = image.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        whole = image[:, :, : height * patch, : width * patch]
+        rows = rearrange(whole, "b c (h y) (w x) -> b (h w) (y x c)", y=patch, x=patch)
         shapes = torch.tensor([[height, width]] * image.shape[0])
         return {"pixel_values": rows, "pixel_attention_mask": None, "spatial_shapes": shapes}
     other_size = (image.shape[2], image.shape[3]) != own_size

@@ -39,6 +39,12 @@ class MultiViewCrop:
         InputError: in a call, for anything else that is no picture, or a mode that Pillow cannot make RGB.
         ImportError: without torchvision.
 
+    Example:
+        >>> import torch, vtoken
+        >>> batch = vtoken.MultiViewCrop(64)(torch.rand(3, 80, 100))
+        >>> len(batch["views"]), batch["views"][0].shape
+        (2, torch.Size([3, 64, 64]))
+
     Source: arXiv 2212.08653; the teacher's crop always contains the views, which the released code does not ensure.
     """
 

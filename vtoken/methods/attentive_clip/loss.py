@@ -29,6 +29,15 @@ class AttentiveMaskLoss(nn.Module):
     Raises:
         ConfigError: for values out of range.
 
+    Example:
+        >>> import open_clip, torch, vtoken
+        >>> tower = dict(layers=2, width=64, head_width=32, patch_size=16, image_size=64)
+        >>> model = open_clip.CLIP(32, tower, dict(layers=1, width=64, heads=2), output_dict=True)
+        >>> clip = vtoken.AttentiveMaskCLIP(model, keep_ratio=0.5).train()
+        >>> out = clip(torch.randn(2, 3, 64, 64), open_clip.tokenize(["a shoe", "a bag"]))
+        >>> vtoken.AttentiveMaskLoss()(**out).requires_grad
+        True
+
     Source: arXiv 2212.08653.
     """
 

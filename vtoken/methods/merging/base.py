@@ -40,8 +40,8 @@ class MergeConfig(MethodConfig):
     Source: arXiv 2405.16148; docs/methods/pitome.md 3 to 8.
     """
 
-    #: Patches that never merge, ascending.
-    protect: ClassVar[tuple[int, ...]] = ()
+    #: Patches that never merge, ascending. No setting here, hence no annotation.
+    protect = tuple[int, ...]()
 
     layers: tuple[int, ...] | None = None
     metric: str = "key"
@@ -179,12 +179,6 @@ class Merging(BlockMethod):
         r = self.num_removed(layer, mergeable)
         channels = head_dim if self.metric == "key" else width
         return self.config.macs(layer, self.depth, mergeable, r, channels) if r else 0
-
-    def describe(self, layer: int) -> dict[str, Any]:
-        """The settings of one layer; empty if it removes nothing."""
-        if layer not in self._layers:
-            return {}
-        return {"amount": self._amounts[layer]} | self.config.layer_settings(layer, self.depth)
 
     def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
         """Merge tokens [B, T, C] by metric [B, T, d]."""

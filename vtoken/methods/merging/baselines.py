@@ -21,7 +21,13 @@ from vtoken.ops.merging.matching import bipartite_matching
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class ToMe(ScheduledMergeConfig):
-    """Bipartite soft matching (arXiv 2210.09461): even rows propose to odd rows, the best r pairs merge."""
+    """Bipartite soft matching (arXiv 2210.09461): even rows propose to odd rows, the best r pairs merge.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("test_vit"), vtoken.ToMe(r=8)).tokens
+        (101, 93, 85, 77, 69, 61, 53)
+    """
 
     method: ClassVar[str] = "tome"
 
@@ -43,6 +49,11 @@ class RandomMerge(ScheduledMergeConfig):
 
     Args (beside those of ScheduledMergeConfig):
         seed: of the draw, which is the same for every image and every call; sweep it to see the spread.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("test_vit"), vtoken.RandomMerge(ratio=0.9)).tokens
+        (101, 91, 82, 74, 67, 61, 55)
     """
 
     method: ClassVar[str] = "random_merge"
@@ -63,7 +74,13 @@ class RandomMerge(ScheduledMergeConfig):
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class RandomPrune(RandomMerge):
-    """Control: tokens drawn at random are dropped. In dense maps each shows its most similar drawn destination."""
+    """Control: tokens drawn at random are dropped. In dense maps each shows its most similar drawn destination.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("test_vit"), vtoken.RandomPrune(ratio=0.9)).tokens
+        (101, 91, 82, 74, 67, 61, 55)
+    """
 
     method: ClassVar[str] = "random_prune"
 
@@ -85,6 +102,11 @@ class StrideMerge(MergeConfig):
     Args (beside those of MergeConfig):
         stride: at least 2.
         layers: blocks that merge, by default the first one only.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("test_vit"), vtoken.StrideMerge(stride=2)).tokens
+        (101, 51, 51, 51, 51, 51, 51)
     """
 
     method: ClassVar[str] = "stride"

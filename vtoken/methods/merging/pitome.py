@@ -86,6 +86,11 @@ class PiToMe(ScheduledMergeConfig):
             preset sets what is not given; what is given stays.
         energy: "elu" or "eq4".
         protect: patches (row-major numbers in the embedded grid) that never merge.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.9)).tokens
+        (101, 91, 82, 74, 67, 61, 55)
     """
 
     method: ClassVar[str] = "pitome"
@@ -99,7 +104,7 @@ class PiToMe(ScheduledMergeConfig):
     alpha: float = 1.0
     variant: str | Sequence[str] = "pitome"
     energy: str = "elu"
-    protect: tuple[int, ...] = ()  # type: ignore[misc]  # a setting here
+    protect: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.variant, str):

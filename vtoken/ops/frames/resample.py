@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
 from vtoken.ops.frames.row_plan import row_widths
 from vtoken.ops.merging.matching import plan_tome
@@ -66,9 +66,7 @@ def assign(grid: Tensor, t: int, mode: str = "bilinear", *, shape: str = "exact"
         )
     if not grid.is_floating_point():
         raise InputError(f"grid holds features, floating numbers, got {grid.dtype}")
-    if isinstance(t, bool) or not isinstance(t, Integral):
-        raise InputError(f"t={t!r}: must be a whole number of tokens")
-    t = int(t)
+    t = checks.whole("assign", "t", t, error=InputError)
     if grid.dim() != 3 or min(grid.shape[:2]) < 1:
         raise ShapeError(f"grid must be [H, W, C], the features of one frame, got {tuple(grid.shape)}")
     if grid.shape[0] > 2 * max(grid.shape[1:]):  # frames are not that tall, and features not that thin

@@ -16,7 +16,7 @@ from torch import Tensor
 from vtoken import checks
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.ops import backend as _backend
-from vtoken.ops.backend import BACKENDS, keys_reason, metric_reason, use_triton
+from vtoken.ops.backend import BACKENDS, limits_of, use_triton, width_reason
 from vtoken.ops.merging.plan import HALF, MergePlan
 from vtoken.ops.rows import full_precision, take_rows
 
@@ -29,6 +29,22 @@ _LOG2E = math.log2(math.e)
 _CACHED, _HELD, _LEAST_ROWS = 1 << 17, 1 << 28, 32
 
 
+@limits_of("plan_pitome", "plan_tome")
+def metric_reason(metric: Tensor, *, variant: str = "pitome", protect: object = None) -> str:
+    """Why the kernels cannot match by this metric [B, T, d]."""
+    if variant == "text":
+        return 'the variant "text"'
+    if variant == "pitome_pairs" and protect is not None:
+        return 'protect with the variant "pitome_pairs"'
+    return width_reason("metric", metric, 8192)
+
+
+@limits_of("key_metric")
+def keys_reason(keys: Tensor) -> str:
+    """Why the kernels cannot add up the heads of keys [B, H, T, D]."""
+    return width_reason("keys", keys, 8192)
+
+
 def key_metric(keys: Tensor, *, backend: str = "auto") -> Tensor:
     """Attention keys [B, H, T, D] as one vector per token: their sum over heads, [B, T, D], at least float32.
 
@@ -36,6 +52,11 @@ def key_metric(keys: Tensor, *, backend: str = "auto") -> Tensor:
 
     Raises:
         ShapeError: if the keys are not 4-D. ConfigError: if the backend is unknown or cannot serve them.
+
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.key_metric(torch.randn(2, 6, 197, 64)).shape
+        torch.Size([2, 197, 64])
     """
     checks.tensor("key_metric", "keys", keys, 4, shape="[B, H, T, D]")
     checks.choice("key_metric", "backend", backend, BACKENDS)
@@ -93,6 +114,14 @@ def plan_pitome(
         InputError: if `metric` is no tensor.
         ConfigError: if a number is out of range, a name is unknown, or kernels are asked for that cannot serve the
             metric.
+
+    Example:
+        >>> import torch, vtoken
+        >>> x = torch.randn(2, 197, 64)
+        >>> plan = vtoken.ops.plan_pitome(x, 20, margin=0.5, num_prefix=1)
+        >>> rows, size = plan.apply(x)
+        >>> rows.shape, int(size[0].sum())
+        (torch.Size([2, 177, 64]), 197)
 
     Source: arXiv 2405.16148 section 3; order and ties as docs/methods/pitome.md 2.
     """
@@ -177,6 +206,11 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "au
     Raises:
         ShapeError, ConfigError: as `plan_pitome`.
 
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.plan_tome(torch.randn(2, 197, 64), 20, num_prefix=1).num_tokens
+        177
+
     Source: arXiv 2210.09461 section 3 and appendix D.
     """
     r, num_prefix = _check("plan_tome", metric, r, num_prefix)
@@ -216,6 +250,11 @@ def plan_random(metric: Tensor, r: int, *, num_prefix: int = 0, seed: int = 0) -
 
     The draw is a hash of (seed, row), the same for every image of a batch and on every device; no random number
     generator is touched. Arguments and errors as `plan_tome`; r is capped at half of the mergeable tokens.
+
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.plan_random(torch.randn(2, 197, 64), 20, num_prefix=1, seed=3).num_tokens
+        177
     """
     r, num_prefix = _check("plan_random", metric, r, num_prefix)
     seed = checks.whole("plan_random", "seed", seed)
@@ -235,6 +274,11 @@ def plan_stride(metric: Tensor, stride: int, *, num_prefix: int = 0) -> MergePla
     Raises:
         ShapeError, InputError: if `metric` is not 3-D, or no tensor. ConfigError: if `stride` is no whole number from
             1 on.
+
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.plan_stride(torch.randn(2, 197, 64), 2, num_prefix=1).keep[0, :4].tolist()
+        [0, 1, 3, 5]
     """
     stride = checks.whole("plan_stride", "stride", stride, 1, what="every stride-th token is kept, so it ")
     _, num_prefix = _check("plan_stride", metric, 0, num_prefix)
