@@ -138,6 +138,8 @@ def _pool_problem(model: Any) -> str | None:
         isinstance(pool, AttentionPoolLatent) and type(pool).forward is AttentionPoolLatent.forward
     ):
         return f"its attention pool is a {type(pool).__qualname__}, which takes no attention mask"
+    if kind == "prr" and not runs_as_known(pool, [c for c in type(pool).__mro__ if c.__module__.startswith("timm.")]):
+        return f"its attention pool is a {type(pool).__qualname__} with a forward of its own"
     if kind == "map" and pool.pos_embed is not None:
         return "its attention pool adds a position to every token, which merged tokens no longer have"
     return None
