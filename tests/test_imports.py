@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
 #: The same inside hosts/: a family sees what lies in hosts/ itself, which sees no family, and of the others these.
 FAMILIES: dict[str, set[str]] = {
     "timm": set(),
-    "open_clip": set(),
+    "open_clip": {"timm"},  # whose models it takes as trunks
     "transformers": set(),
     "llava": {"transformers"},
     "video": {"transformers", "llava"},

@@ -112,3 +112,20 @@ class Plan:
         rows = ["bounds: the images decide how many tokens are left", f"{'layer':>5} {'in':>12} {'out':>12}"]
         rows += [f"{i:>5} {a:>12} {b:>12}" for i, (a, b) in enumerate(itertools.pairwise(between))]
         return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """What a method that leaves out patches may know of a tower.
+
+    Args:
+        embed: name of the module that turns pixels into patch tokens.
+        size: height and width of a patch in pixels.
+        image_size: height and width of the images that the tower takes; None: any.
+        features: width of the pooled features, before the projection.
+    """
+
+    embed: str
+    size: tuple[int, int]
+    image_size: tuple[int, int] | None
+    features: int

@@ -11,15 +11,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
+from vtoken.core.calling import call, is_heard
 from vtoken.core.method import KeepAll
 from vtoken.core.patch import PREDICTOR, base_of, forward_with
 from vtoken.core.slots import AttentionCall, Slot
 from vtoken.core.state import TokenState
 from vtoken.core.trace import DROPPED
+from vtoken.core.watch import Reader
 from vtoken.errors import ShapeError, UnsupportedModelError, VTokenWarning
-from vtoken.hosts.class_rows import RowTap
 from vtoken.ops.merging.matching import summed_keys
 from vtoken.ops.rows import take_rows
 
@@ -76,7 +76,9 @@ def bound(container: Any, state: TokenState, layers: list[Callable[..., Tensor]]
         if getattr(block, "_vtoken_index", None) != place:
             _renumber(blocks)
             break
-    return BoundBlocks(container, blocks if layers is None else layers, state)
+    called = blocks if layers is None else layers
+    calls: list[Callable[..., Tensor]] = [functools.partial(layer, vtoken_state=state) for layer in called]
+    return BoundBlocks(container, calls)
 
 
 def _renumber(blocks: list[Any]) -> None:
@@ -105,23 +107,29 @@ def changed(what: str, module: Any) -> UnsupportedModelError:
 
 
 class BoundBlocks:
-    """Stands where a model's `blocks` stood, for one forward: the same blocks, each called with the state."""
+    """Stands where a model's `blocks` stood, for one call of the model: they can be called, iterated over or sliced.
 
-    def __init__(self, container: nn.Module, blocks: list[Callable[..., Tensor]], state: TokenState) -> None:
+    Args:
+        container: what stood there.
+        calls: the blocks, each bound to what belongs to this call.
+        watched: whether the tower is unpatched and its blocks are read; its container then has any class.
+    """
+
+    def __init__(self, container: nn.Module, calls: list[Callable[..., Tensor]], *, watched: bool = False) -> None:
         self._container = container
-        self._blocks = blocks
-        self._state = state
+        self._calls = calls
+        self._watched = watched
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._calls)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
-        return iter([functools.partial(block, vtoken_state=self._state) for block in self._blocks])
+        return iter(self._calls)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return BoundBlocks(self._container, self._blocks[index], self._state)
-        return functools.partial(self._blocks[index], vtoken_state=self._state)
+            return BoundBlocks(self._container, self._calls[index], watched=self._watched)
+        return self._calls[index]
 
     def __call__(self, x: Tensor) -> Tensor:
         # Through the container's own call, so that hooks which the user put on it run.
@@ -129,14 +137,15 @@ class BoundBlocks:
         if hasattr(type(container), "_vtoken_base"):
             result: Tensor = container(x, vtoken_blocks=self)
             return result
-        if is_heard(container):
+        if is_heard(container) and not self._watched:
             raise changed("the container of the blocks", container)
-        return self.run(x)
+        result = call(container, self.run, x)
+        return result
 
     def run(self, x: Tensor) -> Tensor:
         """The blocks one after the other."""
-        for block in self._blocks:
-            x = block(x, vtoken_state=self._state)
+        for block in self._calls:
+            x = block(x)
         return x
 
 
@@ -147,22 +156,6 @@ class ContainerMixin:
         if vtoken_blocks is None:
             return super().forward(input)  # type: ignore[misc]
         return vtoken_blocks.run(input)
-
-
-def is_heard(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: hooks, also global ones, another forward or call."""
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl
-        or _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    )
 
 
 def is_heard_within(block: nn.Module) -> bool:
@@ -187,8 +180,8 @@ def through(module: Any, x: Tensor) -> Tensor:
     return result
 
 
-class Tap:
-    """Goes along with one attention call and holds what the blocks' method asks for.
+class Tap(Reader):
+    """Goes along with one attention call of a patched tower and holds what the blocks' method asks for.
 
     Args:
         state: of this forward.
@@ -200,12 +193,10 @@ class Tap:
         self._state = state
         self._layer = layer
         self._wanted = state.method.metric if removes else "hidden"
-        #: Whether keys are to be left here.
-        self.wants_keys = self._wanted == "key" or self._wanted == "key_concat"
-        #: What else reads queries and keys.
-        self.row: RowTap | None = None if state.watch is None else state.watch.tap(layer, state)
-        #: Keys [B, H, T, D], once the attention has run.
-        self.keys: Tensor | None = None
+        super().__init__(
+            wants_keys=self._wanted == "key" or self._wanted == "key_concat",
+            row=None if state.watch is None else state.watch.row(layer, state),
+        )
         self._cls: Tensor | None = None
 
     def attend(self, attn: Any, x: Tensor, **options: Any) -> Any:
@@ -254,16 +245,6 @@ class Tap:
         if self.wants_keys:
             self.keys = keys
 
-    def behind(self, norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """What stands where a key norm or projection stood: it is called, and what it makes is kept here."""
-        return functools.partial(self._keep, norm)
-
-    def _keep(self, norm: Callable[[Tensor], Tensor], keys: Tensor) -> Tensor:
-        keys = norm(keys)
-        if self.wants_keys:
-            self.keys = keys
-        return keys
-
     def metric(self, x: Tensor) -> Tensor:
         """What the method chooses by, [B, T, d]; `x` are the tokens that it will choose among."""
         if self._wanted == "hidden":
@@ -280,17 +261,17 @@ class Tap:
 
 
 class TappedMixin:
-    """An attention that shows its keys: its own forward runs with a tap behind the module that makes them."""
+    """An attention that shows its keys: its own forward runs with a tap behind the modules that make them."""
 
     _vtoken_takes_tap: ClassVar[bool] = True
-    #: The key norm or projection.
+    #: The norms or projections of keys and queries.
     _vtoken_keys: ClassVar[str] = "k_norm"
+    _vtoken_queries: ClassVar[str] = "q_norm"
 
     def forward(self: Any, *args: Any, vtoken_tap: Tap | None = None, **options: Any) -> Any:
         if vtoken_tap is None:
             return super().forward(*args, **options)  # type: ignore[misc]
-        keys = self._vtoken_keys
-        return forward_with(self, {keys: vtoken_tap.behind(getattr(self, keys))}, *args, **options)
+        return forward_with(self, vtoken_tap.parts(self, self._vtoken_keys, self._vtoken_queries), *args, **options)
 
 
 def stock_with(block: Any, stock: Callable[..., Any], name: str, x: Tensor, tap: Tap, **options: Any) -> Any:

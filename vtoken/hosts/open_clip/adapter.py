@@ -22,12 +22,14 @@ from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import AttentionMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, forward_with, is_patched, view
 from vtoken.core.slots import Slot
-from vtoken.core.spec import HostSpec
+from vtoken.core.spec import HostSpec, PatchSpec
 from vtoken.core.state import TokenState
 from vtoken.core.trace import DROPPED
+from vtoken.core.watch import Watch
 from vtoken.errors import InputError, ShapeError, UnsupportedModelError
-from vtoken.hosts.class_rows import ClassRows, RowTap
 from vtoken.hosts.merged import merged_block
+from vtoken.hosts.open_clip.masked import patch_spec, run_masked
+from vtoken.hosts.open_clip.watched import run_watched
 from vtoken.hosts.pooling import weighted_mean
 from vtoken.hosts.tower import (
     Tap,
@@ -282,7 +284,7 @@ class PackedMixin:
 class OwnAttentionMixin(TappedMixin):
     """open_clip's own `Attention`."""
 
-    _vtoken_keys = "ln_k"
+    _vtoken_keys, _vtoken_queries = "ln_k", "ln_q"
 
 
 class PoolMixin:
@@ -428,18 +430,20 @@ class OpenClipAdapter(HostAdapter):
         """The tower alone: a whole CLIP also wants text."""
         return self.tower(model)[1](image)
 
-    def run_watched(self, model: nn.Module, rows: ClassRows, image: Tensor) -> None:
+    def run_watched(self, model: nn.Module, watch: Watch, image: Tensor) -> None:
         """Class attention of the packed projection, or behind the norms of open_clip's own attention."""
         adapter, tower = self.tower(model)
-        if adapter is not self:
-            return adapter.run_watched(tower, rows, image)
-        blocks = rows.watched(tower.transformer.resblocks, _tapped)
-        view(tower, transformer=view(tower.transformer, resblocks=blocks))(image)
+        (run_watched if adapter is self else adapter.run_watched)(tower, watch, image)
 
+    def patch_spec(self, model: nn.Module) -> PatchSpec:
+        """Of a built-in tower, or of a timm trunk that can."""
+        return patch_spec(getattr(model, "visual", model))
 
-def _tapped(block: Any, tap: RowTap) -> Any:
-    own = isinstance(block, CustomResidualAttentionBlock)
-    return view(block, attn=tap.on(block.attn, "ln_q", "ln_k") if own else tap.on_packed(block.attn))
+    def masked(
+        self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Patches are left out in the slot of the tower's patch dropout."""
+        return run_masked(getattr(model, "visual", model), images, rows, watch)
 
 
 def _refusal(model: nn.Module, why: str) -> str:

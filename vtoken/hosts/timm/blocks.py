@@ -144,8 +144,8 @@ class AttentionMixin:
                 raise InputError("is_causal=True cannot be combined with a connectivity mask; use vtoken.remove(model)")
             return around(self, functools.partial(_method_core, self, tap, attn_mask), x)
         if not self.fused_attn:
-            parts = {"k_norm": tap.behind(self.k_norm)}
-            return forward_with(self, parts, x, **given(attn_mask=attn_mask, is_causal=is_causal))
+            read = tap.parts(self, "k_norm", "q_norm")
+            return forward_with(self, read, x, **given(attn_mask=attn_mask, is_causal=is_causal))
         dropout = self.attn_drop.p if self.training else 0.0
         if attn_mask is not None and adds_sizes(self, x, tap, attn_mask, is_causal):
             core: Core = functools.partial(masked_attention, mask=attn_mask, dropout_p=dropout)

@@ -69,14 +69,7 @@ class LayerMixin:
 class AttentionMixin(TappedMixin):
     """What the layers' attentions share: projections of their own for queries and keys."""
 
-    _vtoken_keys = "k_proj"
-
-    def forward(self: Any, *args: Any, vtoken_tap: Tap | None = None, **options: Any) -> Any:
-        if vtoken_tap is None or vtoken_tap.row is None:
-            return super().forward(*args, vtoken_tap=vtoken_tap, **options)  # type: ignore[misc]
-        scale = getattr(self, "scale", getattr(self, "scaling", None))
-        parts = vtoken_tap.row.parts(self, "q_proj", "k_proj", scale)
-        return forward_with(self, parts | {"k_proj": vtoken_tap.behind(parts["k_proj"])}, *args, **options)
+    _vtoken_keys, _vtoken_queries = "k_proj", "q_proj"
 
 
 class ClipLayerMixin(LayerMixin):

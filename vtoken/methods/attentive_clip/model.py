@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtoken.core.options import checked, fixed, held
+from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.attentive_clip import cost, heads, settings
 from vtoken.methods.attentive_clip.ema import EmaTeacher, attach, check_schedule, momentum_after
@@ -128,7 +129,7 @@ class AttentiveMaskCLIP(nn.Module):
         super().__init__()
         from vtoken.methods.attentive_clip.towers import tower_of
 
-        self._tower, self._spec = tower_of(model)
+        self._host, self._spec, self._patches = tower_of(model)
         self._selection = Selection(
             keep_ratio=keep_ratio, mode=mode, block=block, top_fraction=top_fraction, temperature=temperature
         )
@@ -141,8 +142,7 @@ class AttentiveMaskCLIP(nn.Module):
             "head_norm": head_norm, "ema_text": ema_text, "freeze_patch_embed": freeze_patch_embed,
         }  # fmt: skip
         visual: Any = model.visual
-        self._patch_size = self._tower.patch_size(visual)
-        self._image_size = self._tower.image_size(visual)
+        self._patch_size, self._image_size = self._patches.size, self._patches.image_size
         self._check_units(self._selection)
         self._steps = 0
         self.layers = layers
@@ -155,7 +155,7 @@ class AttentiveMaskCLIP(nn.Module):
 
         like = next(visual.parameters())
         sizes: dict[str, Any] = {"hidden": hidden_dim, "out": out_dim, "norm": head_norm}
-        width, made = self._tower.features(visual), {"device": like.device, "dtype": like.dtype}
+        width, made = self._patches.features, {"device": like.device, "dtype": like.dtype}
         self.model: Any = model
         self.simclr_head = heads.simclr_head(width, **sizes).to(**made) if simclr_weight else None
         self.byol_projector = heads.byol_projector(width, **sizes).to(**made) if byol_weight else None
@@ -241,14 +241,13 @@ class AttentiveMaskCLIP(nn.Module):
             return self.model(settings.single(image), text)
         self._follow()
         views = [image] if isinstance(image, Tensor) else list(image)
-        self._tower.refuse_patched(self.model.visual)
         settings.check_views(views, self._image_size, self._patch_size)
         settings.check_teacher(views, teacher_image, view_boxes, teacher_boxes)
         if self.simclr_head is not None and len(views) != 2:
             raise ConfigError(f"simclr_weight > 0 compares two views, but {len(views)} were given")
         rows, target = self._look(views, teacher_image, view_boxes, teacher_boxes)
         images = views[0] if len(views) == 1 else torch.cat(views)
-        pooled, projected = self._tower.student(self.model.visual, images, rows)
+        pooled, projected = self._host.masked(self.model.visual, images, rows)
         if projected.dim() != 2:
             raise ShapeError(f"the image tower gives features {tuple(projected.shape)}; CLIP training needs [B, E]")
         text_features = None if text is None else self.model.encode_text(text, normalize=True)
@@ -307,8 +306,11 @@ class AttentiveMaskCLIP(nn.Module):
         """Relevance [B, h, w] of the patches that the teacher sees, and its pooled features."""
         image = shrunk(image.float(), self.teacher_scale, self._patch_size, self._image_size)
         grid = self._grid_of(image)
-        reader, pooled = self._tower.teacher(self.teacher.visual, image, layers, stop=stop)
-        return reader.scores()[:, self._spec.num_prefix :].unflatten(1, grid) if layers else None, pooled
+        watch = Watch(layers, stop=stop)
+        pooled = self._host.masked(self.teacher.visual, image, None, watch)[0]
+        if not layers:
+            return None, pooled
+        return watch.scores(watch.layers[-1], "mean")[0][:, self._spec.num_prefix :].unflatten(1, grid), pooled
 
     @torch.no_grad()
     def score(self, images: Tensor) -> Tensor:
@@ -446,7 +448,7 @@ class AttentiveMaskCLIP(nn.Module):
         teacher = self.byol_projector is not None or (how.keep_ratio < 1 and how.mode != "random")
         kept = how.num_kept(self._spec.grid, max(self._patch_size))
         image = cost.image_macs(
-            self._tower.blocks(self.model.visual), self._tower.patch_embed(self.model.visual), self._spec.grid,
+            [block for _, block in self._host.blocks(self.model.visual)], self._patch_embed(), self._spec.grid,
             self._spec.num_prefix, views=views, kept=kept, teacher_scale=scale if teacher else None,
         )  # fmt: skip
         return batch * (image + 3 * cost.text_macs(self.model))
@@ -460,7 +462,11 @@ class AttentiveMaskCLIP(nn.Module):
     def _freeze(self) -> None:
         self.teacher.requires_grad_(False)
         if self.freeze_patch_embed:
-            self._tower.patch_embed(self.model.visual).requires_grad_(False)
+            self._patch_embed().requires_grad_(False)
+
+    def _patch_embed(self) -> nn.Module:
+        visual: nn.Module = self.model.visual
+        return visual.get_submodule(self._patches.embed)
 
     def _averaged(self) -> dict[str, Any]:
         """What the teacher averages, by name."""
