@@ -146,6 +146,22 @@ def test_joined_pieces_follow_one_another(jump: int) -> None:
         assert shown == list(range(100))
 
 
+@pytest.mark.parametrize("bframes", ["0", "3"])
+def test_a_clock_that_jumps_ahead_jumps_at_the_picture(bframes: str) -> None:
+    """Times of decoding jump later than those of showing where frames are stored in another order."""
+    times = [40 * k + (30_000 if k > 30 else 0) for k in range(60)]
+    video = made("mpegts", 60, times, options={"g": "20", "bf": bframes})
+    info = video_info(video)
+    assert (info.frames, info.duration) == (60, pytest.approx(2.4, abs=0.05))
+    assert numbers(video, range(60)) == list(range(60))
+
+
+def test_slides_of_twenty_seconds_are_no_jumps() -> None:
+    video = made("mpegts", 5, [20_000 * k for k in range(5)])
+    assert video_info(video).duration == pytest.approx(100, rel=0.05)
+    assert numbers(video, range(5)) == list(range(5))
+
+
 def test_a_damaged_packet_is_one_warning_that_names_the_place(tmp_path: Path) -> None:
     video = bytearray(made("mp4", codec="mpeg4", options={}))
     with av.open(io.BytesIO(video)) as container:

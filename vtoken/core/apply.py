@@ -12,7 +12,7 @@ from torch import nn
 from vtoken import checks
 from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.config import MethodConfig, make_config
-from vtoken.core.host import HostAdapter, find_adapter
+from vtoken.core.host import HostAdapter, find_adapter, refuse_compiled
 from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll, Method
 from vtoken.core.patch import (
     PREDICTOR,
@@ -77,6 +77,7 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     """
     configs = resolve(config, options)
     parts = [(find_adapter(model, part), group) for part, group in _by_part(configs).items()]
+    refuse_compiled(model)
     built = [build_methods(model, adapter, group) for adapter, group in parts]
     carriers = [(m, part) for m, part in _carried(model) if part in _by_part(configs)]
     if carriers and not replace:

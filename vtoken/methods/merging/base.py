@@ -150,12 +150,16 @@ class Merging(BlockMethod):
         self.order = config.order
         self._layers = schedule.chosen_layers(owner, config.layers, depth)
         self._amounts = config.amounts(depth)
+        # Compiled graphs take words as constants. A float that another one replaces (configure) becomes a symbol there,
+        # and torch cannot make sizes of such symbols.
+        self._worded = tuple(repr(amount) if isinstance(amount, float) else amount for amount in self._amounts)
 
     def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
         """Tokens that block `layer` removes from `mergeable` ones; 0 if it is not among the chosen layers."""
         if layer not in self._layers:
             return 0
-        return self.config.removed(self._amounts[layer], mergeable)
+        amount = self._worded[layer]
+        return self.config.removed(float(amount) if isinstance(amount, str) else amount, mergeable)
 
     def check_patches(self, num_patches: int) -> None:
         """Protected patches must exist."""
