@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
+import tomllib
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -254,6 +256,14 @@ def test_hd_colours_are_the_files_own(tmp_path: Path) -> None:
     assert np.abs(read_frames(path, [2])[0, 32, 32].astype(int) - (142, 168, 76)).max() <= 1
     for a, b in itertools.pairwise(read_frames(path, [0, 1, 2])):
         assert math.isclose(float(np.abs(a.astype(int) - b).max()), 0, abs_tol=1)
+
+
+def test_the_extras_ask_for_a_pyav_that_knows_colour_spaces() -> None:
+    """PyAV before 17 gives HD colours as those of SD; what is installed here cannot show it."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    asked = [r for extra in project["optional-dependencies"].values() for r in extra if re.match(r"av\b", r)]
+    assert asked
+    assert all(int(re.fullmatch(r"av>=(\d+)", r)[1]) >= 17 for r in asked)  # type: ignore[index]
 
 
 def test_mirrored_pictures_are_turned_back() -> None:
