@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": GROUND | {"core"},
     "video": GROUND | {"core", "ops", "hosts", "prompts", "accounting"},
     "train": {"methods"},
+    "hosting": {"core", "hosts"},
     "cli": GROUND | {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video"},
     "__main__": {"errors", "cli"},
 }

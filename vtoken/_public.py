@@ -9,11 +9,12 @@ from vtoken import nn, ops, train, video
 from vtoken.accounting.prefill import kv_cache_bytes, prefill_flops
 from vtoken.accounting.prompt_report import PromptReport, prompt_report
 from vtoken.accounting.report import Report, report
-from vtoken.core.apply import applied, apply, config_of, configure, is_applied, num_tokens, plan, remove
+from vtoken.core.apply import applied, apply, config_of, configure, is_applied, remove
 from vtoken.core.compiled import compile
 from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
-from vtoken.core.host import HostAdapter, HostSpec, register_adapter
-from vtoken.core.plan import Plan
+from vtoken.core.counts import num_tokens, plan
+from vtoken.core.host import HostAdapter, register_adapter
+from vtoken.core.spec import HostSpec, Plan
 from vtoken.core.trace import Trace, trace, tracing, unmerge
 from vtoken.errors import (
     AlreadyAppliedError,

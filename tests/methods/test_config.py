@@ -21,8 +21,9 @@ import vtoken
 from vtoken import ConfigError, MethodConfig, PiToMe, RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.cli.settings import key_values
 from vtoken.core.config import make_config
+from vtoken.core.counts import count_tokens
 from vtoken.core.method import BlockMethod
-from vtoken.core.plan import Plan, count_tokens
+from vtoken.core.spec import Plan
 from vtoken.methods.merging.base import MergeConfig
 from vtoken.methods.merging.schedule import chosen_layers
 
@@ -515,7 +516,7 @@ def test_method_names() -> None:
         ({"method": "pitome", "version": "1"}, "version '1'"),
         (
             {"method": "pitome", "version": 1, "ratoi": 0.9},
-            r"PiToMe has no setting 'ratoi' \(did you mean 'ratio'\?\); it has: layers, .*margin",
+            r"PiToMe has no setting 'ratoi' \(did you mean 'ratio'\?\); it has: .*layers, .*margin",
         ),
         ({"method": "tome", "version": 1, "margin": 0.9}, "ToMe has no setting 'margin'"),
         ({"method": "stride", "version": 1, "strid": 3}, r"did you mean 'stride'\?"),

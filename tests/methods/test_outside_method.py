@@ -13,7 +13,7 @@ from torch import Tensor
 import vtoken
 from vtoken.core import config
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.methods.merging.base import MergeConfig, Merging
 
 

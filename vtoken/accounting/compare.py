@@ -21,7 +21,7 @@ from vtoken.accounting.shadow import shared_copy
 from vtoken.accounting.timing import interleaved
 from vtoken.core.apply import apply, is_applied, remove
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import find_adapter
+from vtoken.core.host import host_of
 from vtoken.errors import ConfigError
 
 SCHEMA = 1
@@ -121,7 +121,7 @@ def compare(
     ideals = {label(c): _ideal_of(c) for c in configs} if ideal else {}
     variants |= {f"ideal of {name}": narrow for name, narrow in ideals.items() if narrow is not None}
     with torch._dynamo.config.patch(recompile_limit=4 * len(variants)) if compiled else contextlib.nullcontext():
-        runs = {name: forward_of(model, config, images, compiled=compiled) for name, config in variants.items()}
+        runs = {name: runner(model, config, images, compiled=compiled) for name, config in variants.items()}
         times = interleaved(runs, rounds=rounds, warmup=warmup, calls=calls, device=images.device, tick=tick)
     base = times["unpatched"]
     first = reports[label(configs[0])]
@@ -152,16 +152,16 @@ def compare(
     return rows
 
 
-def forward_of(
+def runner(
     model: nn.Module, config: MethodConfig | None, images: Tensor, *, compiled: bool = False
 ) -> Callable[[], object]:
     """A call that runs a copy of the model (over the same weights) with a method applied, without gradients."""
-    adapter, network = find_adapter(model), shared_copy(model)
+    host, network = host_of(model), shared_copy(model)
     if config is not None:
         apply(network, config)
 
     def forward(x: Tensor) -> Any:
-        return adapter.run_image(network, x)
+        return host.adapter.run_image(network, x)
 
     # fullgraph: a model that fell back to eager without a word would be timed as if it were compiled.
     call = torch.compile(forward, fullgraph=True, dynamic=False) if compiled else forward

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.methods.merging.base import Merging, ScheduledMergeConfig
 
 

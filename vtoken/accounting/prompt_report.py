@@ -11,8 +11,9 @@ from vtoken import checks
 from vtoken.accounting.prefill import Decoder, kv_cache_bytes, prefill_macs
 from vtoken.accounting.report import count_macs
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, config_tuple, is_applied, pixels, remove, resolve
-from vtoken.core.host import find_adapter
+from vtoken.core.apply import Config, apply, config_tuple, is_applied, remove, resolve
+from vtoken.core.counts import pixels
+from vtoken.core.host import find_adapter, host_of
 from vtoken.errors import ConfigError
 
 
@@ -165,15 +166,16 @@ def tower_macs(model: Any, configs: Config, size: tuple[int, int]) -> tuple[int,
     """Multiply-adds of the image tower on one image or crop, without and with methods in it."""
     prompts: Any = find_adapter(model, "prompt")
     shadow = meta_copy(prompts.tower(model))
-    adapter = find_adapter(shadow)
+    host = host_of(shadow)
     crops = hasattr(model.model, "pack_image_features")
-    pixel_size = (adapter.channels(shadow), *(adapter.image_size(shadow) if crops else size))
+    pixel_size = (host.adapter.channels(shadow), *(host.image_size() if crops else size))
     if is_applied(shadow):
         remove(shadow)
-    before = count_macs(shadow, adapter, pixel_size)
+    before = count_macs(host, pixel_size)
     if not configs:
         return before, before
-    return before, count_macs(apply(shadow, configs), adapter, pixel_size)
+    apply(shadow, configs)
+    return before, count_macs(host, pixel_size)
 
 
 def _projector_macs(model: Any) -> int:

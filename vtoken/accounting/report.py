@@ -12,10 +12,10 @@ from torch import nn
 from vtoken import checks
 from vtoken.accounting.meter import Meter, Repeats
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, build_methods, chosen, is_applied, plan_of, remove
-from vtoken.core.config import MethodConfig
-from vtoken.core.host import HostAdapter
-from vtoken.core.method import AttentionMacs, AttentionMethod
+from vtoken.core.apply import Config, build_methods, enter, is_applied, remove
+from vtoken.core.counts import chosen, plan_of, removing
+from vtoken.core.host import Host
+from vtoken.core.method import AttentionMacs, AttentionMethod, Method
 from vtoken.core.patch import PREDICTOR
 from vtoken.errors import ConfigError, ShapeError, VTokenError
 
@@ -148,27 +148,29 @@ def report(
         >>> cost.tokens[0], cost.tokens[-1], round(cost.flops_factor, 2)
         (197, 60, 1.76)
     """
-    adapter, configs, method = chosen(model, config, options)
+    host, configs, methods = chosen(model, config, options)
     configs = tuple(c for c in configs if c.part == "tower")
     if not configs:
         raise ConfigError("no method acts in the tower; vtoken.prompt_report counts what one in the prompt saves")
-    size = image_shape(input_size) if input_size is not None else (adapter.channels(model), *adapter.image_size(model))
-    tokens = plan_of(model, adapter, method, size[1:]).tokens
-    shadow = meta_copy(model)
-    if is_applied(shadow):
-        remove(shadow)
+    size = image_shape(input_size) if input_size is not None else (host.adapter.channels(model), *host.image_size())
+    tokens = plan_of(host, methods, size[1:]).tokens
+    shadow = host.of(meta_copy(model))
+    if is_applied(shadow.model):
+        remove(shadow.model)
     repeats = Repeats()
     try:
-        before = _count(shadow, adapter, size, repeats)
+        before = _count(shadow, size, repeats)
     except VTokenError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ShapeError(f"{type(model).__name__} does not take images of {size}: {error}") from error
     # Kept keys are data, which a counter of shapes cannot see: attention cores are counted dense, then exchanged.
     # The model takes the images, so whatever is raised now is the method's own.
-    after = _count(apply(shadow, [c.counted() for c in configs]), adapter, size, repeats)
-    spec = adapter.spec(model)
-    cores = _attention_macs(model, adapter, configs, tokens)
+    counted = tuple(c.counted() for c in configs)
+    enter(shadow, counted, build_methods(shadow, counted))
+    after = _count(shadow, size, repeats)
+    spec, method = host.spec, removing(methods)
+    cores = _attention_macs(host, methods, tokens)
     layers = tuple(
         LayerCost(
             layer=i,
@@ -185,9 +187,9 @@ def report(
     return Report(type(model).__name__, described, size, layers, before[0] // 2, after[0] // 2)
 
 
-def count_macs(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> int:
+def count_macs(shadow: Host, size: tuple[int, int, int]) -> int:
     """Multiply-adds of one image of `size` (channels, height, width) through a model on the meta device."""
-    other, blocks = _count(shadow, adapter, size, Repeats())
+    other, blocks = _count(shadow, size, Repeats())
     return (other + sum(blocks)) // 2
 
 
@@ -199,16 +201,14 @@ def image_shape(size: Sequence[int]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _attention_macs(
-    model: Any, adapter: HostAdapter, configs: tuple[MethodConfig, ...], tokens: Sequence[int]
-) -> list[AttentionMacs | None]:
+def _attention_macs(host: Host, methods: dict[str, Method], tokens: Sequence[int]) -> list[AttentionMacs | None]:
     """Per block, what sparse attention makes of its core, with the model's own learned parts where it carries them."""
-    spec, attention = adapter.spec(model), build_methods(model, adapter, configs).get("on_attention")
+    spec, attention = host.spec, methods.get("on_attention")
     if not isinstance(attention, AttentionMethod):
         return [None] * spec.depth
     predictors = {
         m.__dict__["_vtoken_index"]: m.get_submodule(PREDICTOR)
-        for m in model.modules()
+        for m in host.model.modules()
         if "_vtoken_method" in m.__dict__
     }
     return [attention.macs(i, tokens[i], tokens[0], spec, predictors.get(i)) for i in range(spec.depth)]
@@ -219,12 +219,13 @@ def _exchanged(core: AttentionMacs | None) -> int:
 
 
 def _count(
-    shadow: Any, adapter: HostAdapter, size: tuple[int, int, int], repeats: Repeats
+    host: Host, size: tuple[int, int, int], repeats: Repeats
 ) -> tuple[int, list[int]]:  # fmt: skip
-    """FLOPs outside the blocks and of every block, counted while the shadow runs one image."""
+    """FLOPs outside the blocks and of every block, counted while a model on the meta device runs one image."""
+    shadow = host.model
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
     image = torch.empty(1, *size, device="meta", dtype=dtype)
-    blocks = [block for _, block in adapter.blocks(shadow)]
+    blocks = [block for _, block in host.adapter.blocks(shadow)]
     spent = [0] * len(blocks)
     handles = []
     # With gradients where torch would else take a path through its attention that no counter sees.
@@ -237,7 +238,7 @@ def _count(
             handles.append(block.register_forward_pre_hook(_read(meter, spent, index, -1)))
             handles.append(block.register_forward_hook(_read(meter, spent, index, 1)))
         with meter, torch.set_grad_enabled(gradients):
-            adapter.run_image(shadow, image)
+            host.adapter.run_image(shadow, image)
     finally:
         for handle in handles:
             handle.remove()

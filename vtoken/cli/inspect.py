@@ -13,8 +13,8 @@ import torch
 
 from vtoken.accounting.report import report
 from vtoken.cli.settings import key_values
-from vtoken.core.apply import plan
 from vtoken.core.config import MethodConfig, example, make_config, methods
+from vtoken.core.counts import plan
 from vtoken.hosts.names import build_weightless, supported, why_not
 from vtoken.ops import explain
 

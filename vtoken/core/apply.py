@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from vtoken import checks
 from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.config import MethodConfig, make_config
-from vtoken.core.host import HostAdapter, find_adapter
-from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll, Method
+from vtoken.core.host import Host, host_of
+from vtoken.core.method import AttentionMethod, BlockMethod, Method
 from vtoken.core.patch import (
     PREDICTOR,
     is_patched,
@@ -26,8 +25,7 @@ from vtoken.core.patch import (
     unpatch_all,
     wraps_patched_forward,
 )
-from vtoken.core.plan import Plan, count_tokens
-from vtoken.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
+from vtoken.errors import AlreadyAppliedError, ConfigError, VTokenError
 
 Config = MethodConfig | str | Sequence[MethodConfig]
 M = TypeVar("M", bound=nn.Module)
@@ -76,8 +74,8 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
         True
     """
     configs = resolve(config, options)
-    parts = [(find_adapter(model, part), group) for part, group in _by_part(configs).items()]
-    built = [build_methods(model, adapter, group) for adapter, group in parts]
+    parts = [(host_of(model, part), group) for part, group in _by_part(configs).items()]
+    built = [build_methods(host, group) for host, group in parts]
     carriers = [(m, part) for m, part in _carried(model) if part in _by_part(configs)]
     if carriers and not replace:
         names = ", ".join(c.method for c in config_tuple(model) if c.part in _by_part(configs))
@@ -89,16 +87,21 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     try:
         for module, part in carriers:
             unpatch(module, part)
-        for (adapter, group), methods in zip(parts, built, strict=True):
-            targets = adapter.targets(model, methods)
-            targets[0][2]["_vtoken"] = Applied(group, methods)
-            patch(targets, adapter.part)
+        for (host, group), methods in zip(parts, built, strict=True):
+            enter(host, group, methods)
     except BaseException:
         for module in patched_modules(model):
             unpatch(module)
         restore(previous)
         raise
     return model
+
+
+def enter(host: Host, configs: tuple[MethodConfig, ...], methods: dict[str, Method]) -> None:
+    """Patch one part of a model that carries nothing there, with methods that were built for it."""
+    targets = host.targets(methods)
+    targets[0][2]["_vtoken"] = Applied(configs, methods)
+    patch(targets, host.adapter.part)
 
 
 def remove(model: M, method: str | None = None) -> M:
@@ -192,13 +195,13 @@ def configure(model: M, **changes: Any) -> M:
         raise VTokenError(f"configure needs exactly one applied method, found {len(configs)}; use vtoken.apply")
     owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and meant[0] in m.__dict__["_vtoken"].configs)
     new = tuple(c.replace(**changes) if c is meant[0] else c for c in owner.__dict__["_vtoken"].configs)
-    adapter = find_adapter(owner, meant[0].part)
-    applied = Applied(new, build_methods(owner, adapter, new), owner.__dict__["_vtoken"].compiled)
+    host = host_of(owner, meant[0].part)
+    applied = Applied(new, build_methods(host, new), owner.__dict__["_vtoken"].compiled)
     carriers = [m for m in owner.modules() if "_vtoken_method" in m.__dict__]
     attention = applied.methods.get("on_attention")
     if isinstance(attention, AttentionMethod):
         layers = {int(m.__dict__["_vtoken_index"]) for m in carriers}
-        if any(attention.acts_on(layer) != (layer in layers) for layer in range(adapter.spec(owner).depth)):
+        if any(attention.acts_on(layer) != (layer in layers) for layer in range(host.spec.depth)):
             raise ConfigError("configure cannot add or take away layers with a learned part; use replace=True in apply")
         for carrier in carriers:
             attention.fits(int(carrier.__dict__["_vtoken_index"]), carrier.get_submodule(PREDICTOR))
@@ -207,97 +210,6 @@ def configure(model: M, **changes: Any) -> M:
             carrier.__dict__["_vtoken_method"] = attention
     owner.__dict__["_vtoken"] = applied
     return model
-
-
-def plan(
-    model: nn.Module, config: Config | None = None, *, img_size: int | tuple[int, int] | None = None, **options: Any
-) -> Plan:
-    """Token counts per layer; nothing is run and the model is not changed.
-
-    Args:
-        model: a supported model; its weights are not read.
-        config: settings; None means those that are applied.
-        img_size: pixels, one side or (height, width); None means the model's own.
-
-    Example:
-        >>> import timm, vtoken
-        >>> vtoken.plan(timm.create_model("vit_base_patch16_224"), "tome", r=16).tokens[:3]
-        (197, 181, 165)
-    """
-    adapter, _, method = chosen(model, config, options)
-    size = adapter.image_size(model) if img_size is None else pixels(img_size)
-    return plan_of(model, adapter, method, size)
-
-
-def num_tokens(
-    model: nn.Module, config: Config | None = None, *, img_size: int | tuple[int, int] | None = None, **options: Any
-) -> int:
-    """How many tokens of one image the model hands on.
-
-    For a LLaVA, the placeholders that the prompt needs; else the rows that leave the last block, prefix included. Where
-    a method shortens the prompt, the image tokens that reach the language model; prompts may then have this many
-    placeholders or, as the processor writes them, as many as without it. Newlines that depend on the image all count.
-
-    Args:
-        model: a supported model.
-        config: settings; None means those that are applied, or none at all.
-        img_size: pixels, one side or (height, width); None means the model's own.
-
-    Example:
-        >>> import timm, vtoken
-        >>> vtoken.num_tokens(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.9))
-        55
-    """
-    configs = resolve(config, options) if config is not None else config_tuple(model)
-    if any(c.part == "prompt" for c in configs):
-        shortening = find_adapter(model, "prompt")
-        size = shortening.image_size(model) if img_size is None else pixels(img_size)
-        return shortening.count(model, configs, size).kept
-    adapter = find_adapter(model)
-    size = adapter.image_size(model) if img_size is None else pixels(img_size)
-    if not configs:
-        spec, (height, width) = adapter.spec(model), adapter.grid(model, size)
-        full = Plan((spec.num_prefix + height * width,) * (spec.depth + 1), spec.num_prefix)
-        return adapter.num_tokens(model, full)
-    method = chosen(model, config, options)[2]
-    return adapter.num_tokens(model, plan_of(model, adapter, method, size))
-
-
-def chosen(
-    model: nn.Module, config: Config | None, options: dict[str, Any]
-) -> tuple[HostAdapter, tuple[MethodConfig, ...], BlockMethod]:
-    """The model's adapter, the given or else the applied settings, and the method they make."""
-    adapter = find_adapter(model)
-    configs = resolve(config, options) if config is not None else config_tuple(model)
-    if not configs:
-        raise ConfigError("no settings given and no method applied to this model")
-    in_tower = tuple(c for c in configs if c.part == "tower")
-    if not in_tower:
-        find_adapter(model, "prompt")  # or says why no prompt of the model can be shortened
-    method = build_methods(model, adapter, in_tower).get("on_block", KeepAll())
-    assert isinstance(method, BlockMethod)
-    return adapter, configs, method
-
-
-def plan_of(model: nn.Module, adapter: HostAdapter, method: BlockMethod, size: tuple[int, int]) -> Plan:
-    """Token counts of `method` on images of `size` (height, width) pixels."""
-    spec = adapter.spec(model)
-    own = tuple(adapter.image_size(model)) if spec.fixed_size else tuple(size)
-    if tuple(size) != own:
-        raise ShapeError(
-            f"{spec.name} does not take images of {size} pixels (height, width), only of {own}; build it for another "
-            "size, or so that it takes any (timm: dynamic_img_size=True)"
-        )
-    height, width = adapter.grid(model, size)
-    return count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix)
-
-
-def pixels(size: int | Sequence[int]) -> tuple[int, int]:
-    """One side or (height, width) in pixels as a pair; raises ShapeError for anything else."""
-    sides = checks.whole_numbers(tuple(size) if isinstance(size, Sequence) else (size, size))
-    if sides is None or len(sides) != 2 or min(sides) < 1:
-        raise ShapeError(f"an image size is one number of pixels or (height, width), got {size!r}")
-    return sides[0], sides[1]
 
 
 def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]:
@@ -315,9 +227,9 @@ def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]
     return configs
 
 
-def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodConfig, ...]) -> dict[str, Method]:
+def build_methods(host: Host, configs: tuple[MethodConfig, ...]) -> dict[str, Method]:
     """The methods by the hook they serve, checked against the model; nothing is changed."""
-    spec = adapter.spec(model)
+    spec, adapter = host.spec, host.adapter
     built: dict[str, Method] = {}
     made = [(config, method) for config in configs for method in _made(config.build(spec.depth))]
     for config, method in made:
@@ -335,7 +247,7 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
         if isinstance(method, BlockMethod) and spec.fixed_size:
             method.check_patches(spec.grid[0] * spec.grid[1])
         built[method.hook] = method
-    adapter.check(model, built)
+    adapter.check(host.model, built)
     return built
 
 

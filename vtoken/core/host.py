@@ -11,58 +11,9 @@ from torch import nn
 
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import Method
-from vtoken.core.plan import Plan
+from vtoken.core.patch import PREDICTOR
+from vtoken.core.spec import HostSpec, ImageTokens, Plan
 from vtoken.errors import ConfigError, UnsupportedModelError, VTokenError
-
-
-@dataclass(frozen=True)
-class HostSpec:
-    """What a method may know of a host.
-
-    Args:
-        name: class name of the model, for messages.
-        depth: number of blocks L.
-        width: channels C.
-        num_heads: attention heads H of the first block.
-        head_dim: channels per head D.
-        num_prefix: class, register and distillation tokens P.
-        grid: patch rows and columns at the model's own image size.
-        pooling: the model's own word for its pooling ("token", "avg", "map", ...).
-        position: "absolute" or "rotary".
-        fixed_size: whether the model takes images of one size only.
-        class_token: whether the first prefix token is a class token.
-    """
-
-    name: str
-    depth: int
-    width: int
-    num_heads: int
-    head_dim: int
-    num_prefix: int
-    grid: tuple[int, int]
-    pooling: str
-    position: str
-    fixed_size: bool = True
-    class_token: bool = True
-
-
-@dataclass(frozen=True)
-class ImageTokens:
-    """One image on its way to a language model.
-
-    Args:
-        crops: images that the tower sees for it, at its own size.
-        rows: tokens of one of them that go through the projector.
-        full: tokens of all, newlines included, without pruning of the prompt.
-        kept: tokens with it; newlines that depend on the image all count.
-        exact: whether `kept` is the same for every image.
-    """
-
-    crops: int
-    rows: int
-    full: int
-    kept: int
-    exact: bool = True
 
 
 class HostAdapter:
@@ -150,6 +101,45 @@ _registered: list[HostAdapter] = []
 _NEEDED = {"tower": ("spec", "grid", "blocks", "targets"), "prompt": ("spec", "targets", "count"), "video": ()}
 
 
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A model whose structure the adapter of its family has checked; see `host_of`.
+
+    Args:
+        adapter: of the family.
+        model: the model.
+        spec: its measures.
+    """
+
+    adapter: HostAdapter
+    model: nn.Module
+    spec: HostSpec
+
+    def of(self, twin: nn.Module) -> Host:
+        """The same of a copy of the model, which has its structure."""
+        return Host(self.adapter, twin, self.spec)
+
+    def grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Patch rows and columns of an image of `img_size` (height, width) pixels."""
+        return self.adapter.grid(self.model, img_size)
+
+    def image_size(self) -> tuple[int, int]:
+        """The model's own input height and width in pixels."""
+        height, width = self.adapter.image_size(self.model)
+        return height, width
+
+    def targets(self, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+        """What `patch` needs, learned parts of an attention method included; the model itself first."""
+        found = self.adapter.targets(self.model, methods)
+        for module, _, attributes in found:
+            method = attributes.get("_vtoken_method")
+            if method is not None:
+                like = next(module.parameters())
+                predictor = method.predictor(attributes["_vtoken_index"], self.spec, like)
+                attributes[PREDICTOR] = predictor.train(module.training)
+        return found
+
+
 def register_adapter(adapter: type[HostAdapter]) -> type[HostAdapter]:
     """Make vtoken ask your adapter before its own; usable as a class decorator.
 
@@ -210,6 +200,17 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
         f"open_clip image towers; transformers ViT, DeiT, CLIP, SigLIP, DINOv2, LLaVA towers.{inner_hint(model)} "
         "`python -m vtoken models` lists names; vtoken.register_adapter adds your own. The model was left as it was."
     )
+
+
+def host_of(model: nn.Module, part: str = "tower") -> Host:
+    """One part of a model, its structure checked.
+
+    Raises:
+        UnsupportedModelError: if no adapter knows it, or tokens cannot be taken from it, with the reason.
+        VTokenError: if the model is wrapped or compiled; names the module to use instead.
+    """
+    adapter = find_adapter(model, part)
+    return Host(adapter, model, adapter.spec(model))
 
 
 def inner_hint(model: nn.Module, part: str = "tower") -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vtoken.core.state import AttentionCall, Slot
-
-if TYPE_CHECKING:  # annotations only: a host is described in the methods' words
-    from vtoken.core.host import HostSpec
+from vtoken.core.slots import AttentionCall, Slot
+from vtoken.core.spec import HostSpec
 
 
 class Method:
@@ -33,6 +31,13 @@ class BlockMethod(Method):
     metric: str
     insert: str
     order: str
+    #: Whether `on_block` is `reduce` with the block's own amount and settings, so that who knows them calls `reduce`.
+    reduces: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        last = next((c for c in cls.__mro__ if "reduce" in vars(c) or "on_block" in vars(c)), BlockMethod)
+        cls.reduces = last is not BlockMethod and "reduce" in vars(last)
 
     def check_patches(self, num_patches: int) -> None:
         """Raise ConfigError if the settings name patches that a grid of `num_patches` does not have."""
@@ -57,7 +62,7 @@ class BlockMethod(Method):
         raise NotImplementedError
 
     def layer_settings(self, layer: int) -> dict[str, Any]:
-        """The settings of block `layer` that `reduce` takes as arguments; numbers as float64 tensors []."""
+        """The settings of block `layer` that `reduce` takes as arguments."""
         return {}
 
     def reduce(
@@ -65,7 +70,9 @@ class BlockMethod(Method):
     ) -> tuple[Tensor, Slot]:
         """`on_block` with everything that differs between the blocks as an argument; `vtoken.compile` needs it.
 
-        One graph serves all blocks, in which `layer` and `r` are symbols: neither may decide which code runs.
+        A class that overrides it overrides `on_block`, too, or it is not called. One compiled graph serves all blocks,
+        in which `layer` and `r` are symbols and numbers among the settings float64 tensors []: none of them may decide
+        which code runs.
         """
         raise NotImplementedError
 

@@ -19,7 +19,8 @@ from vtoken import checks
 from vtoken.core.apply import is_applied
 from vtoken.core.host import find_adapter
 from vtoken.core.patch import view_as
-from vtoken.core.state import Slot, TokenState
+from vtoken.core.slots import Slot
+from vtoken.core.state import TokenState
 from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError, VTokenError
 from vtoken.ops import ENSEMBLES, class_row, received_row, scored_layers
 from vtoken.ops import ensemble as as_one

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vtoken.core.host import HostAdapter, find_adapter, registered
+from vtoken.core.host import HostAdapter, host_of, registered
 from vtoken.errors import ConfigError, UnsupportedModelError
 
 # Files of timm whose architectures may be plain towers; every candidate is still built and checked.
@@ -51,7 +51,7 @@ def _verdict(name: str, entrypoint: Callable[..., Any], adapters: tuple[HostAdap
     # What the answer depends on is in the arguments, so that it is asked again when one of them changes.
     model = build_weightless(name)
     try:
-        find_adapter(model).spec(model)
+        host_of(model)
     except UnsupportedModelError as error:
         return str(error)
     return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.core.patch import base_of, view
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.errors import ShapeError
 from vtoken.ops import size_bias
 

@@ -13,49 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from vtoken.core.host import HostSpec
-from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll
+from vtoken.core.method import KeepAll
 from vtoken.core.patch import PREDICTOR, base_of, forward_with
-from vtoken.core.state import AttentionCall, Slot, TokenState
-from vtoken.core.trace import DROPPED, current_trace
+from vtoken.core.slots import AttentionCall, Slot
+from vtoken.core.state import TokenState
+from vtoken.core.trace import DROPPED
 from vtoken.errors import ShapeError, UnsupportedModelError, VTokenWarning
 from vtoken.hosts.class_rows import RowTap
-from vtoken.ops import key_metric
+from vtoken.ops.merging.matching import summed_keys
 from vtoken.ops.rows import take_rows
-
-
-def begin(model: Any, num_prefix: int, *, anchor: bool, dest: bool) -> TokenState:
-    """The state of one forward of a patched model.
-
-    Args:
-        anchor, dest: whether the host needs them; a trace does in any case.
-    """
-    carried, methods, trace = model.__dict__.get("_vtoken"), _methods(model), current_trace(model)
-    method: BlockMethod = methods.get("on_block") or KeepAll()
-    attention: AttentionMethod | None = methods.get("on_attention")
-    # A connectivity mask of fewer tokens must know which they were.
-    follows = attention is not None and "on_block" in methods
-    return TokenState(
-        method,
-        num_prefix,
-        track_anchor=anchor or follows or trace is not None,
-        track_dest=dest or trace is not None,
-        attention=attention,
-        maps=None if trace is None else trace.maps,
-        compiled=None if carried is None else carried.compiled,
-    )
-
-
-def block_method(model: Any) -> BlockMethod:
-    """What removes tokens in a patched model."""
-    method: BlockMethod = _methods(model).get("on_block") or KeepAll()
-    return method
-
-
-def _methods(model: Any) -> dict[str, Any]:
-    """What is applied to a patched model itself; nothing if it is only watched."""
-    carried = model.__dict__.get("_vtoken")
-    return {} if carried is None else carried.methods
 
 
 @dataclass(eq=False)
@@ -201,8 +167,15 @@ def is_heard(module: nn.Module) -> bool:
 
 def is_heard_within(block: nn.Module) -> bool:
     """Whether `is_heard` holds for a module inside `block`."""
-    children = [child for child in block._modules.values() if child is not None]
-    return any(is_heard(child) or is_heard_within(child) for child in children)
+    left = [block]
+    for module in left:  # which grows: asked at every call of a compiled block, so without recursion
+        for child in module._modules.values():
+            if child is not None:
+                if is_heard(child):
+                    return True
+                if child._modules:
+                    left.append(child)
+    return False
 
 
 def through(module: Any, x: Tensor) -> Tensor:
@@ -297,7 +270,7 @@ class Tap:
         if self.keys is None:
             raise RuntimeError("the attention never called its key norm, so there are no keys to compare tokens by")
         if self._wanted == "key":
-            return key_metric(self.keys)
+            return summed_keys(self.keys)
         return self.keys.detach().transpose(1, 2).flatten(2)
 
 
@@ -331,9 +304,10 @@ def tapped_forward(block: Any, name: str, tap: Tap, *args: Any, **options: Any) 
 
 def block_targets(
     methods: Mapping[str, Any],
-    spec: HostSpec,
     container: Any,
     parts: Callable[[Any], tuple[type, Any, type]],
+    *,
+    num_prefix: int,
     sparse: Collection[type] = (),
 ) -> list[tuple[nn.Module, type, dict[str, Any]]]:
     """What `patch` needs for the blocks of a tower, their container and their attentions.
@@ -341,6 +315,7 @@ def block_targets(
     Args:
         container: holds the blocks.
         parts: of a block its mixin, its attention and the mixin of that.
+        num_prefix: class, register and distillation tokens.
         sparse: the classes of attention whose core an attention method may replace.
 
     Raises:
@@ -355,7 +330,10 @@ def block_targets(
         mixin, attn, attention_mixin = parts(block)
         found.append((block, mixin, {"_vtoken_index": index, "_vtoken_depth": len(blocks), **shared}))
         chosen = method is not None and method.acts_on(index)
-        attributes = _attention_attributes(method, spec, index, block.attn, sparse) if chosen else {}
+        attributes: dict[str, Any] = {}
+        if chosen:
+            _check_attention(index, block.attn, sparse)
+            attributes = {"_vtoken_index": index, "_vtoken_method": method, "_vtoken_prefix": num_prefix}
         found.append((attn, attention_mixin, attributes))
     return found
 
@@ -365,20 +343,15 @@ def mixin_for(module: Any, mixins: Mapping[type, type]) -> type:
     return mixins[next(base for base in base_of(type(module)).__mro__ if base in mixins)]
 
 
-def _attention_attributes(
-    method: Any, spec: HostSpec, index: int, attn: Any, sparse: Collection[type]
-) -> dict[str, Any]:
-    """An attention method, with its learned part, for the attention of block `index`."""
+def _check_attention(index: int, attn: Any, sparse: Collection[type]) -> None:
+    """Whether an attention method can serve the attention of block `index`."""
     kind: Any = base_of(type(attn))
     if not any(cls in sparse and kind.forward is cls.forward for cls in kind.__mro__) or PREDICTOR in attn._modules:
         known = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in sparse)
         raise UnsupportedModelError(
-            f"cannot put connectivity masks into {spec.name}: the attention of block {index} is a "
+            f"cannot put connectivity masks into this model: the attention of block {index} is a "
             f"{kind.__module__}.{kind.__qualname__}; supported: {known}. The model was left as it was."
         )
-    like = next(attn.parameters())
-    attributes = {"_vtoken_index": index, "_vtoken_method": method, "_vtoken_prefix": spec.num_prefix}
-    return attributes | {PREDICTOR: method.predictor(index, spec, like).train(attn.training)}
 
 
 def given(**arguments: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vtoken import checks
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.merging.base import MergeConfig
 from vtoken.ops import key_metric, size_bias
@@ -42,7 +42,7 @@ class MergeTokens(nn.Module):
         depth = checks.whole("MergeTokens", "depth", depth, 1)
         layer = checks.whole("MergeTokens", "layer", layer, 0, depth - 1)
         num_prefix = checks.whole("MergeTokens", "num_prefix", num_prefix, 0)
-        if layer > 0 and config.protected_patches():
+        if layer > 0 and config.protect:
             raise ConfigError("protect names embedded patches, which a later layer cannot find; use it with layer=0")
         self.config = config
         self.layer = layer

@@ -6,9 +6,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken import checks
-from vtoken.core.host import HostSpec
 from vtoken.core.method import KeepAll
-from vtoken.core.state import AttentionRecord, TokenState
+from vtoken.core.records import AttentionRecord
+from vtoken.core.spec import HostSpec
+from vtoken.core.state import TokenState
 from vtoken.core.trace import current_trace
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.sparsifiner.settings import SparseAttention as SparseAttentionMethod
@@ -100,6 +101,6 @@ class SparseAttention(nn.Module):
         out: Tensor = self._method.attend(q, k, v, self.predictor, call)
         if trace is not None:
             state.skip(0)
-            trace.record_attention(self, state, self.grid)
+            trace.record_attention(self, state)
         projected: Tensor = self.proj(rearrange(out, "b h n d -> b n (h d)"))
         return projected

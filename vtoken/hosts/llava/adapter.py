@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtoken.core.apply import build_methods, plan
+from vtoken.core.apply import build_methods
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import HostAdapter, HostSpec, ImageTokens
+from vtoken.core.counts import plan
+from vtoken.core.host import Host, HostAdapter
 from vtoken.core.method import FeatureMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced
+from vtoken.core.spec import HostSpec, ImageTokens
 from vtoken.errors import ShapeError, UnsupportedModelError
 from vtoken.hosts.llava.entry import InnerMixin, PromptMixin
 from vtoken.hosts.llava.features import drops_first, feature_layer, tower_of
@@ -143,7 +145,7 @@ class LlavaAdapter(HostAdapter):
 
     def _method(self, model: nn.Module, configs: Sequence[MethodConfig]) -> Any:
         prompt = tuple(c for c in configs if c.part == "prompt")
-        return build_methods(model, self, prompt)["on_features"] if prompt else None
+        return build_methods(Host(self, model, self.spec(model)), prompt)["on_features"] if prompt else None
 
 
 def _crops(model: Any, size: tuple[int, int]) -> int:

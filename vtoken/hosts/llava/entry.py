@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vtoken.core.prompt import PromptRecord
+from vtoken.core.records import PromptRecord
 from vtoken.core.trace import current_trace
 from vtoken.errors import InputError, ShapeError, VTokenWarning
 from vtoken.hosts.llava.features import PIXELS, ImageFeatures, encode, tower_of, without_images

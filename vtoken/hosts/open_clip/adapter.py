@@ -17,11 +17,14 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
-from vtoken.core.host import HostAdapter, HostSpec, find_adapter
+from vtoken.core.forward import block_method, forward_of
+from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import AttentionMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, forward_with, is_patched, view
-from vtoken.core.state import Slot, TokenState
-from vtoken.core.trace import DROPPED, current_trace
+from vtoken.core.slots import Slot
+from vtoken.core.spec import HostSpec
+from vtoken.core.state import TokenState
+from vtoken.core.trace import DROPPED
 from vtoken.errors import InputError, ShapeError, UnsupportedModelError
 from vtoken.hosts.class_rows import ClassRows, RowTap
 from vtoken.hosts.merged import merged_block
@@ -30,8 +33,6 @@ from vtoken.hosts.tower import (
     Tap,
     TappedMixin,
     alone,
-    begin,
-    block_method,
     block_targets,
     bound,
     changed,
@@ -54,13 +55,11 @@ class OpenClipTowerMixin:
     def forward(self: Any, x: Tensor) -> Any:
         # Token rows leave the tower with output_tokens or without pooling; then in raster order.
         raster = self.output_tokens or self.pool_type == "none"
-        state = _begin(self, x, raster=raster)
         whole = isinstance(self.patch_dropout, nn.Identity) or not self.training
         num_tokens = self.positional_embedding.shape[0] if whole else None
-        transformer = BoundTransformer(self.transformer, state, raster=raster, num_tokens=num_tokens)
-        out = base_of(type(self)).forward(_stand_in(self, transformer), x)  # type: ignore[attr-defined]
-        _record(self, state, x)
-        return out
+        with _forward_of(self, x, raster=raster) as state:
+            transformer = BoundTransformer(self.transformer, state, raster=raster, num_tokens=num_tokens)
+            return base_of(type(self)).forward(_stand_in(self, transformer), x)  # type: ignore[attr-defined]
 
     def forward_intermediates(
         self: Any,
@@ -73,14 +72,12 @@ class OpenClipTowerMixin:
         output_extra_tokens: bool = False,
     ) -> Any:
         dense = output_fmt == "NCHW"
-        state = _begin(self, x, raster=True, dense=dense)
-        transformer = BoundTransformer(self.transformer, state, raster=True, dense=dense)
-        out = base_of(type(self)).forward_intermediates(  # type: ignore[attr-defined]
-            _stand_in(self, transformer), x, indices, stop_early, normalize_intermediates, intermediates_only,
-            output_fmt, output_extra_tokens,
-        )  # fmt: skip
-        _record(self, state, x)
-        return out
+        with _forward_of(self, x, raster=True, dense=dense) as state:
+            transformer = BoundTransformer(self.transformer, state, raster=True, dense=dense)
+            return base_of(type(self)).forward_intermediates(  # type: ignore[attr-defined]
+                _stand_in(self, transformer), x, indices, stop_early, normalize_intermediates, intermediates_only,
+                output_fmt, output_extra_tokens,
+            )  # fmt: skip
 
 
 class BoundTransformer:
@@ -300,11 +297,10 @@ BLOCKS: dict[type, type] = {
 }
 
 
-def _begin(tower: Any, x: Tensor, *, raster: bool, dense: bool = False) -> TokenState:
+def _forward_of(tower: Any, x: Tensor, *, raster: bool, dense: bool = False) -> forward_of:
     anchor = raster and block_method(tower).order == "raster"
-    state = begin(tower, NUM_PREFIX, anchor=anchor, dest=dense)
-    state.grid = grid_of(tower, (x.shape[2], x.shape[3]))
-    return state
+    size = (x.shape[2], x.shape[3])
+    return forward_of(tower, NUM_PREFIX, lambda: grid_of(tower, size), anchor=anchor, dest=dense)
 
 
 def _stand_in(tower: Any, transformer: BoundTransformer) -> Any:
@@ -335,12 +331,6 @@ def _parts(block: Any) -> tuple[type, Any, type]:
 def _attention_pool(pool: Any, transformer: BoundTransformer, x: Tensor) -> Any:
     size = transformer.slot.size
     return pool(x) if size is None else pool(x, vtoken_size=size)
-
-
-def _record(tower: Any, state: TokenState, images: Tensor) -> None:
-    trace = current_trace(tower)
-    if trace is not None:
-        trace.record(state, grid_of(tower, (images.shape[2], images.shape[3])))
 
 
 def grid_of(tower: Any, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -423,7 +413,7 @@ class OpenClipAdapter(HostAdapter):
             (tower, OpenClipTowerMixin, {}),
             (tower.transformer, TransformerMixin, {}),
             *((pool, PoolMixin, {}) for pool in pools if pool is not None),
-            *block_targets(methods, self.spec(model), container, _parts, sparse),
+            *block_targets(methods, container, _parts, num_prefix=NUM_PREFIX, sparse=sparse),
         ]
 
     def run_image(self, model: Any, image: Tensor) -> Any:

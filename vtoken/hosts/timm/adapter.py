@@ -7,9 +7,10 @@ from typing import Any
 from timm.layers.attention_pool import AttentionPoolLatent
 from torch import nn
 
-from vtoken.core.host import HostAdapter, HostSpec, inner_hint
+from vtoken.core.host import HostAdapter, inner_hint
 from vtoken.core.method import Method
-from vtoken.core.patch import base_of, forward_is_replaced, view
+from vtoken.core.patch import base_of, runs_as_known, view
+from vtoken.core.spec import HostSpec
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
@@ -83,8 +84,9 @@ class TimmAdapter(HostAdapter):
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, then every block with its index."""
-        spec, container = self.spec(model), model.blocks
-        return [(model, TimmMixin, {}), *block_targets(methods, spec, container, parts, SPARSE)]
+        tower: Any = model
+        found = block_targets(methods, tower.blocks, parts, num_prefix=int(tower.num_prefix_tokens), sparse=SPARSE)
+        return [(model, TimmMixin, {}), *found]
 
     def run_watched(self, model: nn.Module, rows: ClassRows, image: Any) -> None:
         """Class attention behind the norms of queries and keys."""
@@ -102,17 +104,16 @@ def _refusal(model: nn.Module, why: str) -> str:
 
 
 def _block_problem(block: Any) -> str | None:
+    if runs_as_known(block, BLOCKS) and runs_as_known(block.attn, ATTENTIONS):
+        return None
     kind = base_of(type(block))
     known = next((cls for cls in kind.__mro__ if cls in BLOCKS), None)
     if known is None:
         return f"a {kind.__module__}.{kind.__qualname__}, {reason(block)}"
-    if kind.forward is not known.forward or forward_is_replaced(block):  # type: ignore[attr-defined]
+    if not runs_as_known(block, BLOCKS):
         return f"a {kind.__qualname__} with a forward of its own, which merging would bypass"
     attn = base_of(type(block.attn))
-    known = next((cls for cls in attn.__mro__ if cls in ATTENTIONS), None)
-    if known is None or attn.forward is not known.forward or forward_is_replaced(block.attn):  # type: ignore[attr-defined]
-        return f"a {kind.__qualname__} with {attn.__module__}.{attn.__qualname__}, {reason(block.attn)}"
-    return None
+    return f"a {kind.__qualname__} with {attn.__module__}.{attn.__qualname__}, {reason(block.attn)}"
 
 
 def _pool_problem(model: Any) -> str | None:

@@ -28,7 +28,7 @@ from vtoken.hosts.tower import (
     tapped_forward,
     through,
 )
-from vtoken.ops.backend import use_triton
+from vtoken.ops import backend
 from vtoken.ops.merging.attention import is_bias_per_key, masked_attention
 
 
@@ -139,7 +139,7 @@ class AttentionMixin:
             tap = Tap.alone(self, x.shape[1])
         else:
             tap = vtoken_tap
-        if vtoken_tap is None or tap.acts_in(self):
+        if vtoken_tap is None or (method is not None and tap.acts_in(self)):
             if is_causal:
                 raise InputError("is_causal=True cannot be combined with a connectivity mask; use vtoken.remove(model)")
             return around(self, functools.partial(_method_core, self, tap, attn_mask), x)
@@ -190,7 +190,7 @@ def adds_sizes(
     The host's own call takes sizes as a mask, which keeps fused attention but not its fastest kernel. A mask of the
     caller's stays the host's: with nothing merged, every bit is as it was.
     """
-    if attn_mask is None or rotary or not use_triton("auto", x, lambda: ""):
+    if attn_mask is None or rotary or not (x.is_cuda or backend.FORCED) or not backend.use_triton("auto", x, str):
         return False
     own = base_of(type(attn)).forward is Attention.forward  # type: ignore[attr-defined]
     if is_causal or not own or not attn.fused_attn or tap.acts_in(attn):

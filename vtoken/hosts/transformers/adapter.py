@@ -8,10 +8,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vtoken.core.host import HostAdapter, HostSpec
+from vtoken.core.host import HostAdapter
 from vtoken.core.method import BlockMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, is_patched
-from vtoken.core.plan import Plan
+from vtoken.core.spec import HostSpec, Plan
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.tower import block_targets
@@ -160,7 +160,7 @@ class HFAdapter(HostAdapter):
         path = _mixin(tower)._vtoken_path
         found: list[tuple[nn.Module, type, dict[str, Any]]] = [(tower, _mixin(tower), {})]
         found += tower_targets(tower, path)
-        found += block_targets(methods, self.spec(model), tower.get_submodule(".".join(path)), _parts)
+        found += block_targets(methods, tower.get_submodule(".".join(path)), _parts, num_prefix=num_prefix(tower))
         held = _known(type(model), HOLDERS)
         head = None if held is None else HOLDERS[held][1]
         return found if head is None else [*found, (model, head, {})]

@@ -20,8 +20,9 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from vtoken.core.host import HostSpec, find_adapter
+from vtoken.core.host import host_of
 from vtoken.core.patch import is_patched, view
+from vtoken.core.spec import HostSpec
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.ops import class_row, projected_class_row
 from vtoken.ops.rows import take_rows
@@ -279,7 +280,7 @@ def tower_of(model: nn.Module) -> tuple[Tower, HostSpec]:
     visual: Any = model.visual
     if any(is_patched(m) for m in visual.modules()):
         raise _patched()
-    spec = find_adapter(model).spec(model)
+    spec = host_of(model).spec
     if spec.num_prefix == 0 or not spec.class_token:
         raise _refused(f"its image tower ({spec.name}) has no class token, so no class query could say what matters")
     if spec.position == "rotary":

@@ -11,8 +11,8 @@ from torch import Tensor
 from vtoken import checks
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
-from vtoken.errors import ConfigError
+from vtoken.core.slots import Slot
+from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.merging import schedule
 from vtoken.ops import REDUCTIONS, MergePlan
 
@@ -39,6 +39,9 @@ class MergeConfig(MethodConfig):
 
     Source: arXiv 2405.16148; docs/methods/pitome.md 3 to 8.
     """
+
+    #: Patches that never merge, ascending.
+    protect: ClassVar[tuple[int, ...]] = ()
 
     layers: tuple[int, ...] | None = None
     metric: str = "key"
@@ -81,10 +84,6 @@ class MergeConfig(MethodConfig):
     def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
         """Multiply-adds of choosing r among `mergeable` tokens compared over `channels`."""
         return r * r * channels
-
-    def protected_patches(self) -> tuple[int, ...]:
-        """Patches that never merge, ascending."""
-        return ()
 
     def layer_settings(self, layer: int, depth: int) -> dict[str, Any]:
         """Settings that differ from layer to layer; `match` takes them by name from who has asked for them."""
@@ -132,7 +131,7 @@ class ScheduledMergeConfig(MergeConfig):
     def removed(self, amount: Any, mergeable: int) -> int:
         """By ratio or by number, at most half of the tokens that may merge."""
         wanted = schedule.removed_by_ratio(mergeable, amount) if isinstance(amount, float) else int(amount)
-        return max(0, min(wanted, (mergeable - len(self.protected_patches())) // 2))
+        return max(0, min(wanted, (mergeable - len(self.protect)) // 2))
 
 
 class Merging(BlockMethod):
@@ -150,16 +149,24 @@ class Merging(BlockMethod):
         self.order = config.order
         self._layers = schedule.chosen_layers(owner, config.layers, depth)
         self._amounts = config.amounts(depth)
+        self._settings = tuple([config.layer_settings(layer, depth) for layer in range(depth)])
+        self._removed: dict[tuple[int, int], int] = {}
+        self._protects = bool(config.protect)
 
     def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
         """Tokens that block `layer` removes from `mergeable` ones; 0 if it is not among the chosen layers."""
         if layer not in self._layers:
             return 0
-        return self.config.removed(self._amounts[layer], mergeable)
+        if torch.compiler.is_compiling():  # where the count may be a symbol
+            return self.config.removed(self._amounts[layer], mergeable)
+        found = self._removed.get((layer, mergeable))
+        if found is None:
+            found = self._removed[layer, mergeable] = self.config.removed(self._amounts[layer], mergeable)
+        return found
 
     def check_patches(self, num_patches: int) -> None:
         """Protected patches must exist."""
-        rows = self.config.protected_patches()
+        rows = self.config.protect
         if rows and rows[-1] >= num_patches:
             raise ConfigError(f"protect names patch {rows[-1]}, but images have only patches 0 to {num_patches - 1}")
 
@@ -175,30 +182,28 @@ class Merging(BlockMethod):
 
     def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
         """Merge tokens [B, T, C] by metric [B, T, d]."""
-        return self.reduce(layer, self.num_removed(layer, x.shape[1] - num_prefix), x, metric, slot, num_prefix)
+        r = self.num_removed(layer, x.shape[1] - num_prefix)
+        return self.reduce(layer, r, x, metric, slot, num_prefix, **self._settings[layer])
 
     def layer_settings(self, layer: int) -> dict[str, Any]:
         """Those that differ from layer to layer."""
-        settings = self.config.layer_settings(layer, self.depth).items()
-        return {k: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v for k, v in settings}
+        return self._settings[layer]
 
     def reduce(
         self, layer: int, r: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int, **settings: Any
     ) -> tuple[Tensor, Slot]:
         """Merge r tokens of [B, T, C] by metric [B, T, d]."""
-        protect = slot.protect
-        if protect is None:
-            protect = self._first_protect(x, num_prefix)
-        plan = self.config.match(layer, self.depth, metric, r, num_prefix, protect, **settings)
-        x, size = plan.apply(x, slot.size, self.config.reduction)
+        if self._protects and slot.protect is None:
+            slot = replace(slot, protect=self._first_protect(x, num_prefix))
+        plan = self.config.match(layer, self.depth, metric, r, num_prefix, slot.protect, **settings)
+        if plan.num_tokens_in != x.shape[1]:
+            raise ShapeError(f"{type(self.config).__name__}.match made a plan for {plan.num_tokens_in} rows, not "
+                             f"{x.shape[1]}")  # fmt: skip
+        x, size = plan.merged(x, slot.size, self.config.reduction)
         # Pruning leaves every token at size 1: keep None, which keeps attention free of a mask.
         new_size = None if self.config.reduction == "prune" and slot.size is None else size
-        before = slot if protect is slot.protect else replace(slot, protect=protect)
-        return x, before.advance(plan, new_size, num_prefix)
+        return x, slot.advance(plan, new_size, num_prefix)
 
-    def _first_protect(self, x: Tensor, num_prefix: int) -> Tensor | None:
-        rows = self.config.protected_patches()
-        if not rows:
-            return None
+    def _first_protect(self, x: Tensor, num_prefix: int) -> Tensor:
         self.check_patches(x.shape[1] - num_prefix)
-        return torch.tensor(rows, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)
+        return torch.tensor(self.config.protect, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)

@@ -14,7 +14,8 @@ from vtoken import checks
 from vtoken.core.config import register_method
 from vtoken.errors import ConfigError
 from vtoken.methods.merging.base import MergeConfig, ScheduledMergeConfig
-from vtoken.ops import MergePlan, plan_random, plan_stride, plan_tome
+from vtoken.ops import MergePlan, plan_random, plan_stride
+from vtoken.ops.merging.matching import bipartite_matching
 
 
 @register_method
@@ -34,7 +35,7 @@ class ToMe(ScheduledMergeConfig):
         self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
     ) -> MergePlan:
         """The bipartite matching."""
-        return plan_tome(metric, r, num_prefix=num_prefix)
+        return bipartite_matching(metric, r, num_prefix)
 
     def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
         """Similarities of every even row with every odd row."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vtoken import checks
 from vtoken.core.config import MethodConfig, register_method
 from vtoken.core.method import AttentionMacs, AttentionMethod, Method
-from vtoken.core.state import AttentionCall
+from vtoken.core.slots import AttentionCall
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.merging import schedule
 from vtoken.methods.sparsifiner.predictor import ConnectivityPredictor
@@ -36,7 +36,7 @@ from vtoken.ops.sparse.connections import (
 from vtoken.ops.sparse.masking import LogitBias
 
 if TYPE_CHECKING:
-    from vtoken.core.host import HostSpec
+    from vtoken.core.spec import HostSpec
 
 MODES = ("exact", "threshold", "grouped", "random")
 PHASES = ("sparse", "recon")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.errors import ConfigError, ShapeError
+from vtoken.ops import backend as _backend
 from vtoken.ops.backend import BACKENDS, limits_of, use_triton, width_reason
 from vtoken.ops.merging.plan import HALF, MergePlan
 from vtoken.ops.rows import full_precision, take_rows
@@ -59,7 +60,13 @@ def key_metric(keys: Tensor, *, backend: str = "auto") -> Tensor:
     """
     checks.tensor("key_metric", "keys", keys, 4, shape="[B, H, T, D]")
     checks.choice("key_metric", "backend", backend, BACKENDS)
-    if use_triton(backend, keys, lambda: keys_reason(keys)):
+    return summed_keys(keys, backend)
+
+
+def summed_keys(keys: Tensor, backend: str = "auto") -> Tensor:
+    """`key_metric` of checked arguments."""
+    # The kernels are asked for only where they may be: a block at batch 1 feels every call.
+    if (backend != "auto" or keys.is_cuda or _backend.FORCED) and use_triton(backend, keys, lambda: keys_reason(keys)):
         from vtoken_kernels.library import sum_heads
 
         summed: Tensor = sum_heads(keys.detach())
@@ -126,18 +133,41 @@ def plan_pitome(
     if variant == "text":
         checks.number("plan_pitome", "margin", margin, -1, below=1, what='of the variant "text", ')
     alpha = checks.number("plan_pitome", "alpha", alpha, 0)
-    if variant == "tome":
-        if protect is not None:
-            raise ConfigError('protect works with the other variants, not with "tome", which protects nothing')
-        return plan_tome(metric, r, num_prefix=num_prefix, backend=backend)
+    if variant == "tome" and protect is not None:
+        raise ConfigError('protect works with the other variants, not with "tome", which protects nothing')
     r, num_prefix = _check("plan_pitome", metric, r, num_prefix)
+    return energy_matching(
+        metric, r, num_prefix, margin=margin, alpha=alpha, variant=variant, energy=energy, protect=protect,
+        backend=backend,
+    )  # fmt: skip
+
+
+def energy_matching(
+    metric: Tensor,
+    r: int,
+    num_prefix: int,
+    *,
+    margin: float | Tensor,
+    alpha: float,
+    variant: str,
+    energy: str,
+    protect: Tensor | Sequence[int] | None = None,
+    backend: str = "auto",
+) -> MergePlan:
+    """`plan_pitome` of checked arguments."""
+    if variant == "tome":
+        return bipartite_matching(metric, r, num_prefix, backend)
     mergeable = metric.shape[1] - num_prefix
     guard, most, fewest = (None, 0, 0) if protect is None else _protected(metric, num_prefix, protect)
     r = min(r, (mergeable - most) // 2)
     if r <= 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
-    constant = not isinstance(margin, Tensor)  # kernels take a number
-    if constant and use_triton(backend, metric, lambda: metric_reason(metric, variant=variant, protect=protect)):
+    # kernels take the margin as a number
+    if (
+        (backend != "auto" or metric.is_cuda or _backend.FORCED)
+        and not isinstance(margin, Tensor)
+        and use_triton(backend, metric, lambda: metric_reason(metric, variant=variant, protect=protect))
+    ):
         from vtoken_kernels import library
 
         pairs = variant == "pitome_pairs"
@@ -185,6 +215,11 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "au
     """
     r, num_prefix = _check("plan_tome", metric, r, num_prefix)
     checks.choice("plan_tome", "backend", backend, BACKENDS)
+    return bipartite_matching(metric, r, num_prefix, backend)
+
+
+def bipartite_matching(metric: Tensor, r: int, num_prefix: int, backend: str = "auto") -> MergePlan:
+    """`plan_tome` of checked arguments."""
     batch, num_tokens, _ = metric.shape
     if num_tokens - num_prefix < 2:
         return MergePlan.identity(batch, num_tokens, metric.device)
@@ -192,7 +227,9 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "au
     r = min(r, (num_tokens - num_prefix) // 2, num_even)
     if r <= 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
-    if use_triton(backend, metric, lambda: metric_reason(metric)):
+    if (backend != "auto" or metric.is_cuda or _backend.FORCED) and use_triton(
+        backend, metric, lambda: metric_reason(metric)
+    ):
         from vtoken_kernels import library
 
         parts = library.plan_tome(metric.detach(), r, num_prefix)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
+from vtoken.ops import backend as _backend
 from vtoken.ops.backend import BACKENDS, dtype_reason, limits_of, use_triton
 from vtoken.ops.rows import flat_index, full_precision, take_rows
 
@@ -47,6 +48,11 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     checks.tensor("size_bias", "size", size, 2, shape="[B, T]")
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"size_bias(dtype={dtype!r}): must be a torch.dtype")
+    return log_sizes(size, dtype)
+
+
+def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """`size_bias` of checked arguments."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     bias = (size if size.dtype == compute else size.to(compute)).log()
     return (bias if compute == dtype else bias.to(dtype)).unsqueeze(1).unsqueeze(1)
@@ -154,9 +160,15 @@ class MergePlan:
         """
         checks.choice("MergePlan.apply", "backend", backend, BACKENDS)
         _check_apply(self, x, size, reduction)
-        if self.removed == 0:
+        return self.merged(x, size, reduction, backend)
+
+    def merged(
+        self, x: Tensor, size: Tensor | None, reduction: str, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`apply` to checked arguments."""
+        if self.src.shape[1] == 0:
             return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
-        if use_triton(backend, x, lambda: rows_reason(x)):
+        if (backend != "auto" or x.is_cuda or _backend.FORCED) and use_triton(backend, x, lambda: rows_reason(x)):
             from vtoken_kernels.library import merge
 
             merged, new_size = merge(x, *kernel_arguments(self, size, x), reduction)
@@ -255,11 +267,11 @@ def like_size(new_size: Tensor, size: Tensor | None) -> Tensor:
 
 def _is_one_image(x: Tensor, size: Tensor | None) -> bool:
     """Whether `_merge_one_image` may merge x [B, T, C]: plain numbers, nothing that watches them."""
-    if x.shape[0] != 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.shape[0] != 1 or not x.is_cpu or x.dtype != torch.float32 or x.requires_grad or torch.compiler.is_compiling():
         return False
-    if any(t.dtype != torch.float32 or t.requires_grad for t in ((x,) if size is None else (x, size))):
+    if size is not None and (size.dim() != 2 or size.dtype != torch.float32 or size.requires_grad):
         return False
-    return (size is None or size.dim() == 2) and not torch._C._are_functorch_transforms_active()
+    return not torch._C._are_functorch_transforms_active()
 
 
 def _merge_one_image(rows: Tensor, slot: Tensor, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
