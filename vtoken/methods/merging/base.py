@@ -40,8 +40,8 @@ class MergeConfig(MethodConfig):
     Source: arXiv 2405.16148; docs/methods/pitome.md 3 to 8.
     """
 
-    #: Patches that never merge, ascending.
-    protect: ClassVar[tuple[int, ...]] = ()
+    #: Patches that never merge, ascending. No setting here, hence no annotation.
+    protect = tuple[int, ...]()
 
     layers: tuple[int, ...] | None = None
     metric: str = "key"

@@ -104,7 +104,7 @@ class PiToMe(ScheduledMergeConfig):
     alpha: float = 1.0
     variant: str | Sequence[str] = "pitome"
     energy: str = "elu"
-    protect: tuple[int, ...] = ()  # type: ignore[misc]  # a setting here
+    protect: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.variant, str):
