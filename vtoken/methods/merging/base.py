@@ -94,7 +94,7 @@ class MergeConfig(MethodConfig):
             r: how many the plan must remove, from 1 on; at most so many if the method is not `exact`.
             num_prefix: prefix rows P, which must stay in the first rows.
             protect: patches that must not merge, [B, p], counted without the prefix; None unless
-                `protected_patches` names some.
+                the settings have a field `protect` that names some.
         """
         raise NotImplementedError
 
