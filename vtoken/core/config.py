@@ -53,6 +53,7 @@ class MethodConfig:
 _BUILTIN = (
     "vtoken.methods.merging.baselines",
     "vtoken.methods.merging.pitome",
+    "vtoken.methods.merging.threshold",
     "vtoken.methods.sparsifiner.settings",
     "vtoken.methods.vtc_cls",
 )

@@ -217,6 +217,11 @@ class Tap(Reader):
         return not attention.is_stock(self._layer) or maps is not None or self._wanted == "cls"
 
     @property
+    def may_keep_all(self) -> bool:
+        """Whether the block may turn out to remove nothing, so that its attention must be stock, to the bit."""
+        return not self._state.method.exact
+
+    @property
     def has_sizes(self) -> bool:
         """Whether tokens have merged before, so that a mask of the attention is the term of their sizes."""
         return self._state.slots[self._layer].size is not None

@@ -269,6 +269,14 @@ class PackedMixin:
                 )
         x = query if self.batch_first else query.transpose(0, 1)
         tap = Tap.alone(self, x.shape[1]) if vtoken_tap is None else vtoken_tap
+        if tap.may_keep_all and vtoken_mask is None and not tap.acts_in(self):
+            # nn.MultiheadAttention's own kernels round otherwise than ours, and give no keys: those are made again.
+            if tap.wants_keys:
+                width = slice(self.embed_dim, 2 * self.embed_dim)
+                bias = None if self.in_proj_bias is None else self.in_proj_bias[width]
+                keys = F.linear(x, self.in_proj_weight[width], bias)
+                tap.keys = keys.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+            return super().forward(query, key, value, *args, **options)  # type: ignore[misc]
         out = packed_attention(self, x, tap, vtoken_mask)
         return (out if self.batch_first else out.transpose(0, 1)), None
 

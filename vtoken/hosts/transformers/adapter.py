@@ -13,7 +13,7 @@ from vtoken.core.method import BlockMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, is_patched
 from vtoken.core.spec import HostSpec, Plan
 from vtoken.core.watch import Watch
-from vtoken.errors import UnsupportedModelError
+from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.tower import block_targets
 from vtoken.hosts.transformers.blocks import (
     LAYERS,
@@ -186,6 +186,15 @@ class HFAdapter(HostAdapter):
         else:
             arguments = _image_arguments(tower, image, self.image_size(tower))
             watched_tower(tower, _mixin(tower)._vtoken_path, watch)(**arguments)
+
+    def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
+        """A prompt must have a placeholder for every image token, so their number must be known before."""
+        method = methods.get("on_block")
+        if isinstance(method, BlockMethod) and not method.exact and hasattr(model.config, "vision_feature_layer"):
+            raise ConfigError(
+                f"{type(model).__name__} needs prompts with one placeholder per image token, and this method lets the "
+                "images decide how many there are; use one whose counts are known, such as vtoken.PiToMe or vtoken.ToMe"
+            )
 
     def num_tokens(self, model: nn.Module, plan: Plan) -> int:
         """For a LLaVA, the placeholders that one image needs."""
