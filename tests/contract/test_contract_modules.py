@@ -202,8 +202,37 @@ def test_parts_compiled_in_place_run_the_patched_code(name: str, part: str) -> N
 def test_compiled_before_apply_is_refused_with_what_to_do() -> None:
     model, _ = small_vit()
     model.blocks[1].attn.compile(backend="eager")
-    with pytest.raises(vtoken.VTokenError, match="apply before compiling"):
+    with pytest.raises(vtoken.VTokenError, match=r"apply before compiling: blocks\.1\.attn was compiled in place"):
         vtoken.apply(model, TOME)
+    model.blocks[1].attn._compiled_call_impl = None  # as the message says
+    vtoken.apply(model, TOME)
+
+
+@pytest.mark.parametrize("part", ["", "blocks", "blocks.1", "blocks.1.attn"])
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [(vtoken.PiToMe(ratio=0.9), {"ratio": 0.7}), (vtoken.ToMe(r=9), {"r": 5}), (vtoken.ToMe(r=9), {"ratio": 0.8})],
+    ids=str,
+)
+def test_settings_change_and_are_read_where_parts_were_compiled_in_place(part: str, method: Any, change: Any) -> None:
+    model, x = small_vit()
+    own = run(model, x)
+    other = vtoken.apply(small_vit()[0], method.replace(**change))
+    vtoken.apply(model, method)
+    cost = vtoken.report(model).to_dict()
+    torch._dynamo.reset()
+    model.get_submodule(part).compile(backend="eager")
+    run(model, x)
+    assert vtoken.report(model).to_dict() == cost
+    assert list(vtoken.plan(model).tokens) == cost["tokens"]
+    assert vtoken.num_tokens(model) == cost["tokens"][-1]
+    vtoken.configure(model, **change)
+    assert_same("as configured", run(other, x), run(model, x))
+    with pytest.raises(vtoken.VTokenError, match="apply before compiling"):
+        vtoken.apply(model, TOME, replace=True)
+    assert vtoken.config_of(model) == method.replace(**change)
+    assert_same("removed", own, run(vtoken.remove(model), x))
+    torch._dynamo.reset()
 
 
 # Whoever runs parts of the model in a loop of their own.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -214,11 +214,11 @@ def costs(
     # Kept keys are data, which a counter of shapes cannot see: attention cores are counted dense, then exchanged.
     # The model takes the images, so whatever is raised now is the method's own.
     spec, method, counted = host.spec, removing(methods), tuple(c.counted() for c in configs)
-    enter(shadow, counted, build_methods(shadow, counted))
+    entered = build_methods(shadow, counted)
     matching, unseen = _matching_macs(method, spec, tokens), [0] * spec.depth
     if not method.exact:  # there are no images here that could decide anything
-        _narrow(shadow.model, Narrowing(counts.removed, method.insert))
-        unseen = matching
+        entered["on_block"], unseen = Narrowing(counts.removed, method.insert), matching
+    enter(shadow, counted, entered)
     after = _count(shadow, size, repeats)
     cores = _attention_macs(host, methods, tokens)
     layers = tuple(
@@ -253,13 +253,6 @@ def image_shape(size: Sequence[int]) -> tuple[int, int, int]:
     if shape is None or len(shape) != 3 or min(shape) < 1:
         raise ShapeError(f"input_size is (channels, height, width) of one image, got {size!r}")
     return shape[0], shape[1], shape[2]
-
-
-def _narrow(shadow: nn.Module, narrowing: BlockMethod) -> None:
-    """Have the blocks of a patched shadow remove tokens without looking at them."""
-    carrier = next(m for m in shadow.modules() if "on_block" in getattr(m.__dict__.get("_vtoken"), "methods", {}))
-    applied = carrier.__dict__["_vtoken"]
-    carrier.__dict__["_vtoken"] = replace(applied, methods=applied.methods | {"on_block": narrowing})
 
 
 def _matching_macs(method: BlockMethod, spec: HostSpec, tokens: Sequence[int]) -> list[int]:

@@ -43,6 +43,28 @@ def is_heard(module: nn.Module) -> bool:
     )
 
 
+def is_heard_within(block: nn.Module) -> bool:
+    """Whether `is_heard` holds for a module inside `block`."""
+    left = [block]
+    for module in left:  # which grows: asked at every call of a compiled block, so without recursion
+        for child in module._modules.values():
+            if child is not None:
+                if is_heard(child):
+                    return True
+                if child._modules:
+                    left.append(child)
+    return False
+
+
+def through(module: Any, x: Tensor) -> Tensor:
+    """`module(x)`, without the call where it is an identity, or dropout at rest, that nobody listens to."""
+    kind = type(module)
+    if (kind is nn.Identity or (kind is nn.Dropout and not module.training)) and not is_heard(module):
+        return x
+    result: Tensor = module(x)
+    return result
+
+
 def _heard(module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What torch's `Module._call_impl` does around a forward; it has no way to be given one."""
     ran: set[int] = set()

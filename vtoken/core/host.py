@@ -274,5 +274,17 @@ def refuse_wrappers(model: object) -> None:
         )
     if type(model).__module__.startswith("torch.jit"):
         raise UnsupportedModelError("scripted and traced modules cannot be patched; apply to the module they came from")
-    if any(m._compiled_call_impl is not None for m in model.modules()):
-        raise VTokenError("apply before compiling: the model or a submodule was compiled in place (module.compile())")
+
+
+def refuse_compiled(model: nn.Module, asked: str = "apply") -> None:
+    """Raise for a model of which a part was compiled in place: its graphs are those of the classes it has now.
+
+    Args:
+        asked: what comes first, for the message.
+    """
+    compiled = next((name or "the model" for name, m in model.named_modules() if m._compiled_call_impl is not None), "")
+    if compiled:
+        raise VTokenError(
+            f"{asked} before compiling: {compiled} was compiled in place (module.compile()). Set its "
+            f"_compiled_call_impl to None, {asked}, and compile it again"
+        )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.core.apply import is_applied
-from vtoken.core.host import find_adapter
+from vtoken.core.host import find_adapter, refuse_compiled
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError, VTokenError
 from vtoken.ops import ENSEMBLES, scored_layers
@@ -58,6 +58,7 @@ def cls_attention_scores(
         ensemble = how
     checks.choice("cls_attention_scores", "ensemble", ensemble, ENSEMBLES)
     adapter = find_adapter(tower)
+    refuse_compiled(tower, "read scores")
     spec = adapter.spec(tower)
     if is_applied(tower):
         raise VTokenError(f"{spec.name} carries a method; use vtoken.remove first, or read the record of vtoken.trace")

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from vtoken.core.bound import BoundBlocks
 from vtoken.core.calling import call_with
 from vtoken.core.watch import Row, Watch
-from vtoken.hosts.tower import BoundBlocks
 
 
 def watched(container: Any, watch: Watch, parts: Callable[[Any, Row], dict[str, Any]]) -> BoundBlocks:

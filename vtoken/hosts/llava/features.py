@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.core.bound import changed
 from vtoken.core.method import FeatureMethod
 from vtoken.core.patch import is_patched, view
 from vtoken.core.watch import Watch
-from vtoken.hosts.tower import changed
 from vtoken.hosts.transformers.entry import num_prefix
 from vtoken.prompts.calls import chosen
 

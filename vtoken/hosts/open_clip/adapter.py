@@ -17,6 +17,9 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
+from vtoken.core.blocks import merged_block
+from vtoken.core.bound import alone, bound, changed
+from vtoken.core.calling import through
 from vtoken.core.forward import block_method, forward_of
 from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import AttentionMethod, Method
@@ -24,24 +27,14 @@ from vtoken.core.patch import base_of, forward_is_replaced, forward_with, is_pat
 from vtoken.core.slots import Slot
 from vtoken.core.spec import HostSpec, PatchSpec
 from vtoken.core.state import TokenState
+from vtoken.core.tap import Tap, TappedMixin, stock_with
 from vtoken.core.trace import DROPPED
 from vtoken.core.watch import Watch
 from vtoken.errors import InputError, ShapeError, UnsupportedModelError
-from vtoken.hosts.merged import merged_block
 from vtoken.hosts.open_clip.masked import patch_spec, run_masked
 from vtoken.hosts.open_clip.watched import run_watched
 from vtoken.hosts.pooling import weighted_mean
-from vtoken.hosts.tower import (
-    Tap,
-    TappedMixin,
-    alone,
-    block_targets,
-    bound,
-    changed,
-    mixin_for,
-    stock_with,
-    through,
-)
+from vtoken.hosts.tower import block_targets, mixin_for
 from vtoken.ops import size_bias
 from vtoken.ops.merging.attention import masked_attention
 from vtoken.ops.rows import take_rows

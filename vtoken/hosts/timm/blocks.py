@@ -12,22 +12,15 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor
 
+from vtoken.core.blocks import merged_block
+from vtoken.core.bound import alone
+from vtoken.core.calling import through
 from vtoken.core.method import AttentionMethod
 from vtoken.core.patch import base_of, forward_with
 from vtoken.core.state import TokenState
+from vtoken.core.tap import Tap, TappedMixin, stock_with, tapped_forward
 from vtoken.errors import InputError
-from vtoken.hosts.merged import merged_block
-from vtoken.hosts.tower import (
-    Tap,
-    TappedMixin,
-    alone,
-    gather_rope,
-    given,
-    mixin_for,
-    stock_with,
-    tapped_forward,
-    through,
-)
+from vtoken.hosts.tower import gather_rope, given, mixin_for
 from vtoken.ops import backend
 from vtoken.ops.merging.attention import is_bias_per_key, masked_attention
 

@@ -12,13 +12,14 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vtoken.core.bound import BoundBlocks, bound
 from vtoken.core.forward import applied_methods, block_method, forward_of
 from vtoken.core.patch import base_of, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
 from vtoken.errors import InputError, ShapeError
 from vtoken.hosts.pooling import pool_kind, remember_sizes, sized_pool, sizes_for_head
-from vtoken.hosts.tower import BoundBlocks, bound, spread
+from vtoken.hosts.tower import spread
 from vtoken.ops.rows import take_rows
 
 MODELS: tuple[type, ...] = (VisionTransformer, Eva, NaFlexVit)

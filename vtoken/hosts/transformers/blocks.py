@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from vtoken.core.blocks import merged_block
+from vtoken.core.bound import alone, changed
 from vtoken.core.calling import call
 from vtoken.core.patch import forward_with
 from vtoken.core.state import TokenState
+from vtoken.core.tap import Tap, TappedMixin
 from vtoken.errors import InputError
-from vtoken.hosts.merged import merged_block
-from vtoken.hosts.tower import Tap, TappedMixin, alone, changed
 from vtoken.ops.merging.attention import masked_attention
 
 

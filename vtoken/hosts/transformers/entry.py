@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from vtoken.core.bound import BoundBlocks, bound, changed
 from vtoken.core.forward import block_method, forward_of
 from vtoken.core.patch import base_of, forward_with, is_patched, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
 from vtoken.core.watch import Watch
 from vtoken.errors import InputError
-from vtoken.hosts.tower import BoundBlocks, bound, changed
 from vtoken.ops import size_bias
 from vtoken.ops.rows import take_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 import open_clip
 from torch import nn
 
-from vtoken.core.host import HostAdapter, find_adapter
+from vtoken.core.host import HostAdapter, find_adapter, refuse_compiled
 from vtoken.core.spec import HostSpec, PatchSpec
 from vtoken.errors import UnsupportedModelError
 
@@ -22,6 +22,7 @@ def tower_of(model: nn.Module) -> tuple[HostAdapter, HostSpec, PatchSpec]:
     if not isinstance(model, (open_clip.CLIP, open_clip.CustomTextCLIP)):
         raise _refused(f"{type(model).__module__}.{type(model).__qualname__} is not a CLIP that it knows")
     adapter, visual = find_adapter(model), model.visual
+    refuse_compiled(model, "wrap")
     spec: Any = adapter.spec(model)
     if spec.num_prefix == 0 or not spec.class_token:
         raise _refused(f"its image tower ({spec.name}) has no class token, so no class query could say what matters")

@@ -94,7 +94,7 @@ class MergeConfig(MethodConfig):
             r: how many the plan must remove, from 1 on; at most so many if the method is not `exact`.
             num_prefix: prefix rows P, which must stay in the first rows.
             protect: patches that must not merge, [B, p], counted without the prefix; None unless
-                `protected_patches` names some.
+                the settings have a field `protect` that names some.
         """
         raise NotImplementedError
 
@@ -184,13 +184,17 @@ class Merging(BlockMethod):
         self._settings = tuple([config.layer_settings(layer, depth) for layer in range(depth)])
         self._removed: dict[tuple[int, int], int] = {}
         self._protects = bool(config.protect)
+        # Compiled graphs take words as constants. A float that another one replaces (configure) becomes a symbol there,
+        # and torch cannot make sizes of such symbols.
+        self._worded = tuple(repr(amount) if isinstance(amount, float) else amount for amount in self._amounts)
 
     def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
         """Tokens that block `layer` removes from `mergeable` ones; 0 if it is not among the chosen layers."""
         if layer not in self._layers:
             return 0
         if torch.compiler.is_compiling():  # where the count may be a symbol
-            return self.config.removed(self._amounts[layer], mergeable)
+            amount = self._worded[layer]
+            return self.config.removed(float(amount) if isinstance(amount, str) else amount, mergeable)
         found = self._removed.get((layer, mergeable))
         if found is None:
             found = self._removed[layer, mergeable] = self.config.removed(self._amounts[layer], mergeable)
