@@ -101,11 +101,15 @@ class ClassRows:
     Args:
         layers: their indices.
         scorer: "cls" or "received".
+        keys: whether the keys of the last layer are kept, too.
     """
 
-    def __init__(self, layers: Collection[int], scorer: str) -> None:
+    def __init__(self, layers: Collection[int], scorer: str, *, keys: bool = False) -> None:
         #: The layers that are read.
         self.layers = sorted(layers)
+        self._wants_keys = keys
+        #: Keys of the last of them as projected, mean over heads, [B, T, D].
+        self.keys: Tensor | None = None
         self._scorer = scorer
         self._rows: dict[int, Tensor] = {}
         #: Where every token went, if the tower merges tokens.
@@ -118,12 +122,17 @@ class ClassRows:
 
         Activation checkpointing runs a block again, which changes nothing here.
         """
+        self._state = state
         if layer not in self.layers or layer in self._rows:
             return None
-        self._state = state
         sizes = state.bias(layer, torch.float32)
         bias = None if sizes is None else sizes[:, 0]
-        return RowTap(self._scorer, bias, functools.partial(self._rows.__setitem__, layer))
+        return RowTap(self._scorer, bias, functools.partial(self._take, layer))
+
+    def _take(self, layer: int, row: Tensor, keys: Tensor) -> None:
+        self._rows[layer] = row
+        if self._wants_keys and layer == self.layers[-1]:
+            self.keys = keys.mean(1)
 
     def watched(self, layers: Iterable[Any], tapped: Callable[[Any, RowTap], Any]) -> Layers:
         """The layers of an unpatched tower, the chosen ones reporting here.
@@ -142,11 +151,15 @@ class ClassRows:
         Returns:
             [B, T] float32, prefix tokens included; [B, T] int64, or None if no token was merged.
         """
+        rows, anchor = self.each(last)
+        return as_one([row.to(rows[-1].device) for row in rows], how), anchor
+
+    def each(self, last: int) -> tuple[list[Tensor], Tensor | None]:
+        """The same without an ensemble: a [B, T] for every layer."""
         slot = Slot() if self._state is None else self._state.slots[last + 1]
         if slot.anchor is not None and self._state is not None and self._state.method.order == "raster":
             slot = slot.in_raster_order(slot.anchor.new_empty(*slot.anchor.shape, 0))[1]
-        rows = [self._carried(layer, slot) for layer in self.layers]
-        return as_one([row.to(rows[-1].device) for row in rows], how), slot.anchor
+        return [self._carried(layer, slot) for layer in self.layers], slot.anchor
 
     def _carried(self, layer: int, slot: Slot) -> Tensor:
         """One layer's scores brought to the rows of `slot`: tokens that merged later pass on their sum."""
@@ -161,7 +174,7 @@ class ClassRows:
 
     def _run(self, tapped: Any, layer: Any, index: int, *args: Any, **kwargs: Any) -> Any:
         """One layer with a tap."""
-        tap = RowTap(self._scorer, None, functools.partial(self._rows.__setitem__, index))
+        tap = RowTap(self._scorer, None, functools.partial(self._take, index))
         out = tapped(layer, tap)(*args, **kwargs)
         self.rotated |= tap.rotate is not None
         return out
@@ -202,10 +215,10 @@ class RowTap:
     Args:
         scorer: "cls" or "received".
         bias: added to the logits of the keys, [B, 1, T].
-        take: is given the row [B, T] float32.
+        take: is given the row [B, T] float32 and the keys [B, H, T, D] as they were projected.
     """
 
-    def __init__(self, scorer: str, bias: Tensor | None, take: Callable[[Tensor], None]) -> None:
+    def __init__(self, scorer: str, bias: Tensor | None, take: Callable[[Tensor, Tensor], None]) -> None:
         self._score = class_row if scorer == "cls" else received_row
         self._bias = bias
         self._take = take
@@ -282,6 +295,6 @@ class RowTap:
             if k.shape[1] != q.shape[1]:  # grouped queries
                 k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             q = q[:, :, 0] if self._score is class_row else q
-            self._take(self._score(q, k, scale=scale, bias=self._bias))
+            self._take(self._score(q, k, scale=scale, bias=self._bias), self._k)
             self._done = True
             self._q = self._k = self._bias = None
