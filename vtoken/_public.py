@@ -36,6 +36,7 @@ from vtoken.methods.sparsifiner.calibrate import calibrate_threshold
 from vtoken.methods.sparsifiner.settings import Sparsifiner
 from vtoken.methods.vtc_cls import VTCCLS
 from vtoken.ops import select_tokens
+from vtoken.prompts.budget import budget
 from vtoken.prompts.shrink import shrink_inputs
 from vtoken.video.model import QuotaVideoModel
 
@@ -74,6 +75,7 @@ __all__ = [
     "VTokenWarning",
     "applied",
     "apply",
+    "budget",
     "calibrate_threshold",
     "cls_attention_scores",
     "compile",

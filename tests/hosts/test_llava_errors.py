@@ -205,7 +205,7 @@ def test_videos_run_unpruned_with_one_warning(kind: str) -> None:
 
 
 def test_text_only_calls_reach_the_library_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtoken.hosts.llava import entry as llava_entry
+    from vtoken.prompts import entry as llava_entry
 
     model, given = build("llava"), prompt([1, 5, 6])
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_text_only_calls_reach_the_library_at_once(monkeypatch: pytest.MonkeyPat
         def never(*_: Any, **__: Any) -> Any:
             raise AssertionError("a text-only call was looked at")
 
-        for name in ("prepare", "encode", "by_name", "shrink_inputs"):
+        for name in ("prepare", "by_name", "_eagerly"):
             monkeypatch.setattr(llava_entry, name, never)
         assert torch.equal(model(**given).logits, stock)
         assert torch.equal(model(given["input_ids"]).logits, stock)

@@ -18,7 +18,7 @@ from vtoken.core import host
 from vtoken.hosts.timm.adapter import TimmAdapter
 from vtoken.testing import check_host
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "extend" / "host.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/extend/host.md"
 
 
 @pytest.fixture(scope="module")

@@ -142,16 +142,16 @@ def _encode_images(adapter: VideoAdapter, model: Any, given: dict[str, Any], sid
         return _Images(given)
     if _pruning(model) is None:
         return _Images(given, adapter.images(model, given))
-    from vtoken.hosts.llava.entry import prepare  # only with a model of transformers
+    from vtoken.prompts.engine import prepare
 
     videos = {name: value for name, value in given.items() if name in VISION_SIDE and "video" in name}
     with contextlib.ExitStack() as stack:
         record = current_trace(model) or stack.enter_context(tracing(model))
-        prepared = prepare(model, _without(given, videos), padding_side=side)
+        prepared = prepare(model, _without(given, videos), generating=side == "left")
     if prepared is None or record.prompt is None:
         raise InputError("pixel_values came without image placeholders in the prompt")
-    call = prepared[0]
-    return _Images(_without(call, {"features": None}) | videos, call["features"], record.prompt.index)
+    call = prepared.call
+    return _Images(_without(call, {"features": None}) | videos, call["features"]["image"], record.prompt.index)
 
 
 def _pruning(model: Any) -> Any:
