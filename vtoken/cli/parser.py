@@ -41,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     _overlay(add("overlay", "overlay:run", about))
     _video(add("video", "video:run", "score the frames of a clip for a question, spread a token budget, draw both"))
     _json(add("info", "inspect:show_info", "versions and devices"))
-    _json(add("methods", "inspect:show_methods", "every method with its settings and their defaults"))
+    _json(
+        add("methods", "inspect:show_methods", "every method that commands take, with its settings and their defaults")
+    )
     about = "supported timm names; with --why, the refused ones among the pattern and their reasons"
     models = add("models", "inspect:show_models", about)
     models.add_argument("pattern", nargs="?", default="*", type=word, help="e.g. 'deit3_*'")
