@@ -103,6 +103,9 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = {
     "plan_pitome": (ops.plan_pitome, {"metric": X, "r": 3, "margin": 0.5}, _METRIC | {"r": "from 0"}),
     "plan_random": (ops.plan_random, {"metric": X, "r": 3}, _METRIC | {"r": "from 0", "seed": "whole"}),
     "plan_stride": (ops.plan_stride, {"metric": X, "stride": 2}, _METRIC | {"stride": "from 1"}),
+    "plan_threshold": (
+        ops.plan_threshold, {"metric": X, "r": 3, "threshold": 0.5}, _METRIC | {"r": "from 0", "threshold": "cosine"},
+    ),
     "plan_tome": (ops.plan_tome, {"metric": X, "r": 3}, _METRIC | {"r": "from 0"}),
     "row_widths": (ops.row_widths, {"t": 9, "height": 4, "width": 5}, {}),
     "select_grouped": (

@@ -25,13 +25,14 @@ ALLOWED: dict[str, set[str]] = {
     "video": GROUND | {"core", "ops", "hosts", "prompts", "accounting"},
     "train": {"methods"},
     "hosting": {"core", "hosts"},
+    "testing": GROUND | {"core", "ops", "methods", "accounting"},
     "cli": GROUND | {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video"},
     "__main__": {"errors", "cli"},
 }
 #: The same inside hosts/: a family sees what lies in hosts/ itself, which sees no family, and of the others these.
 FAMILIES: dict[str, set[str]] = {
     "timm": set(),
-    "open_clip": set(),
+    "open_clip": {"timm"},  # whose models it takes as trunks
     "transformers": set(),
     "llava": {"transformers"},
     "video": {"transformers", "llava"},

@@ -28,8 +28,10 @@ from vtoken.errors import (
 from vtoken.hosts.class_rows import cls_attention_scores
 from vtoken.hosts.names import supported
 from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMaskLoss, AttentiveMasks, MultiViewCrop
+from vtoken.methods.merging.base import MergeConfig, ScheduledMergeConfig
 from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.merging.pitome import PiToMe
+from vtoken.methods.merging.threshold import ThresholdMerge
 from vtoken.methods.sparsifiner.calibrate import calibrate_threshold
 from vtoken.methods.sparsifiner.settings import Sparsifiner
 from vtoken.methods.vtc_cls import VTCCLS
@@ -51,6 +53,7 @@ __all__ = [
     "HostAdapter",
     "HostSpec",
     "InputError",
+    "MergeConfig",
     "MethodConfig",
     "MultiViewCrop",
     "PiToMe",
@@ -60,9 +63,11 @@ __all__ = [
     "RandomMerge",
     "RandomPrune",
     "Report",
+    "ScheduledMergeConfig",
     "ShapeError",
     "Sparsifiner",
     "StrideMerge",
+    "ThresholdMerge",
     "ToMe",
     "Trace",
     "UnsupportedModelError",

@@ -5,12 +5,14 @@ blocks the state of that forward, `merged_block` is a block that loses tokens, `
 `TappedMixin` shows the keys of an attention, `forward_with` runs a module's own forward with parts exchanged.
 """
 
+from vtoken.core.blocks import merged_block
+from vtoken.core.bound import bound
 from vtoken.core.forward import forward_of
 from vtoken.core.host import HostAdapter, register_adapter
 from vtoken.core.patch import forward_with
 from vtoken.core.spec import HostSpec
-from vtoken.hosts.merged import merged_block
-from vtoken.hosts.tower import TappedMixin, block_targets, bound
+from vtoken.core.tap import TappedMixin
+from vtoken.hosts.tower import block_targets
 
 __all__ = [
     "HostAdapter",

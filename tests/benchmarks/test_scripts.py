@@ -454,6 +454,7 @@ def test_commands_of_the_readme_parse(command: str, monkeypatch: pytest.MonkeyPa
         module.main(options)
 
 
+@pytest.mark.slow
 def test_compile(tmp_path: Path) -> None:
     values, text = run(tmp_path, "compile", "--small", "--rounds", "1", "--backend", "eager")
     assert [row["name"] for row in values["rows"]] == ["stock", "tome, whole model", "tome, vtoken.compile"]

@@ -22,7 +22,7 @@ from tests.helpers import Host, assert_close, vit
 _HOSTS = ("vit_token", "vit_avg_prefix", "vit_map", "eva02", "eva_mixed", "naflex_rope", "distilled")
 _OTHERS = installed("oc_avg", "oc_map", "oc_qk_norm", "hf_siglip", "hf_dino_reg")
 _CASES = [(host_row(n), method_row("pitome")) for n in (*_HOSTS, *_OTHERS)]
-_CASES += [(host_row("vit_avg_prefix"), m) for m in METHODS[1:] if m.removes]
+_CASES += [(host_row("vit_avg_prefix"), m) for m in METHODS[1:] if m.removes and m.exact]
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +38,7 @@ def _two(host: Host, config: vtoken.MethodConfig, backend: Any = "eager") -> tup
     return eager, vtoken.compile(compiled, backend=backend)
 
 
-@slow_but(
-    _CASES, "vit_avg_prefix-pitome", "vit_avg_prefix-stride", "eva_mixed-pitome", "oc_avg-pitome", "hf_siglip-pitome"
-)
+@slow_but(_CASES, "vit_avg_prefix-pitome", "oc_avg-pitome", "hf_siglip-pitome")
 def test_the_graph_computes_what_the_eager_model_computes(host: Host, method: MethodRow) -> None:
     eager, compiled = _two(host, method.reduces)
     x = host.images(batch=3)

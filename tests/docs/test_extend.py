@@ -1,41 +1,56 @@
-"""docs/extend: the programs there run as they are written, and none is longer than a page can show."""
+"""docs/extend: the programs are short, run as they stand, and keep their promises."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from vtoken.__main__ import main
 from vtoken.core import config, host
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "extend"
-#: Kernels need a process of their own: test_extend_kernel.py.
-PAGES = sorted({path.name for path in FOLDER.glob("*.md")} - {"kernel.md"})
+PAGES = Path(__file__).resolve().parents[2] / "docs" / "extend"
 
 
-@pytest.fixture
-def registries() -> Iterator[None]:
-    """What a page registers is forgotten after it."""
-    methods, adapters = dict(config._registry), list(host._registered)
-    yield
-    config._registry.clear()
-    config._registry.update(methods)
-    host._registered[:] = adapters
+def programs(page: str) -> list[str]:
+    """Code of a page, in its order."""
+    return re.findall(r"```python\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_programs_of_a_page_run(page: str, registries: None) -> None:
-    programs = re.findall(r"```python\n(.*?)```", (FOLDER / page).read_text(), re.DOTALL)
-    assert programs
-    module = types.ModuleType(f"docs_extend_{page.partition('.')[0]}")
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    try:
-        for program in programs:
-            assert len([line for line in program.splitlines() if line.strip()]) <= 40
-            exec(compile(program, f"docs/extend/{page}", "exec"), module.__dict__)
-    finally:
-        del sys.modules[module.__name__]
+@pytest.mark.parametrize("page", sorted(path.name for path in PAGES.glob("*.md")))
+def test_programs_are_short(page: str) -> None:
+    found = programs(page)
+    assert found
+    for program in found:
+        assert len([line for line in program.splitlines() if line.strip()]) <= 40
+
+
+def test_a_merging_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    whole, plan = programs("method.md")
+    exec(compile(plan, "docs/extend/method.md", "exec"), {"__name__": "plan"})
+    file = tmp_path / "my_method.py"
+    file.write_text(whole)
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "timm VisionTransformer, class token" in done.stdout
+    assert "197 -> 178" in done.stdout
+    assert "[197, 178, 161" in done.stdout
+    config.methods()
+    monkeypatch.setattr(config, "_registry", dict(config._registry))
+    commands = re.findall(r"^python -m vtoken (plan .*)$", (PAGES / "method.md").read_text(), re.MULTILINE)
+    assert commands
+    for command in commands:
+        assert main(command.replace("my_method.py", str(file)).split()) == 0
+        assert "    0    197        8    189" in capsys.readouterr().out
+
+
+def test_a_model_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_registered", list(host._registered))
+    names = {"__name__": "docs_extend_host"}
+    for program in programs("host.md"):
+        exec(compile(program, "docs/extend/host.md", "exec"), names)

@@ -71,7 +71,14 @@ def test_no_page_outside_the_repository_is_cited() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["see docs/methods/nowhere.md", "docs/performance.md 99", "docs/methods/quota.md 6, 99"]
+    "text",
+    [
+        "see docs/methods/nowhere.md",
+        "docs/extend/nowhere.md",
+        "docs/extend/method.md 99",
+        "docs/performance.md 99",
+        "docs/methods/quota.md 6, 99",
+    ],
 )
 def test_what_is_not_there_is_found(text: str) -> None:
     assert missing(text, short=False)

@@ -11,7 +11,7 @@ from torch import nn
 
 from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.config import MethodConfig, make_config
-from vtoken.core.host import Host, host_of
+from vtoken.core.host import Host, host_of, refuse_compiled
 from vtoken.core.method import AttentionMethod, BlockMethod, Method
 from vtoken.core.patch import (
     PREDICTOR,
@@ -76,6 +76,7 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     """
     configs = resolve(config, options)
     parts = [(host_of(model, part), group) for part, group in _by_part(configs).items()]
+    refuse_compiled(model)
     built = [build_methods(host, group) for host, group in parts]
     carriers = [(m, part) for m, part in _carried(model) if part in _by_part(configs)]
     if carriers and not replace:

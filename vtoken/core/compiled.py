@@ -109,6 +109,11 @@ def compile(model: M, **options: Any) -> M:
 
 def _check(methods: dict[str, Any]) -> None:
     method = methods["on_block"]
+    if not method.exact:
+        raise ConfigError(
+            "vtoken.compile needs token counts that shapes tell, and here the images decide them: leave the model "
+            "eager, or take torch.compile(model) without fullgraph, which runs what lies between the merges by graphs"
+        )
     if "on_attention" in methods or not method.reduces:
         which = methods.get("on_attention", method)
         raise ConfigError(

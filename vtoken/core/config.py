@@ -56,6 +56,7 @@ _BUILTIN = (
     "vtoken.methods.attentive_clip.settings",
     "vtoken.methods.merging.baselines",
     "vtoken.methods.merging.pitome",
+    "vtoken.methods.merging.threshold",
     "vtoken.methods.sparsifiner.settings",
     "vtoken.methods.vtc_cls",
 )

@@ -21,6 +21,8 @@ def plan(
 ) -> Plan:
     """Token counts per layer; nothing is run and the model is not changed.
 
+    Where the images decide how many tokens are left (`vtoken.ThresholdMerge`), the plan holds bounds; see `Plan.exact`.
+
     Args:
         model: a supported model; its weights are not read.
         config: settings; None means those that are applied.
@@ -49,6 +51,9 @@ def num_tokens(
         config: settings; None means those that are applied, or none at all.
         img_size: pixels, one side or (height, width); None means the model's own.
 
+    Raises:
+        ConfigError: if the images decide how many tokens are left, so that there is no such number.
+
     Example:
         >>> import timm, vtoken
         >>> vtoken.num_tokens(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.9))
@@ -61,7 +66,9 @@ def num_tokens(
         return shortening.count(model, configs, size).kept
     host, methods = (host_of(model), {}) if not configs else chosen(model, config, options)[::2]
     size = host.image_size() if img_size is None else pixels(img_size)
-    return host.adapter.num_tokens(model, plan_of(host, methods, size))
+    counts = plan_of(host, methods, size)
+    counts.settled("num_tokens")
+    return host.adapter.num_tokens(model, counts)
 
 
 def chosen(
@@ -111,4 +118,7 @@ def count_tokens(method: BlockMethod, depth: int, num_tokens: int, num_prefix: i
     tokens, embedded = [num_tokens], num_tokens - num_prefix
     for layer in range(depth):
         tokens.append(tokens[-1] - method.num_removed(layer, tokens[-1] - num_prefix, embedded))
-    return Plan(tuple(tokens), num_prefix)
+    fewest = tuple(tokens)
+    if method.exact or fewest[-1] == num_tokens:
+        return Plan(fewest, num_prefix)
+    return Plan((num_tokens,) * (depth + 1), num_prefix, exact=False, least=fewest)

@@ -12,7 +12,7 @@ from torch import nn
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import Method
 from vtoken.core.patch import PREDICTOR
-from vtoken.core.spec import HostSpec, ImageTokens, Plan
+from vtoken.core.spec import HostSpec, ImageTokens, PatchSpec, Plan
 from vtoken.errors import ConfigError, UnsupportedModelError, VTokenError
 
 
@@ -73,9 +73,35 @@ class HostAdapter:
         """Multiply-adds that a method in the prompt spends on one image or crop; for adapters of the part "prompt"."""
         raise NotImplementedError
 
-    def run_watched(self, model: nn.Module, rows: Any, image: Any) -> None:
-        """Run the tower on [B, C, H, W] with the attention of its blocks read into `rows`; see hosts/class_rows.py."""
+    def run_watched(self, model: nn.Module, watch: Any, image: Any) -> None:
+        """Run the tower on [B, C, H, W] with the attention of its blocks read by a `vtoken.core.watch.Watch`."""
         raise UnsupportedModelError(f"{self.name}: vtoken cannot read class attention there")
+
+    def patch_spec(self, model: nn.Module) -> PatchSpec:
+        """What is known of the patches of a tower of which `masked` can leave some out.
+
+        Raises:
+            UnsupportedModelError: if it cannot, with the reason.
+            ConfigError: if the tower drops patches itself.
+        """
+        raise UnsupportedModelError(f"{self.name}: vtoken cannot leave out patches there")
+
+    def masked(self, model: nn.Module, images: Any, rows: Any, watch: Any = None) -> tuple[Any, Any]:
+        """Features of images of whose tokens only some enter the blocks.
+
+        Args:
+            model: the tower that `patch_spec` was asked for.
+            images: [B, C, H, W], of any whole number of patches; positions are resampled for the call.
+            rows: tokens that go on, behind the position embedding, prefix tokens among them, [B, T]; None: all.
+            watch: a `vtoken.core.watch.Watch` that reads class attention on the way.
+
+        Returns:
+            Pooled features before the projection, [B, w], and behind it, [B, E].
+
+        Raises:
+            UnsupportedModelError: if the tower carries a method.
+        """
+        raise UnsupportedModelError(f"{self.name}: vtoken cannot leave out patches there")
 
     def run_image(self, model: nn.Module, image: Any) -> Any:
         """Run the model's image part on [B, C, H, W]; for models whose forward wants more than an image."""
@@ -248,5 +274,17 @@ def refuse_wrappers(model: object) -> None:
         )
     if type(model).__module__.startswith("torch.jit"):
         raise UnsupportedModelError("scripted and traced modules cannot be patched; apply to the module they came from")
-    if any(m._compiled_call_impl is not None for m in model.modules()):
-        raise VTokenError("apply before compiling: the model or a submodule was compiled in place (module.compile())")
+
+
+def refuse_compiled(model: nn.Module, asked: str = "apply") -> None:
+    """Raise for a model of which a part was compiled in place: its graphs are those of the classes it has now.
+
+    Args:
+        asked: what comes first, for the message.
+    """
+    compiled = next((name or "the model" for name, m in model.named_modules() if m._compiled_call_impl is not None), "")
+    if compiled:
+        raise VTokenError(
+            f"{asked} before compiling: {compiled} was compiled in place (module.compile()). Set its "
+            f"_compiled_call_impl to None, {asked}, and compile it again"
+        )

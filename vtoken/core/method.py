@@ -25,9 +25,11 @@ class BlockMethod(Method):
         metric: what it chooses by: "key", "key_concat" or "hidden" compare tokens; "cls" ranks by the class token.
         insert: "between" attention and MLP, or "after" both.
         order: "raster" (features leave the model ordered by position) or "internal".
+        exact: whether `num_removed` is what a block removes; if False it is the most, and the tokens decide.
     """
 
     hook: ClassVar[str] = "on_block"
+    exact: bool = True
     metric: str
     insert: str
     order: str
@@ -43,9 +45,10 @@ class BlockMethod(Method):
         """Raise ConfigError if the settings name patches that a grid of `num_patches` does not have."""
 
     def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
-        """How many of `mergeable` non-prefix tokens block `layer` removes; needs no data.
+        """How many of `mergeable` non-prefix tokens block `layer` removes, or at most if not `exact`; needs no data.
 
-        `embedded` is how many there were before the first block, for counts that depend on it.
+        `embedded` is how many there were before the first block, for counts that depend on it. Of more tokens at least
+        as many must be left.
         """
         raise NotImplementedError
 

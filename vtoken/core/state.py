@@ -70,7 +70,7 @@ class TokenState:
         self.grid: tuple[int, int] | None = None
         self.first = Slot(track_anchor=track_anchor, track_dest=track_dest)
         self.slots: dict[int, Slot] = {0: self.first}
-        #: What reads the attention of chosen blocks, if anything does; see hosts/class_rows.py.
+        #: What reads the attention of chosen blocks, if anything does; see core/watch.py.
         self.watch: Any = None
         self.maps = maps
         self.records: list[AttentionRecord] = []

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -108,8 +109,14 @@ def read_frames(path: Video, indices: Sequence[int], *, max_side: int | None = N
     """
     import numpy as np
 
+    if max_side is not None and (isinstance(max_side, bool) or not isinstance(max_side, Integral) or max_side < 1):
+        raise InputError(f"max_side={max_side!r} must be a whole number of pixels, at least 1")
+    try:
+        requested = list(indices)
+    except TypeError:
+        raise InputError(f"frames {indices!r} asked for; pass a list of frame numbers") from None
     places: dict[int, list[int]] = {}
-    for place, index in enumerate(indices):
+    for place, index in enumerate(requested):
         places.setdefault(_whole(index), []).append(place)
     wanted = sorted(places)
     if wanted and wanted[0] < 0:
@@ -145,6 +152,8 @@ def read_frames(path: Video, indices: Sequence[int], *, max_side: int | None = N
 
 def _whole(index: object) -> int:
     try:
+        if isinstance(index, bool):  # a mask is no list of numbers
+            raise TypeError
         return operator.index(index)  # type: ignore[arg-type]
     except TypeError:
         raise InputError(f"frame {index!r} asked for; frame numbers are whole numbers") from None
@@ -291,8 +300,6 @@ def _upright(frame: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _fitted(width: int, height: int, max_side: int | None) -> tuple[int, int]:
     if max_side is None or max(width, height) <= max_side:
         return width, height
-    if max_side < 1:
-        raise InputError(f"max_side={max_side} must be at least 1 pixel")
     factor = max_side / max(width, height)
     return max(1, round(width * factor)), max(1, round(height * factor))
 

@@ -139,7 +139,7 @@ class LlavaAdapter(HostAdapter):
         tower, in_tower = self.tower(model), [c for c in configs if c.part == "tower"]
         img_size = self.image_size(model) if hasattr(model.model, "pack_image_features") else size
         if in_tower:
-            return plan(tower, in_tower, img_size=img_size).tokens
+            return plan(tower, in_tower, img_size=img_size).settled("the number of image tokens in a prompt")
         height, width = self.grid(model, img_size)
         return (num_prefix(tower) + height * width,) * (self.spec(model).depth + 1)
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.core.bound import changed
 from vtoken.core.method import FeatureMethod
 from vtoken.core.patch import is_patched, view
-from vtoken.hosts.class_rows import ClassRows
-from vtoken.hosts.tower import changed
+from vtoken.core.watch import Watch
 from vtoken.hosts.transformers.entry import num_prefix
 from vtoken.prompts.calls import chosen
 
@@ -115,7 +115,7 @@ def encode(model: Any, method: FeatureMethod, given: dict[str, Any]) -> ImageFea
     last = feature_layer(model, given)
     scorer = method.scorer(num_prefix(tower) > 0)
     layers = method.layers(last, scorer)
-    rows, packing = ClassRows(layers, scorer), _Packing(model.model)
+    rows, packing = Watch(layers, scorer), _Packing(model.model)
     if not is_patched(tower):
         raise changed("the image tower", tower)
     parts: dict[str, Any] = {name: functools.partial(tower, vtoken_rows=rows)}

@@ -17,29 +17,24 @@ from open_clip.transformer import (
 )
 from torch import Tensor, nn
 
+from vtoken.core.blocks import merged_block
+from vtoken.core.bound import alone, bound, changed
+from vtoken.core.calling import through
 from vtoken.core.forward import block_method, forward_of
 from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import AttentionMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, forward_with, is_patched, view
 from vtoken.core.slots import Slot
-from vtoken.core.spec import HostSpec
+from vtoken.core.spec import HostSpec, PatchSpec
 from vtoken.core.state import TokenState
+from vtoken.core.tap import Tap, TappedMixin, stock_with
 from vtoken.core.trace import DROPPED
+from vtoken.core.watch import Watch
 from vtoken.errors import InputError, ShapeError, UnsupportedModelError
-from vtoken.hosts.class_rows import ClassRows, RowTap
-from vtoken.hosts.merged import merged_block
+from vtoken.hosts.open_clip.masked import patch_spec, run_masked
+from vtoken.hosts.open_clip.watched import run_watched
 from vtoken.hosts.pooling import weighted_mean
-from vtoken.hosts.tower import (
-    Tap,
-    TappedMixin,
-    alone,
-    block_targets,
-    bound,
-    changed,
-    mixin_for,
-    stock_with,
-    through,
-)
+from vtoken.hosts.tower import block_targets, mixin_for
 from vtoken.ops import size_bias
 from vtoken.ops.merging.attention import masked_attention
 from vtoken.ops.rows import take_rows
@@ -267,6 +262,14 @@ class PackedMixin:
                 )
         x = query if self.batch_first else query.transpose(0, 1)
         tap = Tap.alone(self, x.shape[1]) if vtoken_tap is None else vtoken_tap
+        if tap.may_keep_all and vtoken_mask is None and not tap.acts_in(self):
+            # nn.MultiheadAttention's own kernels round otherwise than ours, and give no keys: those are made again.
+            if tap.wants_keys:
+                width = slice(self.embed_dim, 2 * self.embed_dim)
+                bias = None if self.in_proj_bias is None else self.in_proj_bias[width]
+                keys = F.linear(x, self.in_proj_weight[width], bias)
+                tap.keys = keys.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+            return super().forward(query, key, value, *args, **options)  # type: ignore[misc]
         out = packed_attention(self, x, tap, vtoken_mask)
         return (out if self.batch_first else out.transpose(0, 1)), None
 
@@ -274,7 +277,7 @@ class PackedMixin:
 class OwnAttentionMixin(TappedMixin):
     """open_clip's own `Attention`."""
 
-    _vtoken_keys = "ln_k"
+    _vtoken_keys, _vtoken_queries = "ln_k", "ln_q"
 
 
 class PoolMixin:
@@ -420,18 +423,20 @@ class OpenClipAdapter(HostAdapter):
         """The tower alone: a whole CLIP also wants text."""
         return self.tower(model)[1](image)
 
-    def run_watched(self, model: nn.Module, rows: ClassRows, image: Tensor) -> None:
+    def run_watched(self, model: nn.Module, watch: Watch, image: Tensor) -> None:
         """Class attention of the packed projection, or behind the norms of open_clip's own attention."""
         adapter, tower = self.tower(model)
-        if adapter is not self:
-            return adapter.run_watched(tower, rows, image)
-        blocks = rows.watched(tower.transformer.resblocks, _tapped)
-        view(tower, transformer=view(tower.transformer, resblocks=blocks))(image)
+        (run_watched if adapter is self else adapter.run_watched)(tower, watch, image)
 
+    def patch_spec(self, model: nn.Module) -> PatchSpec:
+        """Of a built-in tower, or of a timm trunk that can."""
+        return patch_spec(getattr(model, "visual", model))
 
-def _tapped(block: Any, tap: RowTap) -> Any:
-    own = isinstance(block, CustomResidualAttentionBlock)
-    return view(block, attn=tap.on(block.attn, "ln_q", "ln_k") if own else tap.on_packed(block.attn))
+    def masked(
+        self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Patches are left out in the slot of the tower's patch dropout."""
+        return run_masked(getattr(model, "visual", model), images, rows, watch)
 
 
 def _refusal(model: nn.Module, why: str) -> str:

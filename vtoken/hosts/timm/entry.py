@@ -12,13 +12,14 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vtoken.core.bound import BoundBlocks, bound
 from vtoken.core.forward import applied_methods, block_method, forward_of
 from vtoken.core.patch import base_of, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
 from vtoken.errors import InputError, ShapeError
 from vtoken.hosts.pooling import pool_kind, remember_sizes, sized_pool, sizes_for_head
-from vtoken.hosts.tower import bound, spread
+from vtoken.hosts.tower import spread
 from vtoken.ops.rows import take_rows
 
 MODELS: tuple[type, ...] = (VisionTransformer, Eva, NaFlexVit)
@@ -40,15 +41,17 @@ class TimmMixin:
                 **_pool_parts(self, functools.partial(_slot_of, runs, None)),
             )
             return base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
-        with _forward_of(self, _images(args, kwargs), raster=True) as state:  # for code that runs `self.blocks` itself
-            stand_in = view(
-                self,
-                blocks=bound(self.blocks, state),
-                forward_features=functools.partial(_features, self, runs, _leaves_as_tokens(self)),
-                forward_intermediates=functools.partial(TimmMixin.forward_intermediates, self),
-                **_pool_parts(self, functools.partial(_slot_of, runs, state)),
-            )
-            return base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
+        own = _OwnLoop(self, _images(args, kwargs))
+        stand_in = view(
+            self,
+            blocks=own,
+            forward_features=functools.partial(_features, self, runs, _leaves_as_tokens(self)),
+            forward_intermediates=functools.partial(TimmMixin.forward_intermediates, self),
+            **_pool_parts(self, functools.partial(_slot_of, runs, own)),
+        )
+        out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
+        own.close()
+        return out
 
     def forward_features(self: Any, *args: Any, **kwargs: Any) -> Any:
         runs: Runs = []
@@ -93,6 +96,37 @@ class TimmMixin:
         return base_of(type(self)).forward_head(stand_in, x, *args, **kwargs)  # type: ignore[attr-defined]
 
 
+class _OwnLoop(BoundBlocks):
+    """The blocks for a forward of the user's own that may run them itself; without that there is no state for them."""
+
+    def __init__(self, model: Any, images: Any) -> None:
+        self._model, self._images = model, images
+        self._container, self._watched = model.blocks, False
+        self._forward: forward_of | None = None
+        self._state: TokenState | None = None
+        self._bound: list[Callable[..., Tensor]] = []
+
+    @property
+    def _calls(self) -> list[Callable[..., Tensor]]:  # type: ignore[override]
+        if self._forward is None:
+            self._forward = _forward_of(self._model, self._images, raster=True)
+            self._state = self._forward.__enter__()
+            self._bound = list(bound(self._container, self._state))
+        return self._bound
+
+    def __len__(self) -> int:
+        return len(self._model.blocks)
+
+    def slot(self) -> Slot:
+        """What is known of the rows that left the last block that ran."""
+        return Slot() if self._state is None else self._state.last
+
+    def close(self) -> None:
+        """The forward is over."""
+        if self._forward is not None:
+            self._forward.__exit__(None, None, None)
+
+
 def _features(model: Any, runs: Runs, raster: bool, *args: Any, **kwargs: Any) -> Any:
     """The host's forward_features with a state of its own; notes in `runs` what it made."""
     with _forward_of(model, _images(args, kwargs), raster=raster) as state:
@@ -104,10 +138,10 @@ def _features(model: Any, runs: Runs, raster: bool, *args: Any, **kwargs: Any) -
     return out | {"patches": rows} if isinstance(out, dict) else rows  # a dict: NaFlex
 
 
-def _slot_of(runs: Runs, state: TokenState | None, x: Tensor) -> Slot:
+def _slot_of(runs: Runs, own: _OwnLoop | None, x: Tensor) -> Slot:
     """What is known of the rows of `x`: of the features it is, else of the only ones there are."""
     if not runs:
-        return Slot() if state is None else state.last
+        return Slot() if own is None else own.slot()
     for features, slot in runs:
         if features is x:
             return slot

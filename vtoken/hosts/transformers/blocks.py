@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from vtoken.core.blocks import merged_block
+from vtoken.core.bound import alone
 from vtoken.core.patch import forward_with
 from vtoken.core.state import TokenState
+from vtoken.core.tap import Tap, TappedMixin
 from vtoken.errors import InputError
-from vtoken.hosts.merged import merged_block
-from vtoken.hosts.tower import Tap, TappedMixin, alone
 from vtoken.ops.merging.attention import masked_attention
 
 
@@ -69,14 +70,7 @@ class LayerMixin:
 class AttentionMixin(TappedMixin):
     """What the layers' attentions share: projections of their own for queries and keys."""
 
-    _vtoken_keys = "k_proj"
-
-    def forward(self: Any, *args: Any, vtoken_tap: Tap | None = None, **options: Any) -> Any:
-        if vtoken_tap is None or vtoken_tap.row is None:
-            return super().forward(*args, vtoken_tap=vtoken_tap, **options)  # type: ignore[misc]
-        scale = getattr(self, "scale", getattr(self, "scaling", None))
-        parts = vtoken_tap.row.parts(self, "q_proj", "k_proj", scale)
-        return forward_with(self, parts | {"k_proj": vtoken_tap.behind(parts["k_proj"])}, *args, **options)
+    _vtoken_keys, _vtoken_queries = "k_proj", "q_proj"
 
 
 class ClipLayerMixin(LayerMixin):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from vtoken.core.bound import BoundBlocks, bound, changed
 from vtoken.core.forward import block_method, forward_of
 from vtoken.core.patch import base_of, forward_with, is_patched, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
+from vtoken.core.watch import Watch
 from vtoken.errors import InputError
-from vtoken.hosts.class_rows import ClassRows
-from vtoken.hosts.tower import BoundBlocks, bound, changed
 from vtoken.ops import size_bias
 from vtoken.ops.rows import take_rows
 
@@ -29,7 +29,7 @@ class TowerMixin:
     _vtoken_path: ClassVar[tuple[str, ...]]
 
     def forward(
-        self: Any, *args: Any, vtoken_weighed: bool = False, vtoken_rows: ClassRows | None = None, **kwargs: Any
+        self: Any, *args: Any, vtoken_weighed: bool = False, vtoken_rows: Watch | None = None, **kwargs: Any
     ) -> Any:  # fmt: skip
         if vtoken_weighed:
             return _weighed(self, args, kwargs)
@@ -178,7 +178,7 @@ class Dinov2RegistersHeadMixin(MeanHeadMixin):
 
 
 def run_tower(
-    tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rows: ClassRows | None = None
+    tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Watch | None = None
 ) -> tuple[Any, Slot]:  # fmt: skip
     """The host's forward with a state of its own, watched by `rows`.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtoken import checks
+from vtoken.core.watch import Watch
 from vtoken.core.wrapper import Wrapper, setting
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.attentive_clip import cost, fit, heads
@@ -92,16 +93,15 @@ class AttentiveMaskCLIP(Wrapper):
 
         config = _settings_of(config, settings)
         self.generator = generator
-        self._tower, self._spec = tower_of(model)
+        self._host, self._spec, self._patches = tower_of(model)
         visual: Any = model.visual
-        self._patch_size = self._tower.patch_size(visual)
-        self._image_size = self._tower.image_size(visual)
+        self._patch_size, self._image_size = self._patches.size, self._patches.image_size
         self._steps = 0
         self._adopt(config)
 
         like = next(visual.parameters())
         sizes: dict[str, Any] = {"hidden": config.hidden_dim, "out": config.out_dim, "norm": config.head_norm}
-        width, made = self._tower.features(visual), {"device": like.device, "dtype": like.dtype}
+        width, made = self._patches.features, {"device": like.device, "dtype": like.dtype}
         self.model: Any = model
         self.simclr_head = heads.simclr_head(width, **sizes).to(**made) if config.simclr_weight else None
         self.byol_projector = heads.byol_projector(width, **sizes).to(**made) if config.byol_weight else None
@@ -192,14 +192,13 @@ class AttentiveMaskCLIP(Wrapper):
             return self.model(fit.single(image), text)
         self._follow()
         views = [image] if isinstance(image, Tensor) else list(image)
-        self._tower.refuse_patched(self.model.visual)
         fit.check_views(views, self._image_size, self._patch_size)
         fit.check_teacher(views, teacher_image, view_boxes, teacher_boxes)
         if self.simclr_head is not None and len(views) != 2:
             raise ConfigError(f"simclr_weight > 0 compares two views, but {len(views)} were given")
         rows, target = self._look(views, teacher_image, view_boxes, teacher_boxes)
         images = views[0] if len(views) == 1 else torch.cat(views)
-        pooled, projected = self._tower.student(self.model.visual, images, rows)
+        pooled, projected = self._host.masked(self.model.visual, images, rows)
         if projected.dim() != 2:
             raise ShapeError(f"the image tower gives features {tuple(projected.shape)}; CLIP training needs [B, E]")
         text_features = None if text is None else self.model.encode_text(text, normalize=True)
@@ -258,8 +257,11 @@ class AttentiveMaskCLIP(Wrapper):
         """Relevance [B, h, w] of the patches that the teacher sees, and its pooled features."""
         image = shrunk(image.float(), self.teacher_scale, self._patch_size, self._image_size)
         grid = self._grid_of(image)
-        reader, pooled = self._tower.teacher(self.teacher.visual, image, layers, stop=stop)
-        return reader.scores()[:, self._spec.num_prefix :].unflatten(1, grid) if layers else None, pooled
+        watch = Watch(layers, stop=stop)
+        pooled = self._host.masked(self.teacher.visual, image, None, watch)[0]
+        if not layers:
+            return None, pooled
+        return watch.scores(watch.layers[-1], "mean")[0][:, self._spec.num_prefix :].unflatten(1, grid), pooled
 
     @torch.no_grad()
     def score(self, images: Tensor) -> Tensor:
@@ -394,7 +396,7 @@ class AttentiveMaskCLIP(Wrapper):
         teacher = self.byol_projector is not None or (how.keep_ratio < 1 and how.mode != "random")
         kept = how.num_kept(self._spec.grid, max(self._patch_size))
         image = cost.image_macs(
-            self._tower.blocks(self.model.visual), self._tower.patch_embed(self.model.visual), self._spec.grid,
+            [block for _, block in self._host.blocks(self.model.visual)], self._patch_embed(), self._spec.grid,
             self._spec.num_prefix, views=views, kept=kept, teacher_scale=how.teacher_scale if teacher else None,
         )  # fmt: skip
         return batch * (image + 3 * cost.text_macs(self.model))
@@ -408,7 +410,11 @@ class AttentiveMaskCLIP(Wrapper):
     def _freeze(self) -> None:
         self.teacher.requires_grad_(False)
         if self.freeze_patch_embed:
-            self._tower.patch_embed(self.model.visual).requires_grad_(False)
+            self._patch_embed().requires_grad_(False)
+
+    def _patch_embed(self) -> nn.Module:
+        visual: nn.Module = self.model.visual
+        return visual.get_submodule(self._patches.embed)
 
     def _averaged(self) -> dict[str, Any]:
         """What the teacher averages, by name."""

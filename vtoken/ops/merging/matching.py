@@ -245,6 +245,56 @@ def bipartite_matching(metric: Tensor, r: int, num_prefix: int, backend: str = "
     return MergePlan.of([rows[:, :num_prefix], kept, rows[:, second::2]], src, best.gather(1, rank[:, :r]))
 
 
+def plan_threshold(metric: Tensor, r: int, *, threshold: float, num_prefix: int = 0) -> MergePlan:
+    """`plan_tome` with as many of the r pairs as are alike enough in every image of the batch.
+
+    Rows with an even absolute index each propose their best odd row. An image allows as many merges as it has proposals
+    with a cosine above `threshold`; the plan takes the least of these numbers over the batch, at most r, and in each
+    image so many of the best proposals. So all images keep equally many rows, and no pair at or below the threshold
+    merges. The number is read from the device, once per call, which waits for it.
+
+    Args:
+        metric: one vector per token, [B, T, d], prefix rows first; compared as in `plan_pitome`.
+        r: tokens to remove at most, at least 0; capped as in `plan_tome`.
+        threshold: cosine above which two tokens may merge, in [-1, 1]. At 1 nothing does.
+        num_prefix: prefix tokens P, in neither set.
+
+    Returns:
+        The plan that `plan_tome` makes of so many tokens.
+
+    Raises:
+        ShapeError, InputError: if `metric` is not 3-D or lacks prefix rows, or is no tensor.
+        ConfigError: if a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> from vtoken.ops import plan_threshold
+        >>> metric = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]])
+        >>> plan_threshold(metric, 2, threshold=0.9).num_tokens
+        3
+
+    Source: docs/methods/threshold.md 2.
+    """
+    r, num_prefix = _check("plan_threshold", metric, r, num_prefix)
+    threshold = checks.number("plan_threshold", "threshold", threshold, -1, 1, what="a cosine similarity, ")
+    batch, num_tokens, _ = metric.shape
+    rows = torch.arange(num_tokens, device=metric.device).expand(batch, num_tokens)
+    even, odd = rows[:, num_prefix + num_prefix % 2 :: 2], rows[:, num_prefix + 1 - num_prefix % 2 :: 2]
+    r = min(r, (num_tokens - num_prefix) // 2, even.shape[1])
+    if r <= 0 or batch == 0:
+        return MergePlan.identity(batch, num_tokens, metric.device)
+    with full_precision(metric):
+        unit = _unit_rows(metric)
+        value, best = _over_similarities(_nearest, take_rows(unit, even), take_rows(unit, odd))
+    # Equal rows may come out above 1 by rounding.
+    r = min(r, int((value.clamp_max(1.0) > threshold).sum(1).amin()))
+    if r == 0:
+        return MergePlan.identity(batch, num_tokens, metric.device)
+    rank = torch.sort(value, dim=1, descending=True, stable=True)[1]
+    kept = torch.sort(even.gather(1, rank[:, r:]), dim=1)[0]
+    return _assemble(even.gather(1, rank[:, :r]), best.gather(1, rank[:, :r]), kept, odd, num_prefix)
+
+
 def plan_random(metric: Tensor, r: int, *, num_prefix: int = 0, seed: int = 0) -> MergePlan:
     """Control: r sources and r destinations drawn uniformly, then every source joins its most similar destination.
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.core.calling import is_heard_within
 from vtoken.core.compiled import CompiledBlocks, mark
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import TokenState
+from vtoken.core.tap import Tap
 from vtoken.errors import InputError
-from vtoken.hosts.tower import Tap, is_heard_within
 
 
 def _refuse_mask(attention: dict[str, Any]) -> None:
