@@ -250,7 +250,9 @@ def test_verbs_say_what_takes_the_settings(verb: str, config: Any) -> None:
     classes = [type(m) for m in model.modules()]
     enter = lambda *args: vtoken.applied(*args).__enter__()  # noqa: E731
     call = enter if verb == "applied" else getattr(vtoken, verb)
-    with pytest.raises(ConfigError, match=r"attentive_clip .*a CLIP is trained with it as vtoken\.AttentiveMaskCLIP\(model, "):
+    with pytest.raises(
+        ConfigError, match=r"attentive_clip .*a CLIP is trained with it as vtoken\.AttentiveMaskCLIP\(model, "
+    ):
         call(model, config)
     assert [type(m) for m in model.modules()] == classes
     assert vtoken.config_of(model) is None

@@ -191,6 +191,11 @@ def register_adapter(adapter: type[HostAdapter]) -> type[HostAdapter]:
     return adapter
 
 
+def forget_adapter(adapter: type[HostAdapter]) -> None:
+    """Undo `register_adapter`."""
+    _registered[:] = [known for known in _registered if type(known) is not adapter]
+
+
 def registered() -> tuple[HostAdapter, ...]:
     """The adapters that `register_adapter` added, in the order in which they are asked."""
     return tuple(_registered)

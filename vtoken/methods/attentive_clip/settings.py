@@ -97,9 +97,9 @@ class AttentiveMasks(Selection, MethodConfig):
     def build(self, depth: int) -> NoReturn:
         """There is nothing to build: raises ConfigError that says what takes these settings."""
         raise ConfigError(
-            f"{self.method} patches no model and takes no token from one outside training: a CLIP is trained with it as "
-            "vtoken.AttentiveMaskCLIP(model, ...), which takes these settings or their values by name; its step_macs() "
-            "counts a training step"
+            f"{self.method} patches no model and takes no token from one outside training: a CLIP is trained with it "
+            "as vtoken.AttentiveMaskCLIP(model, ...), which takes these settings or their values by name; its "
+            "step_macs() counts a training step"
         )
 
 
