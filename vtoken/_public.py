@@ -27,7 +27,7 @@ from vtoken.errors import (
 )
 from vtoken.hosts.class_rows import cls_attention_scores
 from vtoken.hosts.names import supported
-from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMaskLoss, MultiViewCrop
+from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMaskLoss, AttentiveMasks, MultiViewCrop
 from vtoken.methods.merging.base import MergeConfig, ScheduledMergeConfig
 from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.merging.pitome import PiToMe
@@ -49,6 +49,7 @@ __all__ = [
     "AlreadyAppliedError",
     "AttentiveMaskCLIP",
     "AttentiveMaskLoss",
+    "AttentiveMasks",
     "ConfigError",
     "HostAdapter",
     "HostSpec",

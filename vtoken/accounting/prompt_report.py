@@ -11,7 +11,7 @@ from vtoken import checks
 from vtoken.accounting.prefill import Decoder, kv_cache_bytes, prefill_macs
 from vtoken.accounting.report import count_macs
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, config_tuple, is_applied, remove, resolve
+from vtoken.core.apply import Config, apply, given_or_carried, is_applied, remove
 from vtoken.core.counts import pixels
 from vtoken.core.host import find_adapter, host_of
 from vtoken.errors import ConfigError
@@ -127,7 +127,7 @@ def prompt_report(
     images = checks.whole("prompt_report", "images", images, 1)
     text_tokens = checks.whole("prompt_report", "text_tokens", text_tokens, 0)
     bytes_per_element = checks.whole("prompt_report", "bytes_per_element", bytes_per_element, 1)
-    configs = resolve(config, options) if config is not None else config_tuple(model)
+    configs = given_or_carried(model, config, options)
     if not any(c.part == "prompt" for c in configs):
         raise ConfigError("prompt_report needs a method that acts in the prompt, such as vtoken.VTCCLS(num_tokens=64)")
     adapter: Any = find_adapter(model, "prompt")
