@@ -27,7 +27,7 @@ OTHERS: dict[str, Any] = {
     "byol_weight": 2.0, "hidden_dim": 16, "out_dim": 4, "head_norm": "layer", "ema_text": True,
     "freeze_patch_embed": True, "outside": "zeros",
 }  # fmt: skip
-FIXED = {"simclr_weight", "byol_weight", "hidden_dim", "out_dim", "head_norm", "ema_text", "freeze_patch_embed"}
+FIXED = ("simclr_weight", "byol_weight", "hidden_dim", "out_dim", "head_norm", "ema_text", "freeze_patch_embed")
 EXAMPLES = [
     AttentiveMasks.example(), AttentiveMasks(layers="last"), AttentiveMasks(layers=[2, 0], total_steps=2.5),
     AttentiveMasks(warmup_steps=0.5, keep_ratio=1), AttentiveMasks(**OTHERS),
