@@ -27,10 +27,14 @@ from vtoken.errors import (
 from vtoken.hosts.class_rows import cls_attention_scores
 from vtoken.hosts.names import supported
 from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMaskLoss, MultiViewCrop
+from vtoken.methods.cdpruner import CDPruner
+from vtoken.methods.controls import PooledTokens, RandomTokens, UniformTokens
+from vtoken.methods.divprune import DivPrune
 from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.merging.pitome import PiToMe
 from vtoken.methods.sparsifiner.calibrate import calibrate_threshold
 from vtoken.methods.sparsifiner.settings import Sparsifiner
+from vtoken.methods.visionzip import VisionZip
 from vtoken.methods.vtc_cls import VTCCLS
 from vtoken.ops import select_tokens
 from vtoken.prompts.budget import budget
@@ -46,7 +50,9 @@ __all__ = [
     "AlreadyAppliedError",
     "AttentiveMaskCLIP",
     "AttentiveMaskLoss",
+    "CDPruner",
     "ConfigError",
+    "DivPrune",
     "HostAdapter",
     "HostSpec",
     "InputError",
@@ -54,19 +60,23 @@ __all__ = [
     "MultiViewCrop",
     "PiToMe",
     "Plan",
+    "PooledTokens",
     "PromptReport",
     "QuotaVideoModel",
     "RandomMerge",
     "RandomPrune",
+    "RandomTokens",
     "Report",
     "ShapeError",
     "Sparsifiner",
     "StrideMerge",
     "ToMe",
     "Trace",
+    "UniformTokens",
     "UnsupportedModelError",
     "VTokenError",
     "VTokenWarning",
+    "VisionZip",
     "applied",
     "apply",
     "budget",

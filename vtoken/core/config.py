@@ -55,6 +55,10 @@ _BUILTIN = (
     "vtoken.methods.merging.pitome",
     "vtoken.methods.sparsifiner.settings",
     "vtoken.methods.vtc_cls",
+    "vtoken.methods.divprune",
+    "vtoken.methods.visionzip",
+    "vtoken.methods.cdpruner",
+    "vtoken.methods.controls",
 )
 _registry: dict[str, type[MethodConfig]] = {}
 

@@ -103,6 +103,12 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
             "a cache that is not empty came with a full prompt: what it holds cannot be matched to a shortened one. "
             "Send the whole conversation without the cache, or pass the short ids from the record of vtoken.trace"
         )
+    if family.axes == 3 and (cached or already is not False) and (cached or places is None):
+        why = "came with a cache that is not empty" if cached else "has fewer placeholders than its images have tokens"
+        raise InputError(
+            f"{type(model).__name__} numbers tokens along three axes by the whole prompt, but this one {why}: send the "
+            "whole, full prompt without the cache"
+        )
     numbered = family.places(model, given, generating=generating)
     encoded = family.encode(model, given, visuals, needs)
     _check_lengths(visuals, encoded)
