@@ -243,3 +243,41 @@ def test_what_is_refused() -> None:
     assert vtoken.num_tokens(model, img_size=(32, 48)) == 3
     with pytest.raises(vtoken.ShapeError, match="any size"):
         vtoken.num_tokens(model)
+
+
+def test_what_a_prompt_costs() -> None:
+    """Against the products that a counting tower makes, one image alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for kind, pixels in (("qwen2", (16, 24)), ("qwen2_5", (24, 40)), ("qwen3", (16, 24))):
+        model, (h, w) = build(kind), (pixels[0] // 4, pixels[1] // 4)
+        model.set_attn_implementation("eager")
+        report = vtoken.prompt_report(model, vtoken.DivPrune(num_tokens=2), image_size=pixels, text_tokens=10)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.model.get_image_features(torch.randn(h * w, 96), torch.tensor([[1, h, w]]))
+        expected = counter.get_total_flops() // 2
+        assert report.before.tower_macs + report.before.projector_macs == expected
+        assert (report.before.image_tokens, report.after.image_tokens) == (h * w // 4, 2)
+        assert report.exact
+        assert report.prefill_factor > 1
+
+
+@torch.no_grad()
+def test_kept_tokens_can_be_drawn() -> None:
+    model, given = build("qwen2"), call()
+    vtoken.apply(model, vtoken.DivPrune(num_tokens=3))
+    _, trace = vtoken.trace(model, **given)
+    assert trace.grid == (2, 3)
+    for i, (_, h, w) in enumerate(given["image_grid_thw"].tolist()):
+        assert trace.kept(i).tolist() == trace.prompt.kept[i].tolist()
+        assert trace.prompt.visuals[i].cells[0].grid == (h // 2, w // 2)
+    pytest.importorskip("PIL")
+    assert vtoken.visualize.draw_kept(torch.rand(3, 16, 24), trace.kept(0), trace.grid).size == (24, 16)
+
+
+@torch.no_grad()
+def test_a_video_budget_on_top_is_refused() -> None:
+    model, given = build("qwen2"), call(video=True)
+    vtoken.apply(model, vtoken.DivPrune(num_tokens=3))
+    with pytest.raises(vtoken.ConfigError, match="calls of their own"):
+        vtoken.QuotaVideoModel(model, budget=4)(**given, frame_scores=[1.0, 0.5])

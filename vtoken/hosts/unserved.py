@@ -8,12 +8,13 @@ from torch import nn
 
 from vtoken.core.host import HostAdapter, HostSpec
 from vtoken.errors import UnsupportedModelError
+from vtoken.hosts.internvl.family import InternVL
 from vtoken.hosts.llava.adapter import LlavaAdapter
 from vtoken.hosts.qwen.family import QwenVL
 from vtoken.hosts.transformers.adapter import keys_of
 
 #: The families that are served.
-FAMILIES = (LlavaAdapter, QwenVL)
+FAMILIES = (LlavaAdapter, QwenVL, InternVL)
 #: Why well-known relatives are refused, by the module of transformers.models.
 REASONS = {
     "llava_next_video": "its video frames are pooled before the projector, which is not supported yet",
@@ -22,7 +23,6 @@ REASONS = {
     "idefics2": "its resampler mixes image tokens, which then belong to no patch",
     "idefics3": "it shuffles patches into channels before the projector, which is not supported yet",
     "smolvlm": "it shuffles patches into channels before the projector, which is not supported yet",
-    "internvl": "it shuffles patches into channels before the projector, which is not supported yet",
     "gemma3": "it pools patches before the projector, which is not supported yet",
     "paligemma": "its attention mask tells image tokens from text, which a shortened prompt does not keep",
 }

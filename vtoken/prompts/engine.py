@@ -87,7 +87,7 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
     facts = family.facts(model, given)
     needs = method.needs(facts)
     family.refuse(model, given, needs)
-    visuals = family.layout(model, given)
+    visuals = family.layout(model, given | {"input_ids": ids})
     asked, count = asked_of(model), len(visuals)
     order = _order(ids, tokens, visuals)
     methods = _back(methods_for(method, asked, count), order)

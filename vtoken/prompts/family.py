@@ -182,12 +182,29 @@ class Family(HostAdapter):
         """Images that the tower sees for one of `size` pixels."""
         return 1
 
+    def tower_macs(self, model: Any, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Multiply-adds of the tower on one image or crop, without and with methods in it; None: counted by running."""
+        return None
+
+    def projector_macs(self, model: Any) -> int:
+        """Multiply-adds per token between tower and language model."""
+        return linear_macs(model.model.multi_modal_projector)
+
+    def scoring_macs(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> int:
+        """Multiply-adds that reading the attention of one image or crop takes."""
+        return 0
+
     def method(self, model: nn.Module, configs: Sequence[MethodConfig]) -> Any:
         """What the settings of the prompt, among these, make; None if there are none."""
         from vtoken.core.apply import build_methods
 
         prompt = tuple(c for c in configs if c.part == "prompt")
         return build_methods(model, self, prompt)["on_features"] if prompt else None
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-adds of all linear layers for one row."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def like(old: Any, rows: Sequence[Tensor]) -> Any:

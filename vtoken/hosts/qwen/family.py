@@ -18,8 +18,8 @@ from vtoken.core.patch import base_of, view
 from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
 from vtoken.errors import ConfigError, InputError, ShapeError, UnsupportedModelError
 from vtoken.hosts.qwen.positions import places
-from vtoken.hosts.qwen.watch import Watch
-from vtoken.prompts.family import Family, named_for, need, takes_outputs
+from vtoken.hosts.watch import Reader, Watch
+from vtoken.prompts.family import Family, linear_macs, named_for, need, takes_outputs
 
 _SIDE = (
     "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
@@ -121,6 +121,7 @@ class QwenVL(Family):
     def encode(self, model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: Needs) -> Encoded:
         """By the model's own `get_image_features` and `get_video_features`."""
         group = int(model.config.vision_config.spatial_merge_size) ** 2
+        wants_keys = "keys" in needs.features
         outputs: dict[str, Any] = {}
         levels: list[list[Tensor]] = []
         taps: dict[str, list[Tensor]] = {"attention": [], "keys": [], "before": []}
@@ -128,26 +129,34 @@ class QwenVL(Family):
             mine = [v for v in visuals if v.kind == kind]
             if not mine:
                 continue
-            watch = Watch(needs.layers, keys="keys" in needs.features, before="before" in needs.features)
-            inner = model.model
-            if needs.layers or needs.features & {"keys", "before"}:
-                inner = view(inner, visual=watch.over(inner.visual))
+            inner, seen, parts = model.model, list[Tensor](), dict[str, Any]()
+            keys_of = (needs.layers[-1] if needs.layers else len(inner.visual.blocks) - 1) if wants_keys else None
+            watch = Watch(needs.layers, needs.attention, keys_of)
+            if "before" in needs.features:
+                parts["merger"] = Reader(inner.visual.merger, before=seen.append)
+            if watch.reads or parts:
+                inner = view(inner, visual=watch.over(inner.visual, ("blocks",), "attn", "qkv", **parts))
             run = getattr(inner, f"get_{kind}_features")
             stock = getattr(model.model, f"get_{kind}_features")
             out = run(**named_for(stock, given, (name, f"{kind}_grid_thw")), return_dict=True)
             outputs[kind] = out
             lengths = [v.length for v in mine]
             deeper = getattr(out, "deepstack_features", None) or []
-            each = [list(out.pooler_output), *(split(level, lengths) for level in deeper)]
-            levels = [old + new for old, new in zip(levels, each, strict=True)] if levels else each
+            both = [list(out.pooler_output), *(split(level, lengths) for level in deeper)]
+            levels = [old + new for old, new in zip(levels, both, strict=True)] if levels else both
             order = self.order(model, given[f"{kind}_grid_thw"])
-            read = {"attention": watch.attention(group), "keys": watch.keys(group), "before": watch.before(group)}
-            for tap, rows in read.items():
-                if rows is None:
-                    continue
-                axis = 1 if tap == "attention" else 0
-                rows = rows if order is None else rows.index_select(axis, order.to(rows.device))
-                taps[tap] += rows.split(lengths, dim=axis)
+            rows, projected = watch.attention(), watch.projected
+            read: dict[str, Tensor] = {"before": seen[0]} if seen else {}
+            if rows is not None:
+                read["attention"] = torch.stack([row[0].to(rows[-1][0].device) for row in rows], dim=-1)
+            if projected is not None:
+                heads = int(inner.visual.blocks[0].attn.num_heads)
+                read["keys"] = projected.unflatten(1, (3, heads, -1))[:, 1].float().mean(1)
+            for tap, patches in read.items():
+                tokens = patches.unflatten(0, (-1, group)).mean(1)
+                tokens = tokens if order is None else tokens.index_select(0, order.to(tokens.device))
+                each = list(tokens.split(lengths))
+                taps[tap] += [row.T for row in each] if tap == "attention" else each
         return Encoded(outputs, levels, taps["attention"] or None, taps["before"] or None, taps["keys"] or None)
 
     def order(self, model: Any, grids: Tensor) -> Tensor | None:
@@ -199,9 +208,39 @@ class QwenVL(Family):
         height, width = (max(1, round(s / side)) for s in size)
         return Visual("image", (Cell((height, width)),))
 
+    def tower_macs(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """From its measures: patch embedding, linear layers, and attention over the image or inside windows."""
+        tower, spec, windowed = self.tower(model), self.spec(model), self.facts(model, {}).windowed
+        merge = int(model.config.vision_config.spatial_merge_size)
+        rows, columns = (side * merge for side in self.visual(model, size).cells[0].grid)
+        patches, pairs = rows * columns, (rows * columns) ** 2
+        side = int(getattr(tower, "window_size", 0)) // int(model.config.vision_config.patch_size)
+        inside = _squares(rows, side) * _squares(columns, side) if windowed else pairs
+        total = patches * sum(p.numel() for n, p in tower.patch_embed.named_parameters() if n.endswith("weight"))
+        for i, block in enumerate(tower.blocks):
+            total += patches * linear_macs(block) + 2 * spec.width * (inside if i in windowed else pairs)
+        return total, total
+
+    def projector_macs(self, model: Any) -> int:
+        """Of the merger, and of those for deeper levels."""
+        tower = self.tower(model)
+        more = getattr(tower, "deepstack_merger_list", None)
+        return linear_macs(tower.merger) + (0 if more is None else linear_macs(more))
+
+    def scoring_macs(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> int:
+        """All rows of attention in every layer that is read."""
+        needs = self.method(model, configs).needs(self.facts(model, {}))
+        merge = int(getattr(model.config, "vision_config").spatial_merge_size)  # noqa: B009
+        return len(needs.layers) * (self.visual(model, size).content * merge**2) ** 2 * self.spec(model).width
+
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """There is no size of its own."""
         raise ShapeError(f"{type(model).__name__} takes images of any size: say which, in pixels")
+
+
+def _squares(length: int, side: int) -> int:
+    """Sum of the squares of the pieces of a line that is cut every `side`."""
+    return length // side * side**2 + (length % side) ** 2
 
 
 def split(level: Any, lengths: list[int]) -> list[Tensor]:
