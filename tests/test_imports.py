@@ -35,6 +35,8 @@ FAMILIES: dict[str, set[str]] = {
     "open_clip": {"timm"},  # whose models it takes as trunks
     "transformers": set(),
     "llava": {"transformers"},
+    "internvl": {"transformers", "llava"},
+    "qwen": {"video"},
     "video": {"transformers", "llava"},
 }
 #: Files in hosts/ that stand above the families: what is asked last names all that are served.

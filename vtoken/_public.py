@@ -28,12 +28,16 @@ from vtoken.errors import (
 from vtoken.hosts.class_rows import cls_attention_scores
 from vtoken.hosts.names import supported
 from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMaskLoss, AttentiveMasks, MultiViewCrop
+from vtoken.methods.cdpruner import CDPruner
+from vtoken.methods.controls import PooledTokens, RandomTokens, UniformTokens
+from vtoken.methods.divprune import DivPrune
 from vtoken.methods.merging.base import MergeConfig, ScheduledMergeConfig
 from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.merging.pitome import PiToMe
 from vtoken.methods.merging.threshold import ThresholdMerge
 from vtoken.methods.sparsifiner.calibrate import calibrate_threshold
 from vtoken.methods.sparsifiner.settings import Sparsifiner
+from vtoken.methods.visionzip import VisionZip
 from vtoken.methods.vtc_cls import VTCCLS
 from vtoken.ops import select_tokens
 from vtoken.prompts.budget import budget
@@ -50,7 +54,9 @@ __all__ = [
     "AttentiveMaskCLIP",
     "AttentiveMaskLoss",
     "AttentiveMasks",
+    "CDPruner",
     "ConfigError",
+    "DivPrune",
     "HostAdapter",
     "HostSpec",
     "InputError",
@@ -59,10 +65,12 @@ __all__ = [
     "MultiViewCrop",
     "PiToMe",
     "Plan",
+    "PooledTokens",
     "PromptReport",
     "QuotaVideoModel",
     "RandomMerge",
     "RandomPrune",
+    "RandomTokens",
     "Report",
     "ScheduledMergeConfig",
     "ShapeError",
@@ -71,9 +79,11 @@ __all__ = [
     "ThresholdMerge",
     "ToMe",
     "Trace",
+    "UniformTokens",
     "UnsupportedModelError",
     "VTokenError",
     "VTokenWarning",
+    "VisionZip",
     "applied",
     "apply",
     "budget",

@@ -23,16 +23,13 @@ def _refused() -> dict[str, Any]:
     text = t.LlamaConfig(**TEXT)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     pixtral = t.PixtralVisionConfig(**small, image_size=32, patch_size=8, head_dim=16)
-    qwen = t.Qwen2VLConfig(
-        text_config=TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-        vision_config={"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32},
-    )
+    smol = t.SmolVLMConfig(vision_config=small | {"image_size": 32, "patch_size": 8}, text_config=text)
     video = t.LlavaNextVideoConfig(vision_config=t.CLIPVisionConfig(**VISION), text_config=text)
     return {
         "PixtralVisionModel": lambda: t.LlavaForConditionalGeneration(
             t.LlavaConfig(vision_config=pixtral, text_config=text)
         ),
-        "three axes": lambda: t.Qwen2VLForConditionalGeneration(qwen),
+        "shuffles patches into channels": lambda: t.SmolVLMForConditionalGeneration(smol),
         "pooled before the projector": lambda: t.LlavaNextVideoForConditionalGeneration(video),
         "does not know its prompts": lambda: t.LlamaForCausalLM(text),
         "LlavaModel": lambda: build("llava").model,

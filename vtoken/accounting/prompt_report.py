@@ -134,7 +134,7 @@ def prompt_report(
     size = adapter.image_size(model) if image_size is None else pixels(image_size)
     in_tower = tuple(c for c in configs if c.part == "tower")
     full, pruned = adapter.count(model, (), size), adapter.count(model, configs, size)
-    tower = tower_macs(model, in_tower, size)
+    tower = adapter.tower_macs(model, size) or tower_macs(model, in_tower, size)
     decoder = Decoder.of(model)
 
     def cost(tokens: int, tower_work: int, projected: int) -> PromptCost:
@@ -142,7 +142,7 @@ def prompt_report(
         return PromptCost(
             image_tokens=images * tokens,
             tower_macs=images * tower_work,
-            projector_macs=images * projected * _projector_macs(model),
+            projector_macs=images * projected * adapter.projector_macs(model),
             prefill_macs=prefill_macs(decoder, length),
             cache_bytes=kv_cache_bytes(decoder, length, bytes_per_element),
         )
@@ -176,9 +176,3 @@ def tower_macs(model: Any, configs: Config, size: tuple[int, int]) -> tuple[int,
         return before, before
     apply(shadow, configs)
     return before, count_macs(host, pixel_size)
-
-
-def _projector_macs(model: Any) -> int:
-    """Multiply-adds per token."""
-    linear = [m for m in model.model.multi_modal_projector.modules() if isinstance(m, nn.Linear)]
-    return sum(m.in_features * m.out_features for m in linear)

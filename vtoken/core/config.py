@@ -59,6 +59,10 @@ _BUILTIN = (
     "vtoken.methods.merging.threshold",
     "vtoken.methods.sparsifiner.settings",
     "vtoken.methods.vtc_cls",
+    "vtoken.methods.divprune",
+    "vtoken.methods.visionzip",
+    "vtoken.methods.cdpruner",
+    "vtoken.methods.controls",
 )
 _registry: dict[str, type[MethodConfig]] = {}
 

@@ -115,6 +115,8 @@ _BUILTIN = (
     ("open_clip", "tower", "vtoken.hosts.open_clip.adapter", "OpenClipAdapter"),
     ("transformers", "tower", "vtoken.hosts.transformers.adapter", "HFAdapter"),
     ("transformers", "prompt", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
+    ("transformers", "prompt", "vtoken.hosts.qwen.family", "QwenVL"),
+    ("transformers", "prompt", "vtoken.hosts.internvl.family", "InternVL"),
     ("transformers", "prompt", "vtoken.hosts.unserved", "UnservedPrompts"),
     ("transformers", "video", "vtoken.hosts.video.llava", "OnevisionVideo"),
     ("transformers", "video", "vtoken.hosts.video.llava", "NextVideo"),

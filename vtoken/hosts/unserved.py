@@ -9,23 +9,21 @@ from torch import nn
 from vtoken.core.host import HostAdapter
 from vtoken.core.spec import HostSpec
 from vtoken.errors import UnsupportedModelError
+from vtoken.hosts.internvl.family import InternVL
 from vtoken.hosts.llava.adapter import LlavaAdapter
+from vtoken.hosts.qwen.family import QwenVL
 from vtoken.hosts.transformers.adapter import keys_of
 
 #: The families that are served.
-FAMILIES = (LlavaAdapter,)
+FAMILIES = (LlavaAdapter, QwenVL, InternVL)
 #: Why well-known relatives are refused, by the module of transformers.models.
 REASONS = {
     "llava_next_video": "its video frames are pooled before the projector, which is not supported yet",
-    "qwen2_vl": "its tower has no class token and numbers tokens along three axes",
-    "qwen2_5_vl": "its tower has no class token, windows its attention and numbers tokens along three axes",
-    "qwen3_vl": "its tower has no class token and its features enter several layers of the language model",
     "mllama": "its language model reads images by cross-attention, not from the prompt",
     "idefics": "its language model reads images by cross-attention, not from the prompt",
     "idefics2": "its resampler mixes image tokens, which then belong to no patch",
     "idefics3": "it shuffles patches into channels before the projector, which is not supported yet",
     "smolvlm": "it shuffles patches into channels before the projector, which is not supported yet",
-    "internvl": "it shuffles patches into channels before the projector, which is not supported yet",
     "gemma3": "it pools patches before the projector, which is not supported yet",
     "paligemma": "its attention mask tells image tokens from text, which a shortened prompt does not keep",
 }

@@ -81,6 +81,12 @@ def methods_for(method: PromptMethod, asked: Mapping[str, Any], count: int) -> l
     return [replaced(method, changes) for changes in each]
 
 
+def likely_methods(method: PromptMethod, asked: Mapping[str, Any]) -> list[PromptMethod]:
+    """The method as a call in these blocks would run it: one, or one for every value of a list."""
+    counts = [len(value) for name, value in asked.items() if name in method.budgets and _several(value) is not None]
+    return methods_for(method, asked, max(counts, default=1))
+
+
 def clues_for(method: PromptMethod, asked: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """Every visual's share of what came with the call: one for one visual, else a list with one for each.
 

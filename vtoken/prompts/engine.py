@@ -87,7 +87,7 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
     facts = family.facts(model, given)
     needs = method.needs(facts)
     family.refuse(model, given, needs)
-    visuals = family.layout(model, given)
+    visuals = family.layout(model, given | {"input_ids": ids})
     asked, count = asked_of(model), len(visuals)
     order = _order(ids, tokens, visuals)
     methods = _back(methods_for(method, asked, count), order)
@@ -102,6 +102,12 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
         raise InputError(
             "a cache that is not empty came with a full prompt: what it holds cannot be matched to a shortened one. "
             "Send the whole conversation without the cache, or pass the short ids from the record of vtoken.trace"
+        )
+    if family.axes == 3 and (cached or already is not False) and (cached or places is None):
+        why = "came with a cache that is not empty" if cached else "has fewer placeholders than its images have tokens"
+        raise InputError(
+            f"{type(model).__name__} numbers tokens along three axes by the whole prompt, but this one {why}: send the "
+            "whole, full prompt without the cache"
         )
     numbered = family.places(model, given, generating=generating)
     encoded = family.encode(model, given, visuals, needs)

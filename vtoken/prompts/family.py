@@ -17,6 +17,7 @@ from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.core.spec import ImageTokens
 from vtoken.core.visual import Encoded, Needs, TowerFacts, Visual, length_of
 from vtoken.errors import ConfigError, InputError, UnsupportedModelError
+from vtoken.prompts.budget import asked_of, likely_methods
 from vtoken.prompts.calls import refuse_chunks
 from vtoken.prompts.entry import InnerMixin, PromptMixin
 from vtoken.prompts.shrink import placeholders_in
@@ -173,17 +174,37 @@ class Family(HostAdapter):
         crops, rows = self.crops(model, size), visual.cells[0].tokens + visual.fixed
         if method is None:
             return ImageTokens(crops, rows, visual.length, visual.length)
-        kept, exact = length_of(visual, min(method.count(visual, {}), visual.content), method.newline)
-        return ImageTokens(crops, rows, visual.length, kept, exact)
+        held = getattr(model.__dict__.get("_vtoken"), "configs", ())
+        own = all(any(c is h for h in held) for c in configs if c.part == "prompt")
+        likely = likely_methods(method, asked_of(model) if own else {})
+        lengths = [length_of(visual, min(m.count(visual, {}), visual.content), m.newline) for m in likely]
+        return ImageTokens(crops, rows, visual.length, max(lengths)[0], len(lengths) == 1 and lengths[0][1])
 
     def crops(self, model: Any, size: tuple[int, int]) -> int:
         """Images that the tower sees for one of `size` pixels."""
         return 1
 
+    def tower_macs(self, model: Any, size: tuple[int, int]) -> tuple[int, int] | None:
+        """Multiply-adds of the tower on one image or crop, without and with methods in it; None: counted by running."""
+        return None
+
+    def projector_macs(self, model: Any) -> int:
+        """Multiply-adds per token between tower and language model."""
+        return linear_macs(model.model.multi_modal_projector)
+
+    def scoring_macs(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> int:
+        """Multiply-adds that reading the attention of one image or crop takes."""
+        return 0
+
     def method(self, model: nn.Module, configs: Sequence[MethodConfig]) -> Any:
         """What the settings of the prompt, among these, make; None if there are none."""
         prompt = tuple(c for c in configs if c.part == "prompt")
         return build_methods(Host(self, model, self.spec(model)), prompt)["on_features"] if prompt else None
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-adds of all linear layers for one row."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def like(old: Any, rows: Sequence[Tensor]) -> Any:
@@ -217,7 +238,7 @@ def named_for(function: Any, given: dict[str, Any], names: Sequence[str]) -> dic
     return {name: given[name] for name in names if name in takes and given.get(name) is not None}
 
 
-def need_ids(model: Any, given: dict[str, Any], name: str) -> Any:
+def need(model: Any, given: dict[str, Any], name: str) -> Any:
     """An argument that the processor returns; raises InputError if it is missing."""
     if given.get(name) is None:
         raise InputError(f"{type(model).__name__} needs {name} with its images; pass all that the processor returns")

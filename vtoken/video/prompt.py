@@ -60,6 +60,11 @@ def check_call(adapter: VideoAdapter, model: Any, given: dict[str, Any]) -> None
     if isinstance(given.get("logits_to_keep"), Tensor):
         raise InputError("logits_to_keep names positions of the full prompt; pass how many of the last ones to keep")
     pruning = _pruning(model)
+    if pruning is not None and given.get("pixel_values") is not None and model._vtoken_family.axes == 3:
+        raise ConfigError(
+            f"{type(pruning).__name__} shortens prompts of {type(model).__name__} along three axes, which cannot be "
+            "combined with a video budget in one call: ask about images and videos in calls of their own"
+        )
     if pruning is not None and given.get("pixel_values") is not None and pruning.positions == "original":
         raise ConfigError(
             "VTCCLS(positions='original') numbers tokens by the full prompt, which a video with a budget does not "
