@@ -19,6 +19,7 @@ ALLOWED = {
     "accounting": {"core", "ops", "methods"},
     "visualize": {"core", "ops", "accounting"},
     "demo": {"core"},
+    "testing": {"core", "prompts"},
     "video": {"core", "ops", "hosts", "prompts", "accounting"},
     "cli": {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video"},
 }

@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-from tests.prompts.frozen import make
+from tests.prompts.frozen import make  # noqa: E402
 
 # Sums in another order, on another machine or release, move the last bits; a token that is another one moves far more.
 LOGITS, SCORES = 2e-4, 2e-6

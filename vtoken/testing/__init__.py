@@ -1,0 +1,5 @@
+"""The promises of docs/mechanism.md 1, tried on what somebody wrote outside this package."""
+
+from vtoken.testing.prompts import check_family, check_prompt_method
+
+__all__ = ["check_family", "check_prompt_method"]
