@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test check setup
+.PHONY: demo test test-all check setup
 
 demo: $(VENV)/ready  ## set up, then the main job: a real ViT on real photographs; results in out/demo
 	$(BIN)/python -m vtoken demo $(ARGS)
 
-test: $(VENV)/ready  ## set up, then the tests
+test: $(VENV)/ready  ## set up, then the tests but for the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: $(VENV)/ready  ## set up, then all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(VENV)/ready  ## lint, format, types

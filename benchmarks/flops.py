@@ -19,7 +19,8 @@ import vtoken
 from vtoken.accounting.compare import label
 from vtoken.cli.settings import add_sweep, sweep
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import HostSpec, find_adapter
+from vtoken.core.host import find_adapter
+from vtoken.core.spec import HostSpec
 
 MODELS = [
     "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_base_patch16_384",

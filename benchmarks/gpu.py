@@ -26,7 +26,7 @@ from sparse_gpu import SparseShape, sparse_line, time_sparse
 from throughput import as_rows, measure, show
 
 import vtoken
-from vtoken.accounting.compare import forward_of, label, write_json
+from vtoken.accounting.compare import label, runner, write_json
 from vtoken.accounting.timing import interleaved
 from vtoken.errors import VTokenError
 
@@ -149,7 +149,7 @@ def break_even(factors: dict[int, float]) -> int | None:
 
 
 def _factor(bench: Bench, model: Any, config: vtoken.MethodConfig, images: torch.Tensor, graph: bool) -> dict[str, Any]:
-    runs = {"unpatched": forward_of(model, None, images), "patched": forward_of(model, config, images)}
+    runs = {"unpatched": runner(model, None, images), "patched": runner(model, config, images)}
     if graph:
         runs = {name: _captured(run) for name, run in runs.items()}
     calls = max(1, 64 // images.shape[0]) if bench.device.type == "cuda" else 1

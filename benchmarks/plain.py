@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.methods.merging.base import Merging
 from vtoken.methods.merging.baselines import ToMe
 from vtoken.methods.merging.pitome import PiToMe

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vtoken.accounting.timing import interleaved
 from vtoken.methods.sparsifiner.predictor import ConnectivityPredictor
-from vtoken.ops import Connections, backend, lists, select_grouped, select_topk, sparse_attention
-from vtoken.ops.sparse.connections import num_kept, query_order
+from vtoken.ops import Connections, backend, select_grouped, select_topk, sparse_attention
+from vtoken.ops.sparse import lists
+from vtoken.ops.sparse.connections import num_kept, query_order, select_reason
 
 WIDTH, BASIS, GROUP = 64, 32, 64
 #: Relative RMS error that a form may have in the dtype that is timed.
@@ -83,7 +84,7 @@ def _select(
     coefficients, basis, grid = predictor.coefficients(q, k), predictor.basis(), (shape.side, shape.side)
     if kind == "grouped":
         return select_grouped(coefficients, basis, shape.ratio, grid=grid, group_size=GROUP)
-    if not backend.use_triton("auto", coefficients, lambda: backend.select_reason(coefficients, basis)):
+    if not backend.use_triton("auto", coefficients, lambda: select_reason(coefficients, basis)):
         return select_topk(coefficients, basis, shape.ratio)
     order = query_order(grid, None, shape.tokens, shape.tokens - 1, coefficients)
     if kind == "threshold":

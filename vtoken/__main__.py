@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = parser().parse_args(argv)
+        for file in getattr(args, "load", ()):
+            importlib.import_module("vtoken.cli.load").load(file)
         module, _, function = args.run.partition(":")
         code: int = getattr(importlib.import_module(f"vtoken.cli.{module}"), function)(args)
         sys.stdout.flush()  # so that a pipe that closed is noticed here

@@ -9,11 +9,12 @@ from vtoken import nn, ops, train, video
 from vtoken.accounting.prefill import kv_cache_bytes, prefill_flops
 from vtoken.accounting.prompt_report import PromptReport, prompt_report
 from vtoken.accounting.report import Report, report
-from vtoken.core.apply import applied, apply, config_of, configure, is_applied, num_tokens, plan, remove
+from vtoken.core.apply import applied, apply, config_of, configure, is_applied, remove
 from vtoken.core.compiled import compile
 from vtoken.core.config import MethodConfig, config_from_dict, methods, register_method
-from vtoken.core.host import HostAdapter, HostSpec, register_adapter
-from vtoken.core.plan import Plan
+from vtoken.core.counts import num_tokens, plan
+from vtoken.core.host import HostAdapter, register_adapter
+from vtoken.core.spec import HostSpec, Plan
 from vtoken.core.trace import Trace, trace, tracing, unmerge
 from vtoken.errors import (
     AlreadyAppliedError,
@@ -26,12 +27,14 @@ from vtoken.errors import (
 )
 from vtoken.hosts.class_rows import cls_attention_scores
 from vtoken.hosts.names import supported
-from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMaskLoss, MultiViewCrop
+from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMaskLoss, AttentiveMasks, MultiViewCrop
 from vtoken.methods.cdpruner import CDPruner
 from vtoken.methods.controls import PooledTokens, RandomTokens, UniformTokens
 from vtoken.methods.divprune import DivPrune
+from vtoken.methods.merging.base import MergeConfig, ScheduledMergeConfig
 from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.merging.pitome import PiToMe
+from vtoken.methods.merging.threshold import ThresholdMerge
 from vtoken.methods.sparsifiner.calibrate import calibrate_threshold
 from vtoken.methods.sparsifiner.settings import Sparsifiner
 from vtoken.methods.visionzip import VisionZip
@@ -51,12 +54,14 @@ __all__ = [
     "AlreadyAppliedError",
     "AttentiveMaskCLIP",
     "AttentiveMaskLoss",
+    "AttentiveMasks",
     "CDPruner",
     "ConfigError",
     "DivPrune",
     "HostAdapter",
     "HostSpec",
     "InputError",
+    "MergeConfig",
     "MethodConfig",
     "MultiViewCrop",
     "PiToMe",
@@ -68,9 +73,11 @@ __all__ = [
     "RandomPrune",
     "RandomTokens",
     "Report",
+    "ScheduledMergeConfig",
     "ShapeError",
     "Sparsifiner",
     "StrideMerge",
+    "ThresholdMerge",
     "ToMe",
     "Trace",
     "UniformTokens",

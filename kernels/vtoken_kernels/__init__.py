@@ -1,1 +1,1 @@
-"""Triton kernels of vtoken. None yet: the plain torch paths of `vtoken.ops` serve every device."""
+"""Triton kernels of `vtoken.ops`: `vtoken_kernels.library` is what it calls. No GPU has run them yet."""

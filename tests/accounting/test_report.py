@@ -118,10 +118,10 @@ def test_hooks_of_the_user_do_not_run() -> None:
 
 
 def test_a_method_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **settings: object) -> None:
         raise ValueError("the method's own words")
 
-    monkeypatch.setattr(Merging, "on_block", fail)
+    monkeypatch.setattr(Merging, "reduce", fail)
     with pytest.raises(ValueError, match=r"^the method's own words$"):
         vtoken.report(timm.create_model("test_vit"), "pitome")
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
 from tests.clip.models import clip, timm_clip, wrap
+from vtoken.core.watch import Watch
 
 SIZES = {
     "B": ({"width": 768, "layers": 12}, {"width": 512, "heads": 8, "layers": 12}),
@@ -121,7 +122,7 @@ def test_reading_the_class_row_costs_next_to_nothing() -> None:
     for read in (False, True):
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             if read:
-                wrapper._tower.teacher(wrapper.teacher.visual, x, wrapper.layers, stop=False)
+                wrapper._host.masked(wrapper.teacher.visual, x, None, Watch(wrapper.layers))
             else:
                 wrapper.teacher.visual(x)
         totals.append(counter.get_total_flops() // 2)

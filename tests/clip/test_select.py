@@ -10,19 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vtoken
-from vtoken.methods.attentive_clip.select import MODES, Selection, kept_units, patches_of, unit_scores
+from vtoken.checks import share_of
+from vtoken.methods.attentive_clip.select import MODES, Selection, patches_of, unit_scores
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(0.25, 13), (0.5, 25), (0.75, 37), (1.0, 49), (1e-4, 1)])
 def test_kept_counts_of_the_published_grid(ratio: float, kept: int) -> None:
-    assert kept_units(49, ratio) == kept
+    assert share_of(ratio, 49) == kept
     if 0.1 < ratio < 1:
         assert kept == int(49 * ratio) + 1, "the reference rule"
 
 
 @pytest.mark.parametrize(("n", "ratio", "kept"), [(100, 0.07, 7), (100, 0.29, 29), (10, 0.7, 7), (64, 0.5, 32)])
 def test_float_noise_keeps_no_unit_more(n: int, ratio: float, kept: int) -> None:
-    assert kept_units(n, ratio) == kept
+    assert share_of(ratio, n) == kept
 
 
 def test_published_case_keeps_100_of_196_patches() -> None:
@@ -71,7 +72,7 @@ def test_every_mode_keeps_distinct_whole_units(
     scores = torch.rand(3, *grid, generator=rng)
     units = Selection(keep_ratio=ratio, mode=mode).choose(unit_scores(scores, block), rng)
     kept = patches_of(units, grid, block)
-    k = kept_units(rows * columns, ratio)
+    k = share_of(ratio, rows * columns)
     assert units.shape == (3, k)
     assert kept.shape == (3, k * block**2)
     for row in kept:

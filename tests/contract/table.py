@@ -33,6 +33,8 @@ class MethodRow:
         bad: a change of settings that `vtoken.configure` must refuse.
         keeps_mass: whether sizes still sum to the embedded tokens.
         removes: whether it takes tokens away; if not, it thins out attention by a learned part.
+        exact: whether its counts are known before the images are; if not, no graph holds them, and the images of a
+            batch, which must keep equally many tokens, decide together.
     """
 
     name: str
@@ -41,6 +43,7 @@ class MethodRow:
     bad: dict[str, Any]
     keeps_mass: bool = True
     removes: bool = True
+    exact: bool = True
 
     def serves(self, host: Host) -> bool:
         """Whether the host has what the method acts on."""
@@ -93,6 +96,17 @@ METHODS: list[MethodRow] = [
         {"num_basis": 3},
         removes=False,
     ),
+    MethodRow(
+        "threshold_merge",
+        vtoken.ThresholdMerge(threshold=0.6),
+        (
+            vtoken.ThresholdMerge(threshold=0.9999),  # which no pair of the images reaches
+            vtoken.ThresholdMerge(threshold=1.0),
+            vtoken.ThresholdMerge(layers=()),
+        ),
+        {"threshold": 1.5},
+        exact=False,
+    ),
 ]
 PITOME = METHODS[0]
 _BY_HOST = {host.name: host for host in HOSTS}
@@ -133,16 +147,24 @@ def every_case(library: str | None = None) -> pytest.MarkDecorator:
     return _cases([(h, m) for h in HOSTS for m in METHODS if m is PITOME or h.name in with_all], library)
 
 
-def every_host(library: str | None = None) -> pytest.MarkDecorator:
-    """All hosts with PiToMe, and every other method on one host with average pooling and prefix."""
-    others = [(host(n), m) for n in _EVERY_METHOD for m in METHODS[1:]]
+def every_host(library: str | None = None, *, exact: bool = False) -> pytest.MarkDecorator:
+    """All hosts with PiToMe, and every other method, or `exact` one, on one host with average pooling and prefix."""
+    others = [(host(n), m) for n in _EVERY_METHOD for m in METHODS[1:] if m.exact or not exact]
     return _cases([(h, PITOME) for h in HOSTS] + others, library)
 
 
-def distinct_hosts(library: str | None = None) -> pytest.MarkDecorator:
-    """A few hosts that differ in everything that matters with PiToMe, and every other method on one."""
-    others = [(host(n), m) for n in _EVERY_METHOD for m in METHODS[1:]]
+def distinct_hosts(library: str | None = None, *, exact: bool = False) -> pytest.MarkDecorator:
+    """A few hosts that differ in everything that matters with PiToMe; on one every other method, or `exact` one."""
+    others = [(host(n), m) for n in _EVERY_METHOD for m in METHODS[1:] if m.exact or not exact]
     return _cases([(h, PITOME) for h in HOSTS if h.name in _DISTINCT] + others, library)
+
+
+def slow_but(cases: list[tuple[Host, MethodRow]], *quick: str) -> pytest.MarkDecorator:
+    """These hosts and methods, all marked slow but those named "host-method": for what compiles a graph per case."""
+    names = [f"{h.name}-{m.name}" for h, m in cases]
+    marks = [() if name in quick else (pytest.mark.slow,) for name in names]
+    params = [pytest.param(h, m, id=name, marks=mark) for (h, m), name, mark in zip(cases, names, marks, strict=True)]
+    return pytest.mark.parametrize(("host", "method"), params)
 
 
 def installed(*names: str) -> list[str]:
@@ -296,6 +318,14 @@ def feature_rows(model: Any, x: Tensor) -> Tensor:
     out = forward(tower(model), x)
     maps = out.get("feature_maps")
     return out["last_hidden_state"] if maps is None else maps[-1].flatten(2).transpose(1, 2)
+
+
+def assert_planned(plan: vtoken.Plan, trace: vtoken.Trace) -> None:
+    """What was planned happened: the very counts, or some within the bounds."""
+    if plan.exact:
+        assert tuple(trace.tokens) == plan.tokens == plan.least
+    within = [low <= n <= high for low, n, high in zip(plan.least, trace.tokens, plan.tokens, strict=True)]
+    assert all(within), (plan.least, trace.tokens, plan.tokens)
 
 
 def features(model: nn.Module, x: Tensor) -> tuple[Tensor, vtoken.Trace]:

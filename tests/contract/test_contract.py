@@ -15,6 +15,7 @@ import torch
 import vtoken
 from tests.contract.table import (
     MethodRow,
+    assert_planned,
     dimensions,
     every_case,
     every_host,
@@ -46,7 +47,8 @@ def test_fewer_tokens_and_another_output(host: Host, method: MethodRow) -> None:
     vtoken.apply(model, method.reduces)
     out, trace = traced(model, x)
     plan = vtoken.plan(model, img_size=host.shape[1:])
-    assert tuple(trace.tokens) == plan.tokens
+    assert plan.exact is method.exact
+    assert_planned(plan, trace)
     assert (trace.tokens[-1] < trace.tokens[0]) is method.removes
     assert trace.num_prefix == plan.num_prefix == host.num_prefix(model)
     assert trace.grid is not None
@@ -107,9 +109,14 @@ def test_report_agrees_with_torchs_counter(host: Host, method: MethodRow) -> Non
     pairs = zip(cost.tokens, cost.tokens[1:], strict=False)
     width, prefix = dimensions(model)
     averaging = sum(2 * (a - b) * (b - prefix) * width for a, b in pairs)
-    assert 0.99 * after <= cost.flops_after <= 1.01 * after + averaging, (cost.flops_after, after, averaging)
+    if method.exact:
+        assert 0.99 * after <= cost.flops_after <= 1.01 * after + averaging, (cost.flops_after, after, averaging)
+    else:
+        assert cost.macs_most is not None
+        assert cost.flops_after < after < 2 * cost.macs_most
     assert cost.flops_after < cost.flops_before or not method.removes  # a predictor costs more than so few tokens
-    assert cost.tokens == vtoken.plan(model, img_size=host.shape[1:]).tokens
+    assert cost.exact is method.exact
+    assert cost.tokens == vtoken.plan(model, img_size=host.shape[1:]).least
     again = vtoken.report(model, input_size=host.shape).flops_after  # also of the patched model
     # Before there are predictors, none of their entries is known to be 0.
     assert again == cost.flops_after if method.removes else again < cost.flops_after
@@ -204,7 +211,7 @@ def _round_trips(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {"pickle": pickle.loads(pickle.dumps(model)), "torch.save": torch.load(file, weights_only=False)}
 
 
-@every_host()
+@every_host(exact=True)
 def test_an_image_does_not_depend_on_its_batch(host: Host, method: MethodRow) -> None:
     model, x = host.model(dtype=torch.float64), host.images(batch=4, dtype=torch.float64)
     vtoken.apply(model, method.reduces)

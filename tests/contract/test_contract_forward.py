@@ -169,7 +169,7 @@ def test_functional_call(host: Host, method: MethodRow) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@distinct_hosts()
+@distinct_hosts(exact=True)
 def test_vmap_over_stacked_parameters(host: Host, method: MethodRow) -> None:
     if not method.removes:
         pytest.skip("selection on the CPU looks at values, which vmap does not show")

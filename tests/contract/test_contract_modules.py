@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from tests.contract.table import (
 from tests.contract.table import host as host_row
 from tests.helpers import Host, assert_same
 from vtoken.core.patch import PREDICTOR
+from vtoken.core.state import TokenState
 
 TOME = vtoken.ToMe(r=9)
 
@@ -200,8 +202,37 @@ def test_parts_compiled_in_place_run_the_patched_code(name: str, part: str) -> N
 def test_compiled_before_apply_is_refused_with_what_to_do() -> None:
     model, _ = small_vit()
     model.blocks[1].attn.compile(backend="eager")
-    with pytest.raises(vtoken.VTokenError, match="apply before compiling"):
+    with pytest.raises(vtoken.VTokenError, match=r"apply before compiling: blocks\.1\.attn was compiled in place"):
         vtoken.apply(model, TOME)
+    model.blocks[1].attn._compiled_call_impl = None  # as the message says
+    vtoken.apply(model, TOME)
+
+
+@pytest.mark.parametrize("part", ["", "blocks", "blocks.1", "blocks.1.attn"])
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [(vtoken.PiToMe(ratio=0.9), {"ratio": 0.7}), (vtoken.ToMe(r=9), {"r": 5}), (vtoken.ToMe(r=9), {"ratio": 0.8})],
+    ids=str,
+)
+def test_settings_change_and_are_read_where_parts_were_compiled_in_place(part: str, method: Any, change: Any) -> None:
+    model, x = small_vit()
+    own = run(model, x)
+    other = vtoken.apply(small_vit()[0], method.replace(**change))
+    vtoken.apply(model, method)
+    cost = vtoken.report(model).to_dict()
+    torch._dynamo.reset()
+    model.get_submodule(part).compile(backend="eager")
+    run(model, x)
+    assert vtoken.report(model).to_dict() == cost
+    assert list(vtoken.plan(model).tokens) == cost["tokens"]
+    assert vtoken.num_tokens(model) == cost["tokens"][-1]
+    vtoken.configure(model, **change)
+    assert_same("as configured", run(other, x), run(model, x))
+    with pytest.raises(vtoken.VTokenError, match="apply before compiling"):
+        vtoken.apply(model, TOME, replace=True)
+    assert vtoken.config_of(model) == method.replace(**change)
+    assert_same("removed", own, run(vtoken.remove(model), x))
+    torch._dynamo.reset()
 
 
 # Whoever runs parts of the model in a loop of their own.
@@ -413,19 +444,87 @@ def test_post_norm_eva_with_rotary_positions_merges() -> None:
     assert out.shape == stock.shape
 
 
-@pytest.mark.parametrize("name", ["vit_token", "vit_avg_prefix", "eva02", "naflex_rope"])
-def test_one_state_per_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtoken.hosts import tower
-
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every state that a forward makes."""
     made: list[int] = []
+    engine = importlib.import_module("vtoken.core.forward")
 
-    class Counted(tower.TokenState):
+    class Counted(TokenState):
         def __init__(self, *args: Any, **options: Any) -> None:
             made.append(1)
             super().__init__(*args, **options)
 
+    monkeypatch.setattr(engine, "TokenState", Counted)
+    return made
+
+
+@pytest.mark.parametrize("name", ["vit_token", "vit_avg_prefix", "eva02", "naflex_rope"])
+def test_one_state_per_forward(name: str, states: list[int]) -> None:
     host = host_row(name)
     model, x = vtoken.apply(host.model(), PITOME.reduces), host.images()
-    monkeypatch.setattr(tower, "TokenState", Counted)
     run(model, x)
-    assert len(made) == 1
+    assert len(states) == 1
+
+
+class ByFeatures(timm.models.VisionTransformer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x)) + 1
+
+
+class ByBlocks(timm.models.VisionTransformer):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        for i in range(len(self.blocks)):
+            x = self.blocks[i](x)
+        return self.head(self.fc_norm(self.pool(self.norm(x))))
+
+
+class Twice(timm.models.VisionTransformer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x)[:, 0] + self.blocks(self._pos_embed(self.patch_embed(x)))[:, 0]
+
+
+@pytest.mark.parametrize(("cls", "passes"), [(ByFeatures, 1), (ByBlocks, 1), (Twice, 2)])
+def test_a_forward_of_the_users_own_makes_a_state_for_each_pass(cls: Any, passes: int, states: list[int]) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
+    for pool in ("token", "avg"):
+        model, x = cls(num_classes=5, global_pool=pool, **options).eval(), torch.randn(2, 3, 32, 32)
+        full = run(model, x)
+        with vtoken.applied(model, vtoken.ToMe(r=0)):
+            assert_same("nothing removed", full, run(model, x))
+        vtoken.apply(model, vtoken.ToMe(r=9))
+        states.clear()
+        merged = run(model, x)
+        assert len(states) == passes
+        assert not torch.equal(full, merged)
+        out, trace = vtoken.trace(model, x)
+        assert trace.num_forwards == passes
+        assert trace.tokens == [65, 56, 47, 38]
+        assert_same("traced", merged, out.detach())
+        if cls is ByBlocks:
+            stock = timm.models.VisionTransformer(num_classes=5, global_pool=pool, **options).eval()
+            stock.load_state_dict(model.state_dict())
+            assert_same("a stock forward", run(vtoken.apply(stock, vtoken.ToMe(r=9)), x), merged)
+
+
+def test_the_attention_pool_without_weights_is_called_itself() -> None:
+    host = host_row("vit_prr_avg")
+    model, x = vtoken.apply(host.model(), PITOME.reduces), host.images()
+    merged, pool = run(model, x), model.attn_pool
+    seen: list[nn.Module] = []
+    pool.register_forward_hook(lambda m, args, out: seen.append(m))
+    pool.post_norm.register_forward_hook(lambda m, args, out: seen.append(m))
+    assert_same("heard", merged, run(model, x))
+    assert [id(m) for m in seen] == [id(pool.post_norm), id(pool)]
+
+    class Other(type(pool)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    Other.__name__ = type(pool).__name__
+    model = host.model()
+    model.attn_pool.__class__ = Other
+    with pytest.raises(vtoken.UnsupportedModelError, match="forward of its own"):
+        vtoken.apply(model, TOME)

@@ -1,4 +1,4 @@
-"""docs/mechanism.md, docs/performance.md and docs/methods: what they show runs, what is cited is there."""
+"""The pages of docs: what docs/mechanism.md shows runs, what is cited is there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {path.name: path for path in [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "methods").glob("*.md")]}
+PAGES = {path.name: path for path in (ROOT / "docs").rglob("*.md")}
 #: Number of a section, and what joins several of them: "6, 8 and 9.2", "3 to 8".
 _NUMBER = r"\d+(?:\.\d+)*"
 _JOINED = rf"{_NUMBER}(?:(?:, (?:and )?| and | to ){_NUMBER})*"
@@ -17,7 +17,8 @@ _JOINED = rf"{_NUMBER}(?:(?:, (?:and )?| and | to ){_NUMBER})*"
 def citing() -> list[Path]:
     """Every file that may cite a page."""
     folders = ("vtoken", "kernels", "tests", "benchmarks", "examples", "docs")
-    return [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".md") and "_cache" not in str(p)]
+    found = [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".md") and "_cache" not in str(p)]
+    return [*found, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
 def sections(page: Path) -> set[str]:
@@ -28,7 +29,8 @@ def sections(page: Path) -> set[str]:
 def missing(text: str, *, short: bool) -> list[str]:
     """What a text cites that is not there; `short` names of pages count, too, as pages cite each other by them."""
     found = []
-    prefix = r"(?:docs/(?:methods/)?)?" if short else r"docs/(?:methods/)?"
+    prefix = r"docs/(?:(?:methods|extend)/)?"
+    prefix = rf"(?:{prefix})?" if short else prefix
     for match in re.finditer(rf"(?<![\w/])({prefix})([a-z_]+\.md)(?:\s+({_JOINED}))?", text):
         folder, name, numbers = match.groups()
         if folder and not (ROOT / folder / name).is_file():
@@ -69,7 +71,14 @@ def test_no_page_outside_the_repository_is_cited() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["see docs/methods/nowhere.md", "docs/performance.md 99", "docs/methods/quota.md 6, 99"]
+    "text",
+    [
+        "see docs/methods/nowhere.md",
+        "docs/extend/nowhere.md",
+        "docs/extend/method.md 99",
+        "docs/performance.md 99",
+        "docs/methods/quota.md 6, 99",
+    ],
 )
 def test_what_is_not_there_is_found(text: str) -> None:
     assert missing(text, short=False)

@@ -29,7 +29,6 @@ from vtoken.ops import (
     sparse_attention,
 )
 from vtoken.ops.sparse import lists
-from vtoken.ops.sparse.attention import explain as explain_sparse
 from vtoken.ops.sparse.connections import Connections, query_order
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -227,7 +226,7 @@ def test_sparse_attention(form: str, dtype: torch.dtype, shape: tuple[int, tuple
     qkv = draw(32, batch, tokens, 3, heads, width, dtype=dtype).requires_grad_()
     bias = draw_size(33, batch, tokens).log()[:, None, None]
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    assert explain_sparse(q, k, v, connections).backend == "triton"
+    assert explain("sparse_attention", q, k, v, connections).backend == "triton"
     out = sparse_attention(q, k, v, connections, scale=width**-0.5, key_bias=bias)
     exact = qkv.detach().double().requires_grad_()
     options = {"scale": width**-0.5, "key_bias": bias.double(), "backend": "dense_masked"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+import textwrap
 from typing import Any
 
 import pytest
@@ -238,3 +241,26 @@ def test_ways_that_would_see_another_prompt_are_refused(options: dict[str, Any],
     vtoken.apply(model, vtoken.VTCCLS(num_tokens=6))
     with pytest.raises(vtoken.InputError, match=words):
         model.generate(**given, pixel_values=pixels, max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize("name", ["_get_logits_processor", "_get_stopping_criteria"])
+def test_a_release_that_makes_its_lists_otherwise_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What such a method made would see the short prompt: never a silently wrong answer."""
+    model, given, pixels, _ = case()
+    vtoken.apply(model, vtoken.VTCCLS(num_tokens=6))
+    mixin = transformers.GenerationMixin
+    monkeypatch.setattr(mixin, "_made_anew", getattr(mixin, name), raising=False)
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(mixin.generate))).replace(
+        f"self.{name}(", "self._made_anew("
+    )
+    assert "_made_anew(" in source
+    body = source[source.index("def generate") :]
+    space = dict(vars(sys.modules[mixin.__module__]))
+    exec("from __future__ import annotations\n" + body, space)
+    monkeypatch.setattr(mixin, "generate", torch.no_grad()(space["generate"]))
+    call = {**given, "pixel_values": pixels, "max_new_tokens": 2, "do_sample": False}
+    with pytest.raises(vtoken.UnsupportedModelError, match=rf"transformers {transformers.__version__} does not make"):
+        model.generate(**call)
+    monkeypatch.delattr(mixin, name)
+    with pytest.raises(vtoken.UnsupportedModelError, match=name):
+        model.generate(**call)

@@ -113,8 +113,8 @@ def test_tokens_are_matched_by_their_keys(name: str) -> None:
 def test_packed_attention_is_multihead_attention() -> None:
     from vtoken.core.method import KeepAll
     from vtoken.core.state import TokenState
-    from vtoken.hosts.open_clip.adapter import packed_attention
-    from vtoken.hosts.tower import Tap
+    from vtoken.core.tap import Tap
+    from vtoken.hosts.open_clip.blocks import packed_attention
 
     torch.manual_seed(0)
     attn = nn.MultiheadAttention(24, 3, batch_first=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 import vtoken
 from vtoken.core.host import find_adapter
-from vtoken.hosts.names import why_not
+from vtoken.hosts.names import build_weightless, why_not
 
 pytestmark = pytest.mark.names
 
@@ -29,8 +31,7 @@ _CONFIG = vtoken.PiToMe(ratio=0.9)
 
 def build(name: str) -> Any:
     """The architecture without weights."""
-    with torch.device("meta"):
-        return timm.create_model(name, pretrained=False).eval()
+    return build_weightless(name).eval()
 
 
 def structure(model: Any) -> tuple[Any, ...]:
@@ -92,6 +93,27 @@ def test_supported_names_are_those_of_the_specification() -> None:
         assert counts == _FILES
     for name in ("vit_base_patch16_224", "vit_small_patch16_18x2_224", "swin_tiny_patch4_window7_224"):
         assert why_not(name) == reasons.get(name, why_not(name))
+
+
+def test_the_page_of_models_has_these_names_under_their_methods() -> None:
+    """docs/models.md; one of every structure is asked whether it takes Sparsifiner, too."""
+    text = (Path(__file__).resolve().parents[2] / "docs/models.md").read_text()
+    if f"## timm {timm.__version__}" not in text:
+        pytest.skip(f"the page was written for another timm than {timm.__version__}")
+    listed = text.split(f"## timm {timm.__version__}")[1]
+    paragraphs = re.findall(r"^(Merging and Sparsifiner|Merging): (.*?)\.$", listed, re.MULTILINE | re.DOTALL)
+    told = {name: title for title, names in paragraphs for name in re.split(r",\s+", names)}
+    reasons, kinds = surveyed()
+    assert set(told) == {name for name, reason in reasons.items() if reason is None}
+    for names in kinds.values():
+        assert len({told[name] for name in names}) == 1, names
+        model = build(names[0])
+        try:
+            vtoken.apply(model, vtoken.Sparsifiner())
+        except vtoken.VTokenError:
+            assert told[names[0]] == "Merging", names[0]
+        else:
+            assert told[names[0]] == "Merging and Sparsifiner", names[0]
 
 
 def test_listing_by_pattern() -> None:

@@ -12,12 +12,19 @@ import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
 ROOT = FOLDER.parents[2]
+#: A plan, attention with sizes, and whole models; the others take a minute each.
+QUICK = ("test_plan", "test_attention", "test_models")
 
 
-@pytest.mark.slow
+def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if name in QUICK else (pytest.mark.slow,)
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="pytest collects them itself here")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton (Linux)")
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("test_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=_marks(p.stem)) for p in sorted(FOLDER.glob("test_*.py"))]
+)
 def test_in_the_interpreter(path: Path, tmp_path: Path) -> None:
     settings = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(path)]

@@ -21,8 +21,11 @@ import vtoken
 from vtoken import ConfigError, MethodConfig, PiToMe, RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.cli.settings import key_values
 from vtoken.core.config import make_config
+from vtoken.core.counts import count_tokens
 from vtoken.core.method import BlockMethod
-from vtoken.core.plan import Plan, count_tokens
+from vtoken.core.spec import Plan
+from vtoken.methods.merging.base import MergeConfig
+from vtoken.methods.merging.schedule import chosen_layers
 
 METHODS = {
     "pitome": PiToMe,
@@ -39,15 +42,14 @@ each_scheduled = pytest.mark.parametrize("cls", SCHEDULED, ids=[c.__name__ for c
 
 def amounts(config: MethodConfig, depth: int) -> list[Any]:
     """What each block is told to remove: a ratio or a number; None for blocks left alone."""
-    method = config.build(depth)
-    assert isinstance(method, BlockMethod)
-    return [method.describe(layer).get("amount") for layer in range(depth)]
+    assert isinstance(config, MergeConfig)
+    chosen, found = chosen_layers("config", config.layers, depth), config.amounts(depth)
+    return [found[layer] if layer in chosen else None for layer in range(depth)]
 
 
 def layer_settings(config: MethodConfig, name: str, depth: int) -> list[Any]:
-    method = config.build(depth)
-    assert isinstance(method, BlockMethod)
-    return [method.describe(layer)[name] for layer in range(depth)]
+    assert isinstance(config, MergeConfig)
+    return [config.layer_settings(layer, depth)[name] for layer in range(depth)]
 
 
 def counts(config: MethodConfig, depth: int, num_tokens: int, num_prefix: int = 1) -> Plan:
@@ -514,7 +516,7 @@ def test_method_names() -> None:
         ({"method": "pitome", "version": "1"}, "version '1'"),
         (
             {"method": "pitome", "version": 1, "ratoi": 0.9},
-            r"PiToMe has no setting 'ratoi' \(did you mean 'ratio'\?\); it has: layers, .*margin",
+            r"PiToMe has no setting 'ratoi' \(did you mean 'ratio'\?\); it has: .*layers, .*margin",
         ),
         ({"method": "tome", "version": 1, "margin": 0.9}, "ToMe has no setting 'margin'"),
         ({"method": "stride", "version": 1, "strid": 3}, r"did you mean 'stride'\?"),

@@ -13,7 +13,7 @@ from torch import Tensor
 import vtoken
 from vtoken.core import config
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.methods.merging.base import MergeConfig, Merging
 
 
@@ -46,9 +46,6 @@ class _FirstRows(BlockMethod):
     def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
         left = x.shape[1] - self.num_removed(layer, x.shape[1] - num_prefix)
         return x[:, :left], slot.keep(torch.arange(left).expand(x.shape[0], -1))
-
-    def describe(self, layer: int) -> dict[str, Any]:
-        return {"r": self.r}
 
 
 class _Counting(Merging):

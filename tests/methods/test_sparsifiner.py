@@ -16,7 +16,7 @@ from tests.helpers import assert_close, assert_same, images, randomise_, vit
 from tests.methods.slow_sparsifiner import Case, run_slowly
 from tests.methods.sparse_hosts import GRID, HOSTS, block_rows, blocks, sparse
 from tests.ops.test_connections import Sizes
-from vtoken.core.state import AttentionRecord
+from vtoken.core.records import AttentionRecord
 
 F64 = torch.float64
 each_host = pytest.mark.parametrize("name", HOSTS)

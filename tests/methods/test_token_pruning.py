@@ -12,7 +12,7 @@ import vtoken
 from tests.contract.table import features, run, traced
 from tests.helpers import assert_close, assert_same, images, randomise_, vit
 from tests.methods.sparse_hosts import HOSTS, sparse
-from vtoken.core.state import AttentionCall, Slot
+from vtoken.core.slots import AttentionCall, Slot
 from vtoken.methods.sparsifiner.predictor import ConnectivityPredictor
 from vtoken.methods.sparsifiner.pruning import TokenPruning
 

@@ -86,7 +86,6 @@ def random_case(rng: random.Random) -> tuple[list[float], dict[str, Any]]:
 CASES = 3000
 
 
-@pytest.mark.slow
 def test_every_guarantee_on_random_cases() -> None:
     rng = random.Random(20250311)
     for case in range(CASES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtoken import ConfigError, ShapeError
+from vtoken import ConfigError, InputError, ShapeError, ops
 from vtoken.ops import (
     BACKENDS,
     add_merge_norm,
@@ -55,15 +56,55 @@ def test_on_the_cpu_auto_is_torch_and_triton_says_why_not(name: str) -> None:
         call("cuda")
 
 
+TENSORS: dict[str, tuple[Any, ...]] = {
+    "plan_pitome": (METRIC,),
+    "plan_tome": (METRIC,),
+    "key_metric": (Q,),
+    "apply": (METRIC,),
+    "add_merge_norm": (METRIC, METRIC),
+    "attention_with_bias": (Q, Q, Q),
+    "attention_with_sizes": (Q, Q, Q, torch.ones(2, 12)),
+    "select_topk": (COEFFICIENTS, BASIS),
+    "select_grouped": (COEFFICIENTS, BASIS),
+}
+
+
+def test_explain_knows_every_op_that_has_a_backend() -> None:
+    functions = {name: getattr(ops, name) for name in ops.__all__} | {"apply": ops.MergePlan.apply}
+    chosen = {n for n, f in functions.items() if inspect.isfunction(f) and "backend" in inspect.signature(f).parameters}
+    assert chosen == set(CALLS) | {"sparse_attention"}
+    with pytest.raises(ConfigError) as unknown:
+        explain("nothing", METRIC)
+    assert set(str(unknown.value).split("must be one of ")[1].split(", ")) == chosen
+
+
 def test_explain() -> None:
-    assert set(backend.REASONS) == set(CALLS)
-    for op in CALLS:
-        choice = explain(op, METRIC)
+    for op, tensors in TENSORS.items():
+        choice = explain(op, *tensors)
         assert choice == ("torch", "the tensors are on 'cpu'; kernels need a GPU")
         assert str(choice) == f"torch: {choice.reason}"
     assert str(backend.Choice("triton", "")) == "triton"
-    with pytest.raises(ConfigError, match=r"op='merge'.: op must be one of plan_pitome"):
+    with pytest.raises(ConfigError, match=r"op='merge'.: op must be one of .*plan_pitome"):
         explain("merge", METRIC)
+    with pytest.raises(InputError, match=r"explain\('attention_with_bias'\): takes \(q, k, v, bias\): missing"):
+        explain("attention_with_bias", Q)
+    with pytest.raises(InputError, match=r"takes \(x, reduction\): got an unexpected keyword argument 'variant'"):
+        explain("apply", METRIC, variant="text")
+
+
+def test_explain_names_every_way_of_sparse_attention() -> None:
+    connections = select_topk(COEFFICIENTS, BASIS, 0.3)
+    q = torch.zeros(1, 2, 12, 4)
+    choice = explain("sparse_attention", q, q, q, connections)
+    assert choice == ("masked", "12 tokens are too few for gathering keys to pay (150)")
+    assert str(choice) == f"masked: {choice.reason}"
+    assert explain("sparse_attention", q, q, q, connections, dropout_p=0.5) == choice
+    with pytest.raises(ShapeError, match="to fit the connections"):
+        explain("sparse_attention", q[:, :1], q, q, connections)
+    with pytest.raises(InputError, match=r"connections must be what a vtoken\.ops\.select_ function returns"):
+        explain("sparse_attention", q, q, q, q)
+    with pytest.raises(ConfigError, match="dropout_p=2"):
+        explain("sparse_attention", q, q, q, connections, dropout_p=2)
 
 
 def test_the_cpu_path_never_touches_the_kernels() -> None:

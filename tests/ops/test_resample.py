@@ -329,3 +329,27 @@ def test_errors_state_the_numbers() -> None:
 def test_what_is_no_grid_or_count_has_a_name(grid: Any, t: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
         assign(grid, t)
+
+
+def test_a_known_size_tells_where_channels_are() -> None:
+    """Three numbers do not: a frame of 8 x 27 with 27 channels, or 8 channels first."""
+    channels_first = torch.randn(8, 27, 27)
+    with pytest.raises(ShapeError, match=r"looks like \[C, H, W\]"):
+        assign(channels_first, 101, size=(27, 27))
+    grid = channels_first.permute(1, 2, 0)
+    assert torch.equal(assign(grid, 101, size=[27, 27]).tokens, assign(grid, 101).tokens)
+    with pytest.raises(ShapeError, match=r"has not the size \(26, 27\)"):
+        assign(grid, 101, size=(26, 27))
+    with pytest.raises(InputError, match="two whole numbers"):
+        assign(grid, 101, size=(27, 2.5))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="two whole numbers"):
+        assign(grid, 101, size=27)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tall_frames_with_few_channels_are_frames_where_their_size_is_known(mode: str) -> None:
+    tall = torch.randn(20, 3, 2)
+    with pytest.raises(ShapeError, match=r"say so by size=\(20, 3\)"):
+        assign(tall, 30, mode)
+    found = assign(tall, 60, mode, size=(20, 3))
+    assert torch.allclose(found.tokens, tall.flatten(0, 1), atol=1e-6)

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.helpers import assert_close
 from tests.ops.test_connections import Sizes
 from vtoken import ConfigError, ShapeError
-from vtoken.ops import Connections, select_grouped, select_threshold, select_topk, size_bias, sparse_attention
+from vtoken.ops import Connections, explain, select_grouped, select_threshold, select_topk, size_bias, sparse_attention
 from vtoken.ops.sparse import edges as edges_module
-from vtoken.ops.sparse.attention import attention_map, explain
+from vtoken.ops.sparse.attention import attention_map
 
 FORMS = ["topk", "threshold", "grouped"]
 BACKENDS = {
@@ -298,7 +298,7 @@ def test_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         connections = connect(form, 1, 1, grid, 1, ratio)
         tokens = grid[0] * grid[1] + 1
         q = torch.zeros(1, 1, tokens, 4, requires_grad=grad)
-        return explain(q, q, q, connections)
+        return explain("sparse_attention", q, q, q, connections)
 
     assert choose("topk", (14, 14), 0.2)[0] == "sparse"
     assert choose("threshold", (14, 14), 0.2)[0] == "sparse"
@@ -317,7 +317,7 @@ def test_choice_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     meta = connect("topk", 1, 1, (14, 14), 1, 0.1)
     meta = Connections(197, index=meta.index.to("meta"))
     q = torch.zeros(1, 1, 197, 4, device="meta")
-    assert "kernels do not serve this call on meta" in explain(q, q, q, meta).reason
+    assert "kernels do not serve this call on meta" in explain("sparse_attention", q, q, q, meta).reason
 
 
 def test_errors() -> None:

@@ -142,6 +142,13 @@ def test_errors_name_file_and_numbers(clips: dict[str, Path], tmp_path: Path) ->
         video_info(noise)
     with pytest.raises(InputError, match="max_side=0"):
         read_frames(clips["mpeg4"], [0], max_side=0)
+    for wrong in ("64", 2.5, True, -1):
+        with pytest.raises(InputError, match="must be a whole number of pixels"):
+            read_frames(clips["mpeg4"], [], max_side=wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="pass a list of frame numbers"):
+        read_frames(clips["mpeg4"], 3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="frame True asked for"):
+        read_frames(clips["mpeg4"], [True, False])
     sound = tmp_path / "sound.wav"
     with av.open(str(sound), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)

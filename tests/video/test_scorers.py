@@ -172,7 +172,7 @@ def test_lvlm_settings_are_checked(lvlm: tuple[Any, Any]) -> None:
         LVLMScorer(*lvlm, yes="A B")
     with pytest.raises(ConfigError, match="are the same token"):
         LVLMScorer(*lvlm, no="A")
-    with pytest.raises(ConfigError, match="supported: pair, full"):
+    with pytest.raises(ConfigError, match="probability must be one of pair, full"):
         LVLMScorer(*lvlm, probability="logit")
     with pytest.raises(ConfigError, match="batch_size=0"):
         LVLMScorer(*lvlm, batch_size=0)
@@ -257,7 +257,7 @@ def test_equal_frames_score_a_half_and_a_reduced_tower_scores_too() -> None:
     assert not torch.equal(scorer.cosines(frames(), ["dog"]), plain)
     with pytest.raises(ConfigError, match="needs a logit bias"):
         CLIPScorer(clip(), WORDS, PREPROCESS, scale="sigmoid")
-    with pytest.raises(ConfigError, match="supported are max, mean and minmax, softmax, sigmoid"):
+    with pytest.raises(ConfigError, match="scale must be one of minmax, softmax, sigmoid"):
         CLIPScorer(clip(), WORDS, PREPROCESS, scale="linear")
     with pytest.raises(ConfigError, match="batch_size=0"):
         CLIPScorer(clip(), WORDS, PREPROCESS, batch_size=0)

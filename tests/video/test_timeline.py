@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
+import tomllib
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -146,6 +148,22 @@ def test_joined_pieces_follow_one_another(jump: int) -> None:
         assert shown == list(range(100))
 
 
+@pytest.mark.parametrize("bframes", ["0", "3"])
+def test_a_clock_that_jumps_ahead_jumps_at_the_picture(bframes: str) -> None:
+    """Times of decoding jump later than those of showing where frames are stored in another order."""
+    times = [40 * k + (30_000 if k > 30 else 0) for k in range(60)]
+    video = made("mpegts", 60, times, options={"g": "20", "bf": bframes})
+    info = video_info(video)
+    assert (info.frames, info.duration) == (60, pytest.approx(2.4, abs=0.05))
+    assert numbers(video, range(60)) == list(range(60))
+
+
+def test_slides_of_twenty_seconds_are_no_jumps() -> None:
+    video = made("mpegts", 5, [20_000 * k for k in range(5)])
+    assert video_info(video).duration == pytest.approx(100, rel=0.05)
+    assert numbers(video, range(5)) == list(range(5))
+
+
 def test_a_damaged_packet_is_one_warning_that_names_the_place(tmp_path: Path) -> None:
     video = bytearray(made("mp4", codec="mpeg4", options={}))
     with av.open(io.BytesIO(video)) as container:
@@ -238,6 +256,14 @@ def test_hd_colours_are_the_files_own(tmp_path: Path) -> None:
     assert np.abs(read_frames(path, [2])[0, 32, 32].astype(int) - (142, 168, 76)).max() <= 1
     for a, b in itertools.pairwise(read_frames(path, [0, 1, 2])):
         assert math.isclose(float(np.abs(a.astype(int) - b).max()), 0, abs_tol=1)
+
+
+def test_the_extras_ask_for_a_pyav_that_knows_colour_spaces() -> None:
+    """PyAV before 17 gives HD colours as those of SD; what is installed here cannot show it."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    asked = [r for extra in project["optional-dependencies"].values() for r in extra if re.match(r"av\b", r)]
+    assert asked
+    assert all(int(re.fullmatch(r"av>=(\d+)", r)[1]) >= 17 for r in asked)  # type: ignore[index]
 
 
 def test_mirrored_pictures_are_turned_back() -> None:

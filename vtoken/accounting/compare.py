@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.accounting.ideal import Ideal
-from vtoken.accounting.report import report
+from vtoken.accounting.report import Report, costs, report
 from vtoken.accounting.shadow import shared_copy
 from vtoken.accounting.timing import interleaved
-from vtoken.core.apply import apply, is_applied, remove
+from vtoken.core.apply import applied, apply, is_applied, remove
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import find_adapter
+from vtoken.core.counts import chosen, removing
+from vtoken.core.host import host_of
+from vtoken.core.spec import Plan
+from vtoken.core.trace import tracing
 from vtoken.errors import ConfigError
 
 SCHEMA = 1
@@ -45,8 +48,8 @@ class Row:
     Args:
         name: shown in tables.
         method: the settings, as `MethodConfig.to_dict`.
-        tokens: after the last block, prefix included.
-        gmacs: per image, matching included.
+        tokens: after the last block, prefix included; where the images decide, of the timed batch.
+        gmacs: per image, matching included; likewise.
         flops_factor: FLOPs of the unpatched model / FLOPs of this one.
         speedup, speedup_min: time unpatched / time patched, by medians and by minima.
         efficiency: speedup / flops_factor.
@@ -114,14 +117,13 @@ def compare(
     """
     if is_applied(model):
         raise ConfigError("compare patches the model itself; vtoken.remove what it carries first")
-    size = tuple(int(n) for n in images.shape[1:])
-    reports = {label(c): report(model, c, input_size=(size[0], size[1], size[2])) for c in configs}
+    reports = {label(c): _report_of(model, c, images) for c in configs}
     figures = {label(c): _figures(model, c, quality) for c in [None, *configs]} if quality else {}
     variants: dict[str, MethodConfig | None] = {label(c): c for c in [None, *configs]}
-    ideals = {label(c): _ideal_of(c) for c in configs} if ideal else {}
+    ideals = {label(c): _ideal_of(c, reports[label(c)]) for c in configs} if ideal else {}
     variants |= {f"ideal of {name}": narrow for name, narrow in ideals.items() if narrow is not None}
     with torch._dynamo.config.patch(recompile_limit=4 * len(variants)) if compiled else contextlib.nullcontext():
-        runs = {name: forward_of(model, config, images, compiled=compiled) for name, config in variants.items()}
+        runs = {name: runner(model, config, images, compiled=compiled) for name, config in variants.items()}
         times = interleaved(runs, rounds=rounds, warmup=warmup, calls=calls, device=images.device, tick=tick)
     base = times["unpatched"]
     first = reports[label(configs[0])]
@@ -152,16 +154,16 @@ def compare(
     return rows
 
 
-def forward_of(
+def runner(
     model: nn.Module, config: MethodConfig | None, images: Tensor, *, compiled: bool = False
 ) -> Callable[[], object]:
     """A call that runs a copy of the model (over the same weights) with a method applied, without gradients."""
-    adapter, network = find_adapter(model), shared_copy(model)
+    host, network = host_of(model), shared_copy(model)
     if config is not None:
         apply(network, config)
 
     def forward(x: Tensor) -> Any:
-        return adapter.run_image(network, x)
+        return host.adapter.run_image(network, x)
 
     # fullgraph: a model that fell back to eager without a word would be timed as if it were compiled.
     call = torch.compile(forward, fullgraph=True, dynamic=False) if compiled else forward
@@ -249,11 +251,23 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _ideal_of(config: MethodConfig) -> Ideal | None:
-    ratio, r = getattr(config, "ratio", None), getattr(config, "r", None)
-    if ratio is None and r is None:
+def _report_of(model: nn.Module, config: MethodConfig, images: Tensor) -> Report:
+    """What the method costs on these images: where they decide how many tokens are left, they are asked."""
+    channels, height, width = (int(n) for n in images.shape[1:])
+    host, configs, methods = chosen(model, config, {})
+    if removing(methods).exact:
+        return report(model, config, input_size=(channels, height, width))
+    with applied(model, config), torch.inference_mode(), tracing(model) as trace:
+        host.adapter.run_image(model, images)
+    found = Plan(tuple(trace.tokens), trace.num_prefix)
+    return costs(host, configs, methods, (channels, height, width), found)
+
+
+def _ideal_of(config: MethodConfig, cost: Report) -> Ideal | None:
+    if getattr(config, "ratio", None) is None and getattr(config, "r", None) is None:
         return None
-    return Ideal(ratio=ratio, r=r, layers=getattr(config, "layers", None))
+    removed = tuple(a - b for a, b in zip(cost.tokens, cost.tokens[1:], strict=False))
+    return Ideal(removed=removed, place=getattr(config, "place", "between"))
 
 
 def _figures(model: nn.Module, config: MethodConfig | None, quality: Any) -> dict[str, Quality]:

@@ -6,9 +6,9 @@ Source: docs/methods/vtc_cls.md 13.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
+from vtoken import checks
 from vtoken.errors import ConfigError
 
 
@@ -73,7 +73,7 @@ def prefill_macs(decoder: Any, num_tokens: int, *, causal: bool = False) -> int:
         4.225
     """
     d = Decoder.of(decoder)
-    check_count("num_tokens", num_tokens, 0)
+    num_tokens = checks.whole("prefill_macs", "num_tokens", num_tokens, 0)
     queries = d.width if d.q_width is None else d.q_width
     linear = 2 * d.width * queries + 2 * d.width * d.kv_width + 3 * d.width * d.mlp_width
     attention = num_tokens * num_tokens * queries * (1 if causal else 2)
@@ -81,19 +81,26 @@ def prefill_macs(decoder: Any, num_tokens: int, *, causal: bool = False) -> int:
 
 
 def prefill_flops(decoder: Any, num_tokens: int, *, causal: bool = False) -> int:
-    """2 * prefill_macs. Many papers print the multiply-adds of the image tokens alone and call them FLOPs."""
+    """2 * prefill_macs. Many papers print the multiply-adds of the image tokens alone and call them FLOPs.
+
+    Example:
+        >>> import transformers, vtoken
+        >>> few, many = (vtoken.prefill_flops(transformers.LlamaConfig(), n) for n in (100, 200))
+        >>> many > 2 * few  # attention grows with the square
+        True
+    """
     return 2 * prefill_macs(decoder, num_tokens, causal=causal)
 
 
 def kv_cache_bytes(decoder: Any, num_tokens: int, bytes_per_element: int = 2) -> int:
-    """Bytes of the keys and values of `num_tokens` tokens; two bytes per element in half precision."""
+    """Bytes of the keys and values of `num_tokens` tokens; two bytes per element in half precision.
+
+    Example:
+        >>> import transformers, vtoken
+        >>> vtoken.kv_cache_bytes(transformers.LlamaConfig(), 1000) // 2**20
+        500
+    """
     d = Decoder.of(decoder)
-    check_count("num_tokens", num_tokens, 0)
-    check_count("bytes_per_element", bytes_per_element, 1)
+    num_tokens = checks.whole("kv_cache_bytes", "num_tokens", num_tokens, 0)
+    bytes_per_element = checks.whole("kv_cache_bytes", "bytes_per_element", bytes_per_element, 1)
     return 2 * d.layers * d.kv_width * num_tokens * bytes_per_element
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise ConfigError unless it is a whole number from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ConfigError(f"{name}={value!r}: must be a whole number from {least} on")

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from vtoken.accounting.prefill import Decoder, check_count, kv_cache_bytes, prefill_macs
+from vtoken import checks
+from vtoken.accounting.prefill import Decoder, kv_cache_bytes, prefill_macs
 from vtoken.accounting.report import count_macs
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, config_tuple, is_applied, pixels, remove, resolve
-from vtoken.core.host import find_adapter
+from vtoken.core.apply import Config, apply, given_or_carried, is_applied, remove
+from vtoken.core.counts import pixels
+from vtoken.core.host import find_adapter, host_of
 from vtoken.errors import ConfigError
 
 
@@ -113,11 +115,19 @@ def prompt_report(
         UnsupportedModelError, ConfigError: as `vtoken.apply`; ConfigError if no method acts in the prompt, and for
             counts that no prompt has.
         ShapeError: if the image size is none.
+
+    Example:
+        >>> import torch, transformers, vtoken
+        >>> with torch.device("meta"):  # no weights are needed to count
+        ...     model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig())
+        >>> report = vtoken.prompt_report(model, vtoken.VTCCLS(num_tokens=64))
+        >>> report.before.image_tokens, report.after.image_tokens
+        (576, 64)
     """
-    for name, value, least in (("images", images, 1), ("text_tokens", text_tokens, 0)):
-        check_count(name, value, least)
-    check_count("bytes_per_element", bytes_per_element, 1)
-    configs = resolve(config, options) if config is not None else config_tuple(model)
+    images = checks.whole("prompt_report", "images", images, 1)
+    text_tokens = checks.whole("prompt_report", "text_tokens", text_tokens, 0)
+    bytes_per_element = checks.whole("prompt_report", "bytes_per_element", bytes_per_element, 1)
+    configs = given_or_carried(model, config, options)
     if not any(c.part == "prompt" for c in configs):
         raise ConfigError("prompt_report needs a method that acts in the prompt, such as vtoken.VTCCLS(num_tokens=64)")
     adapter: Any = find_adapter(model, "prompt")
@@ -156,12 +166,13 @@ def tower_macs(model: Any, configs: Config, size: tuple[int, int]) -> tuple[int,
     """Multiply-adds of the image tower on one image or crop, without and with methods in it."""
     prompts: Any = find_adapter(model, "prompt")
     shadow = meta_copy(prompts.tower(model))
-    adapter = find_adapter(shadow)
+    host = host_of(shadow)
     crops = hasattr(model.model, "pack_image_features")
-    pixel_size = (adapter.channels(shadow), *(adapter.image_size(shadow) if crops else size))
+    pixel_size = (host.adapter.channels(shadow), *(host.image_size() if crops else size))
     if is_applied(shadow):
         remove(shadow)
-    before = count_macs(shadow, adapter, pixel_size)
+    before = count_macs(host, pixel_size)
     if not configs:
         return before, before
-    return before, count_macs(apply(shadow, configs), adapter, pixel_size)
+    apply(shadow, configs)
+    return before, count_macs(host, pixel_size)

@@ -10,13 +10,16 @@ import torch
 from torch import nn
 
 from vtoken import checks
+from vtoken.accounting.ideal import Narrowing
 from vtoken.accounting.meter import Meter, Repeats
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, build_methods, chosen, is_applied, plan_of, remove
+from vtoken.core.apply import Config, build_methods, enter, is_applied, remove
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import HostAdapter
-from vtoken.core.method import AttentionMacs, AttentionMethod
+from vtoken.core.counts import chosen, plan_of, removing
+from vtoken.core.host import Host
+from vtoken.core.method import AttentionMacs, AttentionMethod, BlockMethod, Method
 from vtoken.core.patch import PREDICTOR
+from vtoken.core.spec import HostSpec, Plan
 from vtoken.errors import ConfigError, ShapeError, VTokenError
 
 
@@ -42,6 +45,12 @@ class Report:
 
     Matrix products and convolutions count, as in torch's FlopCounterMode; 1 multiply-add (MAC) = 2 FLOPs. Papers print
     multiply-adds as "FLOPs". `other_*` is what lies outside the blocks: patch embedding, pooling, head.
+
+    Where the images decide how many tokens are left, tokens and costs after are the least that there can be, and
+    `flops_factor` the most: what it is if every block removes as many as it may. `macs_most` is the other end.
+
+    Args:
+        macs_most: multiply-adds of the patched model if it removes nothing; None if its counts are exact.
     """
 
     model: str
@@ -50,6 +59,12 @@ class Report:
     layers: tuple[LayerCost, ...]
     other_macs_before: int
     other_macs_after: int
+    macs_most: int | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every image costs the same; if not, see above."""
+        return self.macs_most is None
 
     @property
     def macs_before(self) -> int:
@@ -96,7 +111,16 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, totals included, JSON-ready."""
-        names = ("macs_before", "macs_after", "matching_macs", "flops_before", "flops_after", "flops_factor", "tokens")
+        names = (
+            "exact",
+            "macs_before",
+            "macs_after",
+            "matching_macs",
+            "flops_before",
+            "flops_after",
+            "flops_factor",
+            "tokens",
+        )
         totals = {name: getattr(self, name) for name in names}
         return asdict(self) | totals | {"tokens": list(self.tokens), "input_size": list(self.input_size)}
 
@@ -104,6 +128,8 @@ class Report:
         head = f"{'layer':>7} {'tokens':>13} {'MMACs before':>13} {'after':>9} {'matching':>9}"
         name = f"{self.model} at {'x'.join(map(str, self.input_size))}, {self.method['method']}, one image"
         rows = [name, head]
+        if not self.exact:
+            rows.insert(1, "the images decide how many tokens are left: below is the least, if all merge that may")
         for c in self.layers:
             tokens = f"{c.tokens_in} -> {c.tokens_out}"
             macs = f"{c.macs_before / 1e6:>13.1f} {c.macs_after / 1e6:>9.1f} {c.matching_macs / 1e6:>9.2f}"
@@ -114,6 +140,9 @@ class Report:
         rows.append(
             f"FLOPs {self.flops_before / 1e9:.2f} G -> {self.flops_after / 1e9:.2f} G, factor {self.flops_factor:.2f}"
         )
+        if self.macs_most is not None:
+            factor = self.macs_before / self.macs_most
+            rows.append(f"at most {self.macs_most / 5e8:.2f} GFLOPs, factor {factor:.2f}, where nothing merges")
         if self.attention is not None:
             a = self.attention
             rows.append(
@@ -132,6 +161,8 @@ def report(
 ) -> Report:
     """Count what `config` saves on `model`, on the meta device: no weight is read and the model is not changed.
 
+    Where the images decide how many tokens are left, the report holds bounds; see `Report`.
+
     Args:
         model: a supported model, patched or not.
         config: settings or a method's name (settings as `options`); None means those that are applied.
@@ -148,46 +179,71 @@ def report(
         >>> cost.tokens[0], cost.tokens[-1], round(cost.flops_factor, 2)
         (197, 60, 1.76)
     """
-    adapter, configs, method = chosen(model, config, options)
+    host, configs, methods = chosen(model, config, options)
     configs = tuple(c for c in configs if c.part == "tower")
     if not configs:
         raise ConfigError("no method acts in the tower; vtoken.prompt_report counts what one in the prompt saves")
-    size = image_shape(input_size) if input_size is not None else (adapter.channels(model), *adapter.image_size(model))
-    tokens = plan_of(model, adapter, method, size[1:]).tokens
-    shadow = meta_copy(model)
-    if is_applied(shadow):
-        remove(shadow)
+    size = image_shape(input_size) if input_size is not None else (host.adapter.channels(model), *host.image_size())
+    return costs(host, configs, methods, size, plan_of(host, methods, size[1:]))
+
+
+def costs(
+    host: Host,
+    configs: tuple[MethodConfig, ...],
+    methods: dict[str, Method],
+    size: tuple[int, int, int],
+    counts: Plan,
+) -> Report:
+    """`report` for the given counts: those that `plan` gives, or those that images gave where they decide.
+
+    Args:
+        host, configs, methods: as `vtoken.core.counts.chosen` gives them, without settings of the prompt.
+        size: channels, height, width of one image.
+    """
+    tokens, model = counts.least, host.model
+    shadow = host.of(meta_copy(model))
+    if is_applied(shadow.model):
+        remove(shadow.model)
     repeats = Repeats()
     try:
-        before = _count(shadow, adapter, size, repeats)
+        before = _count(shadow, size, repeats)
     except VTokenError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ShapeError(f"{type(model).__name__} does not take images of {size}: {error}") from error
     # Kept keys are data, which a counter of shapes cannot see: attention cores are counted dense, then exchanged.
     # The model takes the images, so whatever is raised now is the method's own.
-    after = _count(apply(shadow, [c.counted() for c in configs]), adapter, size, repeats)
-    spec = adapter.spec(model)
-    cores = _attention_macs(model, adapter, configs, tokens)
+    spec, method, counted = host.spec, removing(methods), tuple(c.counted() for c in configs)
+    entered = build_methods(shadow, counted)
+    matching, unseen = _matching_macs(method, spec, tokens), [0] * spec.depth
+    if not method.exact:  # there are no images here that could decide anything
+        entered["on_block"], unseen = Narrowing(counts.removed, method.insert), matching
+    enter(shadow, counted, entered)
+    after = _count(shadow, size, repeats)
+    cores = _attention_macs(host, methods, tokens)
     layers = tuple(
         LayerCost(
             layer=i,
             tokens_in=tokens[i],
             tokens_out=tokens[i + 1],
             macs_before=before[1][i] // 2,
-            macs_after=after[1][i] // 2 + _exchanged(cores[i]),
-            matching_macs=method.matching_macs(i, tokens[i] - spec.num_prefix, spec.head_dim, spec.width),
+            macs_after=after[1][i] // 2 + unseen[i] + _exchanged(cores[i]),
+            matching_macs=matching[i],
             attention=cores[i],
         )
         for i in range(spec.depth)
     )
     described = configs[0].to_dict() if len(configs) == 1 else {"method": "+".join(c.method for c in configs)}
-    return Report(type(model).__name__, described, size, layers, before[0] // 2, after[0] // 2)
+    most = None
+    if not counts.exact:
+        full = [_exchanged(core) for core in _attention_macs(host, methods, counts.tokens)]
+        most = (before[0] + sum(before[1])) // 2 + sum(full) + sum(_matching_macs(method, spec, counts.tokens))
+    return Report(type(model).__name__, described, size, layers, before[0] // 2, after[0] // 2, most)
 
 
-def count_macs(shadow: Any, adapter: HostAdapter, size: tuple[int, int, int]) -> int:
+def count_macs(shadow: Host, size: tuple[int, int, int]) -> int:
     """Multiply-adds of one image of `size` (channels, height, width) through a model on the meta device."""
-    other, blocks = _count(shadow, adapter, size, Repeats())
+    other, blocks = _count(shadow, size, Repeats())
     return (other + sum(blocks)) // 2
 
 
@@ -199,16 +255,19 @@ def image_shape(size: Sequence[int]) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _attention_macs(
-    model: Any, adapter: HostAdapter, configs: tuple[MethodConfig, ...], tokens: Sequence[int]
-) -> list[AttentionMacs | None]:
+def _matching_macs(method: BlockMethod, spec: HostSpec, tokens: Sequence[int]) -> list[int]:
+    """Multiply-adds that each block spends on choosing among its tokens."""
+    return [method.matching_macs(i, tokens[i] - spec.num_prefix, spec.head_dim, spec.width) for i in range(spec.depth)]
+
+
+def _attention_macs(host: Host, methods: dict[str, Method], tokens: Sequence[int]) -> list[AttentionMacs | None]:
     """Per block, what sparse attention makes of its core, with the model's own learned parts where it carries them."""
-    spec, attention = adapter.spec(model), build_methods(model, adapter, configs).get("on_attention")
+    spec, attention = host.spec, methods.get("on_attention")
     if not isinstance(attention, AttentionMethod):
         return [None] * spec.depth
     predictors = {
         m.__dict__["_vtoken_index"]: m.get_submodule(PREDICTOR)
-        for m in model.modules()
+        for m in host.model.modules()
         if "_vtoken_method" in m.__dict__
     }
     return [attention.macs(i, tokens[i], tokens[0], spec, predictors.get(i)) for i in range(spec.depth)]
@@ -219,12 +278,13 @@ def _exchanged(core: AttentionMacs | None) -> int:
 
 
 def _count(
-    shadow: Any, adapter: HostAdapter, size: tuple[int, int, int], repeats: Repeats
+    host: Host, size: tuple[int, int, int], repeats: Repeats
 ) -> tuple[int, list[int]]:  # fmt: skip
-    """FLOPs outside the blocks and of every block, counted while the shadow runs one image."""
+    """FLOPs outside the blocks and of every block, counted while a model on the meta device runs one image."""
+    shadow = host.model
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
     image = torch.empty(1, *size, device="meta", dtype=dtype)
-    blocks = [block for _, block in adapter.blocks(shadow)]
+    blocks = [block for _, block in host.adapter.blocks(shadow)]
     spent = [0] * len(blocks)
     handles = []
     # With gradients where torch would else take a path through its attention that no counter sees.
@@ -237,7 +297,7 @@ def _count(
             handles.append(block.register_forward_pre_hook(_read(meter, spent, index, -1)))
             handles.append(block.register_forward_hook(_read(meter, spent, index, 1)))
         with meter, torch.set_grad_enabled(gradients):
-            adapter.run_image(shadow, image)
+            host.adapter.run_image(shadow, image)
     finally:
         for handle in handles:
             handle.remove()

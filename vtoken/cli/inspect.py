@@ -13,15 +13,14 @@ import torch
 
 from vtoken.accounting.report import report
 from vtoken.cli.settings import key_values
-from vtoken.core.apply import plan
-from vtoken.core.config import MethodConfig, example, make_config, methods
+from vtoken.core.config import MethodConfig, applicable, example, make_config
+from vtoken.core.counts import plan
 from vtoken.hosts.names import build_weightless, supported, why_not
 from vtoken.ops import explain
 
 
 def _kernels_on(device: str) -> str:
-    choice = explain("apply", torch.empty(1, 1, 1, device=device))
-    return f"{choice.backend}: {choice.reason}" if choice.reason else choice.backend
+    return str(explain("apply", torch.empty(1, 1, 1, device=device)))
 
 
 def show_info(args: argparse.Namespace) -> int:
@@ -42,12 +41,12 @@ def show_info(args: argparse.Namespace) -> int:
 
 
 def show_methods(args: argparse.Namespace) -> int:
-    """Every method with its settings and their defaults."""
-    found = {name: example(name).to_dict() for name in methods()}
+    """Every method that the commands take, with its settings and their defaults."""
+    found = {name: example(name).to_dict() for name in applicable()}
     if args.json:
         print(json.dumps(found))
         return 0
-    for name in methods():
+    for name in applicable():
         config = example(name)
         line = ", ".join(f"{f.name}={getattr(config, f.name)!r}" for f in fields(config))
         print(f"{name}: {type(config).__name__}({line})")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken.cli import weights
@@ -14,7 +15,7 @@ from vtoken.cli.parser import SALIENCY
 from vtoken.cli.settings import key_values
 from vtoken.core.apply import applied
 from vtoken.core.config import make_config
-from vtoken.core.host import find_adapter
+from vtoken.core.host import host_of
 from vtoken.core.trace import trace
 from vtoken.demo.photos import load_photographs, photograph_names
 from vtoken.demo.saliency import MEAN, NATIVE_SIZE, STD, load_saliency_vit
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     image = _read_image(args.image, size)
     channels = (1, -1, 1, 1)
     inputs = (image[None] - torch.tensor(mean).view(channels)) / torch.tensor(std).view(channels)
-    depth = find_adapter(model).spec(model).depth
+    depth = host_of(model).spec.depth
     layer = depth - 1 if args.layer is None else args.layer
     if not 0 <= layer < depth:
         raise ConfigError(f"--layer {layer}: {args.model} has blocks 0 to {depth - 1}")
@@ -90,4 +91,4 @@ def _read_image(file: Path, size: tuple[int, int]) -> Tensor:
         raise ConfigError(f"{name} cannot be read as an image: {error}") from error
     fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return pixels.permute(2, 0, 1).float() / 255
+    return rearrange(pixels, "h w c -> c h w").float() / 255

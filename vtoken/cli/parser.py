@@ -41,11 +41,15 @@ def parser() -> argparse.ArgumentParser:
     _overlay(add("overlay", "overlay:run", about))
     _video(add("video", "video:run", "score the frames of a clip for a question, spread a token budget, draw both"))
     _json(add("info", "inspect:show_info", "versions and devices"))
-    _json(add("methods", "inspect:show_methods", "every method with its settings and their defaults"))
+    about = "every method that commands take, with its settings and their defaults"
+    listed = add("methods", "inspect:show_methods", about)
+    _load(listed)
+    _json(listed)
     about = "supported timm names; with --why, the refused ones among the pattern and their reasons"
     models = add("models", "inspect:show_models", about)
     models.add_argument("pattern", nargs="?", default="*", type=word, help="e.g. 'deit3_*'")
     models.add_argument("--why", action="store_true", help="list the refused names and why")
+    _load(models)
     _json(models)
     for name, run, about in (
         ("plan", "inspect:show_plan", "token counts per layer"),
@@ -68,7 +72,13 @@ def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="for machines")
 
 
+def _load(command: argparse.ArgumentParser) -> None:
+    about = "a Python file of your own, which is run first: methods and adapters that it registers are found by name"
+    command.add_argument("--load", type=path, action="append", default=[], metavar="FILE.py", help=about)
+
+
 def _method(command: argparse.ArgumentParser) -> None:
+    _load(command)
     command.add_argument("method", type=word, help="see `methods`")
     command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="e.g. ratio=0.9")
 
@@ -100,6 +110,7 @@ def _demo(command: argparse.ArgumentParser) -> None:
 
 def _bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, type=word, help="timm architecture, e.g. vit_base_patch16_224")
+    _load(command)
     add_sweep(command, ["pitome"], [0.925])
     _weights(command)
     about = "an ImageFolder (one folder per class) instead of random images"

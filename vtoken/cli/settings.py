@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from vtoken.cli.values import share, whole
@@ -43,7 +44,7 @@ def add_sweep(parser: argparse.ArgumentParser, methods: Sequence[str], ratios: S
 
 
 def sweep(args: argparse.Namespace) -> list[MethodConfig]:
-    """Every chosen method with every chosen amount.
+    """Every chosen method with every chosen amount; a method that knows neither ratio nor r once.
 
     Raises:
         ConfigError: for unknown methods or settings.
@@ -54,6 +55,7 @@ def sweep(args: argparse.Namespace) -> list[MethodConfig]:
     amounts: list[dict[str, Any]] = [{"r": r} for r in args.r] if args.r else [{"ratio": r} for r in args.ratio]
     found: list[MethodConfig] = []
     for method in args.method:
-        for amount in [{}] if method == "stride" else amounts:
-            found.append(make_config(method, amount | settings))
+        config = make_config(method, settings)
+        takes = {f.name for f in fields(config)} & {"ratio", "r"}
+        found += [make_config(method, amount | settings) for amount in amounts] if takes else [config]
     return found

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vtoken.core.host import find_adapter
+from vtoken.core.host import host_of
 from vtoken.errors import ConfigError
 from vtoken.hosts.names import build
 
@@ -20,7 +20,7 @@ from vtoken.hosts.names import build
 def build_model(args: argparse.Namespace) -> nn.Module:
     """The timm model that the options name, in eval mode; refused before anything is measured or drawn."""
     model: Any = build(args.model, pretrained=args.pretrained, img_size=args.img_size, num_classes=args.num_classes)
-    find_adapter(model).spec(model)
+    host_of(model)
     if args.checkpoint:
         try:
             model.load_state_dict(load_weights(args.checkpoint))

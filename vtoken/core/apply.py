@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from vtoken import checks
 from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.config import MethodConfig, make_config
-from vtoken.core.host import HostAdapter, find_adapter
-from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll, Method
+from vtoken.core.host import Host, host_of, refuse_compiled
+from vtoken.core.method import AttentionMethod, BlockMethod, Method
 from vtoken.core.patch import (
     PREDICTOR,
     is_patched,
@@ -26,8 +25,8 @@ from vtoken.core.patch import (
     unpatch_all,
     wraps_patched_forward,
 )
-from vtoken.core.plan import Plan, count_tokens
-from vtoken.errors import AlreadyAppliedError, ConfigError, ShapeError, VTokenError
+from vtoken.core.wrapper import Wrapper, wrappers_in
+from vtoken.errors import AlreadyAppliedError, ConfigError, VTokenError
 
 Config = MethodConfig | str | Sequence[MethodConfig]
 M = TypeVar("M", bound=nn.Module)
@@ -76,8 +75,9 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
         True
     """
     configs = resolve(config, options)
-    parts = [(find_adapter(model, part), group) for part, group in _by_part(configs).items()]
-    built = [build_methods(model, adapter, group) for adapter, group in parts]
+    parts = [(host_of(model, part), group) for part, group in _by_part(configs).items()]
+    refuse_compiled(model)
+    built = [build_methods(host, group) for host, group in parts]
     carriers = [(m, part) for m, part in _carried(model) if part in _by_part(configs)]
     if carriers and not replace:
         names = ", ".join(c.method for c in config_tuple(model) if c.part in _by_part(configs))
@@ -89,10 +89,8 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     try:
         for module, part in carriers:
             unpatch(module, part)
-        for (adapter, group), methods in zip(parts, built, strict=True):
-            targets = adapter.targets(model, methods)
-            targets[0][2]["_vtoken"] = Applied(group, methods)
-            patch(targets, adapter.part)
+        for (host, group), methods in zip(parts, built, strict=True):
+            enter(host, group, methods)
     except BaseException:
         for module in patched_modules(model):
             unpatch(module)
@@ -101,27 +99,52 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     return model
 
 
+def enter(host: Host, configs: tuple[MethodConfig, ...], methods: dict[str, Method]) -> None:
+    """Patch one part of a model that carries nothing there, with methods that were built for it."""
+    targets = host.targets(methods)
+    targets[0][2]["_vtoken"] = Applied(configs, methods)
+    patch(targets, host.adapter.part)
+
+
 def remove(model: M, method: str | None = None) -> M:
     """Give back exactly the model that came in: its classes restored, everything that was added deleted.
 
-    Works on a model or on any module that holds patched ones.
+    Works on a model or on any module that holds patched ones. A wrapper such as `vtoken.AttentiveMaskCLIP` is not
+    removed; its `unwrap()` gives the model.
 
     Args:
         method: name of the method to remove, such as "vtc_cls", if several are applied; None removes all.
 
     Raises:
         VTokenError: if nothing (of that name) is applied, or a wrapper around the patched forward would be left behind.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = timm.create_model("test_vit").eval()
+        >>> vtoken.remove(vtoken.apply(model, "tome", r=8)) is model, vtoken.is_applied(model)
+        (True, False)
     """
     carriers = _carried(model) if method is None else _carriers_of(model, method)
     if not carriers:
-        raise VTokenError(f"nothing to remove: no method is applied to this {type(model).__name__}")
+        raise VTokenError(
+            f"nothing to remove: no method is applied to this {type(model).__name__}{_unwrap_hint(model)}"
+        )
     _leave(carriers)
     return model
 
 
 @contextlib.contextmanager
 def applied(model: M, config: Config, **options: Any) -> Iterator[M]:
-    """`apply` for the length of a `with` block; always undone, also on an error."""
+    """`apply` for the length of a `with` block; always undone, also on an error.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = timm.create_model("test_vit").eval()
+        >>> with vtoken.applied(model, "tome", r=8):
+        ...     tokens = vtoken.num_tokens(model)
+        >>> tokens < vtoken.num_tokens(model)
+        True
+    """
     if "replace" in options:
         raise ConfigError("applied() cannot replace what is applied; vtoken.remove it first, or use vtoken.configure")
     configs = resolve(config, options)
@@ -133,13 +156,29 @@ def applied(model: M, config: Config, **options: Any) -> Iterator[M]:
 
 
 def is_applied(model: nn.Module) -> bool:
-    """Whether the model, or a module inside it, carries a method."""
+    """Whether `apply` put a method into the model, or into a module inside it, so that `remove` has something to do.
+
+    Wrappers such as `vtoken.AttentiveMaskCLIP` have settings (`config_of`), but patch nothing.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.is_applied(vtoken.apply(timm.create_model("test_vit"), "tome", r=8))
+        True
+    """
     return bool(_carried(model))
 
 
 def config_of(model: nn.Module) -> MethodConfig | tuple[MethodConfig, ...] | None:
-    """The settings that the model carries: None, one, or a tuple if several methods are applied."""
-    configs = config_tuple(model)
+    """The settings that the model carries: None, one, or a tuple if several methods are applied.
+
+    Those of a wrapper such as `vtoken.AttentiveMaskCLIP` count, too, and come first.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.config_of(vtoken.apply(timm.create_model("test_vit"), "tome", r=8)).r
+        8
+    """
+    configs = (*(wrapper._settings for wrapper in wrappers_in(model)), *config_tuple(model))
     return configs if len(configs) > 1 else configs[0] if configs else None
 
 
@@ -147,25 +186,37 @@ def configure(model: M, **changes: Any) -> M:
     """Change settings of the applied method without patching again; for sweeps.
 
     If several methods are applied, the one that has all the named settings is meant. The method is built anew from its
-    settings: what a method of your own had kept on itself is lost.
+    settings: what a method of your own had kept on itself is lost. Wrappers such as `vtoken.AttentiveMaskCLIP` change
+    theirs between steps.
 
     Raises:
         VTokenError: if nothing is applied, or it cannot be told which method is meant.
-        ConfigError: if a value is wrong; the old settings stay.
+        ConfigError: if a value is wrong, or a setting used up when a wrapper was built; the old settings stay.
+
+    Example:
+        >>> import timm, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit"), "tome", r=8)
+        >>> vtoken.config_of(vtoken.configure(model, r=4)).r
+        4
     """
-    configs = config_tuple(model)
-    meant = [c for c in configs if all(hasattr(c, name) for name in changes)] if len(configs) > 1 else list(configs)
+    held: list[tuple[Wrapper | None, MethodConfig]] = [(w, w._settings) for w in wrappers_in(model)]
+    held += [(None, config) for config in config_tuple(model)]
+    meant = [(w, c) for w, c in held if len(held) == 1 or all(hasattr(c, name) for name in changes)]
     if len(meant) != 1:
-        raise VTokenError(f"configure needs exactly one applied method, found {len(configs)}; use vtoken.apply")
-    owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and meant[0] in m.__dict__["_vtoken"].configs)
-    new = tuple(c.replace(**changes) if c is meant[0] else c for c in owner.__dict__["_vtoken"].configs)
-    adapter = find_adapter(owner, meant[0].part)
-    applied = Applied(new, build_methods(owner, adapter, new), owner.__dict__["_vtoken"].compiled)
+        raise VTokenError(f"configure needs exactly one applied method, found {len(held)}; use vtoken.apply")
+    ((wrapper, old),) = meant
+    if wrapper is not None:
+        wrapper._change(changes)
+        return model
+    owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and old in m.__dict__["_vtoken"].configs)
+    new = tuple(c.replace(**changes) if c is old else c for c in owner.__dict__["_vtoken"].configs)
+    host = host_of(owner, old.part)
+    applied = Applied(new, build_methods(host, new), owner.__dict__["_vtoken"].compiled)
     carriers = [m for m in owner.modules() if "_vtoken_method" in m.__dict__]
     attention = applied.methods.get("on_attention")
     if isinstance(attention, AttentionMethod):
         layers = {int(m.__dict__["_vtoken_index"]) for m in carriers}
-        if any(attention.acts_on(layer) != (layer in layers) for layer in range(adapter.spec(owner).depth)):
+        if any(attention.acts_on(layer) != (layer in layers) for layer in range(host.spec.depth)):
             raise ConfigError("configure cannot add or take away layers with a learned part; use replace=True in apply")
         for carrier in carriers:
             attention.fits(int(carrier.__dict__["_vtoken_index"]), carrier.get_submodule(PREDICTOR))
@@ -176,110 +227,41 @@ def configure(model: M, **changes: Any) -> M:
     return model
 
 
-def plan(
-    model: nn.Module, config: Config | None = None, *, img_size: int | tuple[int, int] | None = None, **options: Any
-) -> Plan:
-    """Token counts per layer; nothing is run and the model is not changed.
-
-    Args:
-        model: a supported model; its weights are not read.
-        config: settings; None means those that are applied.
-        img_size: pixels, one side or (height, width); None means the model's own.
-    """
-    adapter, _, method = chosen(model, config, options)
-    size = adapter.image_size(model) if img_size is None else pixels(img_size)
-    return plan_of(model, adapter, method, size)
-
-
-def num_tokens(
-    model: nn.Module, config: Config | None = None, *, img_size: int | tuple[int, int] | None = None, **options: Any
-) -> int:
-    """How many tokens of one image the model hands on.
-
-    For a LLaVA, the placeholders that the prompt needs; else the rows that leave the last block, prefix included. Where
-    a method shortens the prompt, the image tokens that reach the language model; prompts may then have this many
-    placeholders or, as the processor writes them, as many as without it. Newlines that depend on the image all count.
-
-    Args:
-        model: a supported model.
-        config: settings; None means those that are applied, or none at all.
-        img_size: pixels, one side or (height, width); None means the model's own.
-
-    Example:
-        >>> import timm, vtoken
-        >>> vtoken.num_tokens(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.9))
-        55
-    """
-    configs = resolve(config, options) if config is not None else config_tuple(model)
-    if any(c.part == "prompt" for c in configs):
-        shortening = find_adapter(model, "prompt")
-        size = shortening.image_size(model) if img_size is None else pixels(img_size)
-        return shortening.count(model, configs, size).kept
-    adapter = find_adapter(model)
-    size = adapter.image_size(model) if img_size is None else pixels(img_size)
-    if not configs:
-        spec, (height, width) = adapter.spec(model), adapter.grid(model, size)
-        full = Plan((spec.num_prefix + height * width,) * (spec.depth + 1), spec.num_prefix)
-        return adapter.num_tokens(model, full)
-    method = chosen(model, config, options)[2]
-    return adapter.num_tokens(model, plan_of(model, adapter, method, size))
-
-
-def chosen(
-    model: nn.Module, config: Config | None, options: dict[str, Any]
-) -> tuple[HostAdapter, tuple[MethodConfig, ...], BlockMethod]:
-    """The model's adapter, the given or else the applied settings, and the method they make."""
-    adapter = find_adapter(model)
-    configs = resolve(config, options) if config is not None else config_tuple(model)
-    if not configs:
-        raise ConfigError("no settings given and no method applied to this model")
-    in_tower = tuple(c for c in configs if c.part == "tower")
-    if not in_tower:
-        find_adapter(model, "prompt")  # or says why no prompt of the model can be shortened
-    method = build_methods(model, adapter, in_tower).get("on_block", KeepAll())
-    assert isinstance(method, BlockMethod)
-    return adapter, configs, method
-
-
-def plan_of(model: nn.Module, adapter: HostAdapter, method: BlockMethod, size: tuple[int, int]) -> Plan:
-    """Token counts of `method` on images of `size` (height, width) pixels."""
-    spec = adapter.spec(model)
-    own = tuple(adapter.image_size(model)) if spec.fixed_size else tuple(size)
-    if tuple(size) != own:
-        raise ShapeError(
-            f"{spec.name} does not take images of {size} pixels (height, width), only of {own}; build it for another "
-            "size, or so that it takes any (timm: dynamic_img_size=True)"
-        )
-    height, width = adapter.grid(model, size)
-    return count_tokens(method, spec.depth, spec.num_prefix + height * width, spec.num_prefix)
-
-
-def pixels(size: int | Sequence[int]) -> tuple[int, int]:
-    """One side or (height, width) in pixels as a pair; raises ShapeError for anything else."""
-    sides = checks.whole_numbers(tuple(size) if isinstance(size, Sequence) else (size, size))
-    if sides is None or len(sides) != 2 or min(sides) < 1:
-        raise ShapeError(f"an image size is one number of pixels or (height, width), got {size!r}")
-    return sides[0], sides[1]
-
-
 def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]:
-    """Whatever `apply` accepts as one tuple of settings."""
-    if isinstance(config, str):
-        return (make_config(config, options),)
-    if options:
+    """Whatever `apply` accepts as one tuple of settings of methods in a model."""
+    if options and not isinstance(config, str):
         raise ConfigError(f"options {sorted(options)} go with a method's name, not with a settings object")
-    several = isinstance(config, Sequence)
-    configs = (config,) if isinstance(config, MethodConfig) else tuple(config) if several else ()
+    if isinstance(config, str):
+        configs: tuple[MethodConfig, ...] = (make_config(config, options),)
+    else:
+        several = isinstance(config, Sequence)
+        configs = (config,) if isinstance(config, MethodConfig) else tuple(config) if several else ()
     if not configs or not all(isinstance(c, MethodConfig) for c in configs):
         raise ConfigError(
             f"expected settings such as vtoken.PiToMe(ratio=0.9), a method name or a list, got {config!r}"
         )
+    for each in configs:
+        if each.part == "training":
+            each.build(0)  # raises, and says what to do instead
     return configs
 
 
-def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodConfig, ...]) -> dict[str, Method]:
+def given_or_carried(model: nn.Module, config: Config | None, options: dict[str, Any]) -> tuple[MethodConfig, ...]:
+    """The given settings, or else those of what is applied to the model.
+
+    Raises:
+        ConfigError: if they are of no method in a model, but of a wrapper around one.
+    """
+    if config is not None:
+        return resolve(config, options)
+    configs = config_tuple(model)
+    around = [wrapper._settings for wrapper in wrappers_in(model)]
+    return resolve(around, {}) if around and not configs else configs
+
+
+def build_methods(host: Host, configs: tuple[MethodConfig, ...]) -> dict[str, Method]:
     """The methods by the hook they serve, checked against the model; nothing is changed."""
-    spec = adapter.spec(model)
+    spec, adapter = host.spec, host.adapter
     built: dict[str, Method] = {}
     made = [(config, method) for config in configs for method in _made(config.build(spec.depth))]
     for config, method in made:
@@ -297,7 +279,7 @@ def build_methods(model: nn.Module, adapter: HostAdapter, configs: tuple[MethodC
         if isinstance(method, BlockMethod) and spec.fixed_size:
             method.check_patches(spec.grid[0] * spec.grid[1])
         built[method.hook] = method
-    adapter.check(model, built)
+    adapter.check(host.model, built)
     return built
 
 
@@ -347,8 +329,16 @@ def _carriers_of(model: nn.Module, method: str) -> list[tuple[nn.Module, str]]:
         raise VTokenError(f"{method} and {', '.join(others)} are patched together; remove both: vtoken.remove(model)")
     if not parts:
         names = ", ".join(c.method for c in config_tuple(model)) or "no method"
-        raise VTokenError(f"nothing to remove: {type(model).__name__} carries {names}, not {method}")
+        raise VTokenError(
+            f"nothing to remove: {type(model).__name__} carries {names}, not {method}{_unwrap_hint(model)}"
+        )
     return [(m, part) for m, part in _carried(model) if part in parts]
+
+
+def _unwrap_hint(model: nn.Module) -> str:
+    """What to do instead of removing a wrapper, if there is one; for messages."""
+    names = [type(wrapper).__name__ for wrapper in wrappers_in(model)]
+    return f"; {names[0]} patches nothing, its unwrap() gives the model" if names else ""
 
 
 def patched_modules(model: nn.Module) -> list[nn.Module]:

@@ -7,7 +7,6 @@ layer. Here one graph of one block serves all layers: token count, layer, amount
 from __future__ import annotations
 
 import inspect
-import threading
 import types
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -16,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.method import BlockMethod
 from vtoken.errors import ConfigError, VTokenError
 
 M = TypeVar("M", bound=nn.Module)
@@ -35,14 +33,12 @@ class CompiledBlocks:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._made: dict[Hashable, Callable[..., Any]] = {}
-        self._lock = threading.Lock()
 
     def __call__(self, function: Callable[..., Any], case: Hashable, *args: Any) -> Any:
         """`function(*args)`, compiled for each `case` by itself: cases would only recompile for each other."""
-        with self._lock:
-            made = self._made.get((function, case))
-            if made is None:
-                made = self._made[function, case] = self._compile(function)
+        made = self._made.get((function, case))
+        if made is None:  # of two threads one's function is kept; no lock, which an interrupt might leave locked
+            made = self._made.setdefault((function, case), self._compile(function))
         return made(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -113,7 +109,12 @@ def compile(model: M, **options: Any) -> M:
 
 def _check(methods: dict[str, Any]) -> None:
     method = methods["on_block"]
-    if "on_attention" in methods or type(method).reduce is BlockMethod.reduce:
+    if not method.exact:
+        raise ConfigError(
+            "vtoken.compile needs token counts that shapes tell, and here the images decide them: leave the model "
+            "eager, or take torch.compile(model) without fullgraph, which runs what lies between the merges by graphs"
+        )
+    if "on_attention" in methods or not method.reduces:
         which = methods.get("on_attention", method)
         raise ConfigError(
             f"vtoken.compile serves merging methods, not {type(which).__name__}; torch.compile(model) serves all"

@@ -11,58 +11,9 @@ from torch import nn
 
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import Method
-from vtoken.core.plan import Plan
+from vtoken.core.patch import PREDICTOR
+from vtoken.core.spec import HostSpec, ImageTokens, PatchSpec, Plan
 from vtoken.errors import ConfigError, UnsupportedModelError, VTokenError
-
-
-@dataclass(frozen=True)
-class HostSpec:
-    """What a method may know of a host.
-
-    Args:
-        name: class name of the model, for messages.
-        depth: number of blocks L.
-        width: channels C.
-        num_heads: attention heads H of the first block.
-        head_dim: channels per head D.
-        num_prefix: class, register and distillation tokens P.
-        grid: patch rows and columns at the model's own image size.
-        pooling: the model's own word for its pooling ("token", "avg", "map", ...).
-        position: "absolute" or "rotary".
-        fixed_size: whether the model takes images of one size only.
-        class_token: whether the first prefix token is a class token.
-    """
-
-    name: str
-    depth: int
-    width: int
-    num_heads: int
-    head_dim: int
-    num_prefix: int
-    grid: tuple[int, int]
-    pooling: str
-    position: str
-    fixed_size: bool = True
-    class_token: bool = True
-
-
-@dataclass(frozen=True)
-class ImageTokens:
-    """One image on its way to a language model.
-
-    Args:
-        crops: images that the tower sees for it, at its own size.
-        rows: tokens of one of them that go through the projector.
-        full: tokens of all, newlines included, without pruning of the prompt.
-        kept: tokens with it; newlines that depend on the image all count.
-        exact: whether `kept` is the same for every image.
-    """
-
-    crops: int
-    rows: int
-    full: int
-    kept: int
-    exact: bool = True
 
 
 class HostAdapter:
@@ -122,9 +73,35 @@ class HostAdapter:
         """Multiply-adds that a method in the prompt spends on one image or crop; for adapters of the part "prompt"."""
         raise NotImplementedError
 
-    def run_watched(self, model: nn.Module, rows: Any, image: Any) -> None:
-        """Run the tower on [B, C, H, W] with the attention of its blocks read into `rows`; see hosts/class_rows.py."""
+    def run_watched(self, model: nn.Module, watch: Any, image: Any) -> None:
+        """Run the tower on [B, C, H, W] with the attention of its blocks read by a `vtoken.core.watch.Watch`."""
         raise UnsupportedModelError(f"{self.name}: vtoken cannot read class attention there")
+
+    def patch_spec(self, model: nn.Module) -> PatchSpec:
+        """What is known of the patches of a tower of which `masked` can leave some out.
+
+        Raises:
+            UnsupportedModelError: if it cannot, with the reason.
+            ConfigError: if the tower drops patches itself.
+        """
+        raise UnsupportedModelError(f"{self.name}: vtoken cannot leave out patches there")
+
+    def masked(self, model: nn.Module, images: Any, rows: Any, watch: Any = None) -> tuple[Any, Any]:
+        """Features of images of whose tokens only some enter the blocks.
+
+        Args:
+            model: the tower that `patch_spec` was asked for.
+            images: [B, C, H, W], of any whole number of patches; positions are resampled for the call.
+            rows: tokens that go on, behind the position embedding, prefix tokens among them, [B, T]; None: all.
+            watch: a `vtoken.core.watch.Watch` that reads class attention on the way.
+
+        Returns:
+            Pooled features before the projection, [B, w], and behind it, [B, E].
+
+        Raises:
+            UnsupportedModelError: if the tower carries a method.
+        """
+        raise UnsupportedModelError(f"{self.name}: vtoken cannot leave out patches there")
 
     def run_image(self, model: nn.Module, image: Any) -> Any:
         """Run the model's image part on [B, C, H, W]; for models whose forward wants more than an image."""
@@ -153,6 +130,45 @@ _registered: list[HostAdapter] = []
 _NEEDED = {"tower": ("spec", "grid", "blocks", "targets"), "prompt": ("spec", "targets", "count"), "video": ()}
 
 
+@dataclass(frozen=True, eq=False)
+class Host:
+    """A model whose structure the adapter of its family has checked; see `host_of`.
+
+    Args:
+        adapter: of the family.
+        model: the model.
+        spec: its measures.
+    """
+
+    adapter: HostAdapter
+    model: nn.Module
+    spec: HostSpec
+
+    def of(self, twin: nn.Module) -> Host:
+        """The same of a copy of the model, which has its structure."""
+        return Host(self.adapter, twin, self.spec)
+
+    def grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Patch rows and columns of an image of `img_size` (height, width) pixels."""
+        return self.adapter.grid(self.model, img_size)
+
+    def image_size(self) -> tuple[int, int]:
+        """The model's own input height and width in pixels."""
+        height, width = self.adapter.image_size(self.model)
+        return height, width
+
+    def targets(self, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+        """What `patch` needs, learned parts of an attention method included; the model itself first."""
+        found = self.adapter.targets(self.model, methods)
+        for module, _, attributes in found:
+            method = attributes.get("_vtoken_method")
+            if method is not None:
+                like = next(module.parameters())
+                predictor = method.predictor(attributes["_vtoken_index"], self.spec, like)
+                attributes[PREDICTOR] = predictor.train(module.training)
+        return found
+
+
 def register_adapter(adapter: type[HostAdapter]) -> type[HostAdapter]:
     """Make vtoken ask your adapter before its own; usable as a class decorator.
 
@@ -176,6 +192,11 @@ def register_adapter(adapter: type[HostAdapter]) -> type[HostAdapter]:
     if all(type(known) is not adapter for known in _registered):
         _registered.append(made)
     return adapter
+
+
+def forget_adapter(adapter: type[HostAdapter]) -> None:
+    """Undo `register_adapter`."""
+    _registered[:] = [known for known in _registered if type(known) is not adapter]
 
 
 def registered() -> tuple[HostAdapter, ...]:
@@ -215,6 +236,17 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
     )
 
 
+def host_of(model: nn.Module, part: str = "tower") -> Host:
+    """One part of a model, its structure checked.
+
+    Raises:
+        UnsupportedModelError: if no adapter knows it, or tokens cannot be taken from it, with the reason.
+        VTokenError: if the model is wrapped or compiled; names the module to use instead.
+    """
+    adapter = find_adapter(model, part)
+    return Host(adapter, model, adapter.spec(model))
+
+
 def inner_hint(model: nn.Module, part: str = "tower") -> str:
     """Names the supported model inside a wrapper, if there is one; a sentence for messages."""
     for name, module in model.named_modules():
@@ -250,5 +282,17 @@ def refuse_wrappers(model: object) -> None:
         )
     if type(model).__module__.startswith("torch.jit"):
         raise UnsupportedModelError("scripted and traced modules cannot be patched; apply to the module they came from")
-    if any(m._compiled_call_impl is not None for m in model.modules()):
-        raise VTokenError("apply before compiling: the model or a submodule was compiled in place (module.compile())")
+
+
+def refuse_compiled(model: nn.Module, asked: str = "apply") -> None:
+    """Raise for a model of which a part was compiled in place: its graphs are those of the classes it has now.
+
+    Args:
+        asked: what comes first, for the message.
+    """
+    compiled = next((name or "the model" for name, m in model.named_modules() if m._compiled_call_impl is not None), "")
+    if compiled:
+        raise VTokenError(
+            f"{asked} before compiling: {compiled} was compiled in place (module.compile()). Set its "
+            f"_compiled_call_impl to None, {asked}, and compile it again"
+        )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vtoken.core.state import AttentionCall, Slot
+from vtoken.core.slots import AttentionCall, Slot
+from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Chosen, Needs, Seen, TowerFacts, Visual
-
-if TYPE_CHECKING:
-    from vtoken.core.host import HostSpec
 
 
 class Method:
@@ -29,20 +27,30 @@ class BlockMethod(Method):
         metric: what it chooses by: "key", "key_concat" or "hidden" compare tokens; "cls" ranks by the class token.
         insert: "between" attention and MLP, or "after" both.
         order: "raster" (features leave the model ordered by position) or "internal".
+        exact: whether `num_removed` is what a block removes; if False it is the most, and the tokens decide.
     """
 
     hook: ClassVar[str] = "on_block"
+    exact: bool = True
     metric: str
     insert: str
     order: str
+    #: Whether `on_block` is `reduce` with the block's own amount and settings, so that who knows them calls `reduce`.
+    reduces: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        last = next((c for c in cls.__mro__ if "reduce" in vars(c) or "on_block" in vars(c)), BlockMethod)
+        cls.reduces = last is not BlockMethod and "reduce" in vars(last)
 
     def check_patches(self, num_patches: int) -> None:
         """Raise ConfigError if the settings name patches that a grid of `num_patches` does not have."""
 
     def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
-        """How many of `mergeable` non-prefix tokens block `layer` removes; needs no data.
+        """How many of `mergeable` non-prefix tokens block `layer` removes, or at most if not `exact`; needs no data.
 
-        `embedded` is how many there were before the first block, for counts that depend on it.
+        `embedded` is how many there were before the first block, for counts that depend on it. Of more tokens at least
+        as many must be left.
         """
         raise NotImplementedError
 
@@ -59,7 +67,7 @@ class BlockMethod(Method):
         raise NotImplementedError
 
     def layer_settings(self, layer: int) -> dict[str, Any]:
-        """The settings of block `layer` that `reduce` takes as arguments; numbers as float64 tensors []."""
+        """The settings of block `layer` that `reduce` takes as arguments."""
         return {}
 
     def reduce(
@@ -67,7 +75,9 @@ class BlockMethod(Method):
     ) -> tuple[Tensor, Slot]:
         """`on_block` with everything that differs between the blocks as an argument; `vtoken.compile` needs it.
 
-        One graph serves all blocks, in which `layer` and `r` are symbols: neither may decide which code runs.
+        A class that overrides it overrides `on_block`, too, or it is not called. One compiled graph serves all blocks,
+        in which `layer` and `r` are symbols and numbers among the settings float64 tensors []: none of them may decide
+        which code runs.
         """
         raise NotImplementedError
 

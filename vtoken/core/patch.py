@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -19,7 +18,6 @@ _PARTS = "_vtoken_parts"
 
 _derived: dict[tuple[type, type], type] = {}
 _stripped: dict[type, type] = {}
-_lock = threading.Lock()
 
 
 def derive(base: type, mixin: type) -> type:
@@ -27,20 +25,20 @@ def derive(base: type, mixin: type) -> type:
 
     The name stays because saved configs, device maps and sharding policies match classes by name.
     """
-    with _lock:
-        if (base, mixin) not in _derived:
-            body: dict[str, Any] = {
-                "__module__": base.__module__,
-                "__qualname__": base.__qualname__,
-                "__doc__": base.__doc__,
-                "_vtoken_base": base,
-                "__reduce_ex__": _reduce,
-            }
-            inherited = [vars(cls).items() for cls in reversed(mixin.__mro__[:-1])]
-            entries = {name: value for items in inherited for name, value in items if hasattr(base, name)}
-            body |= {name: _signed(value, base) for name, value in entries.items() if _takes_anything(value)}
-            _derived[base, mixin] = type(base.__name__, (mixin, base), body)
-        return _derived[base, mixin]
+    if (base, mixin) not in _derived:
+        body: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_vtoken_base": base,
+            "__reduce_ex__": _reduce,
+        }
+        inherited = [vars(cls).items() for cls in reversed(mixin.__mro__[:-1])]
+        entries = {name: value for items in inherited for name, value in items if hasattr(base, name)}
+        body |= {name: _signed(value, base) for name, value in entries.items() if _takes_anything(value)}
+        # Of two threads one's class is kept. No lock: an interrupt at the wrong moment would leave it locked.
+        _derived.setdefault((base, mixin), type(base.__name__, (mixin, base), body))
+    return _derived[base, mixin]
 
 
 def _takes_anything(value: Any) -> bool:
@@ -142,6 +140,13 @@ def forward_is_replaced(module: nn.Module) -> bool:
     forward, old = module.__dict__.get("forward"), module.__dict__.get("_old_forward")
     hooked = _is_hook(forward, module) and _is_own(old, module, type(module))
     return forward is not None and not hooked and not _is_own(forward, module, type(module))
+
+
+def runs_as_known(module: nn.Module, known: Collection[type]) -> bool:
+    """Whether a module, patched or not, runs the `forward` of the first of the known classes that it is."""
+    kind: Any = base_of(type(module))
+    cls: Any = next((c for c in kind.__mro__ if c in known), None)
+    return cls is not None and kind.forward is cls.forward and not forward_is_replaced(module)
 
 
 def _is_own(method: Any, module: nn.Module, cls: type) -> bool:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vtoken import checks
-from vtoken.core.prompt import PromptRecord, VideoRecord
-from vtoken.core.state import AttentionRecord, Slot, TokenState
+from vtoken.core.records import AttentionRecord, PromptRecord, VideoRecord
+from vtoken.core.slots import Slot
+from vtoken.core.state import TokenState
 from vtoken.errors import InputError, ShapeError, VTokenError
 from vtoken.ops.rows import take_rows
 
@@ -63,7 +64,7 @@ class Trace:
     #: Attention modules of a network of the user's own that ran in the latest forward.
     _ran: list[nn.Module] = field(default_factory=list)
 
-    def record(self, state: TokenState, grid: tuple[int, int] | None) -> None:
+    def record(self, state: TokenState) -> None:
         """Take over what `state` knows after a forward."""
         if state.embedded is None:
             return
@@ -72,7 +73,7 @@ class Trace:
         slots = [_in_raster_order(state.slots[i]) for i in sorted(state.slots)]
         self.num_forwards += 1
         self.num_prefix = state.num_prefix
-        self.grid = grid
+        self.grid = state.grid
         self.attention = list(state.records)  # checkpointing adds to the state's own when it runs blocks again
         self.dropped = slots[-1].dropped
         self.layer_dest = [rows if s.dest is None else s.dest for s in slots[1:]]
@@ -83,11 +84,11 @@ class Trace:
         self.anchor = rows if last.anchor is None else last.anchor
         self.size = torch.ones(self.anchor.shape, device=device) if last.size is None else last.size
 
-    def record_attention(self, module: nn.Module, state: TokenState, grid: tuple[int, int] | None) -> None:
+    def record_attention(self, module: nn.Module, state: TokenState) -> None:
         """Take over what one attention of a network of the user's own did; where it ran before, a forward begins."""
         if not self._ran or module in self._ran:
             self._ran = [module]
-            self.record(state, grid)
+            self.record(state)
             return
         for record in state.records:
             record.layer = len(self._ran)
@@ -143,6 +144,15 @@ def unmerge(features: Tensor, trace: Trace, *, layer: int | None = None) -> Tens
     Raises:
         ShapeError: if the features do not belong to that forward.
         InputError, ConfigError: if they are no tensor, or the model has no such layer.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = timm.create_model("test_vit").eval()
+        >>> model = vtoken.apply(model, "tome", r=8)
+        >>> with vtoken.tracing(model) as record:
+        ...     features = model.forward_features(torch.randn(1, 3, 160, 160))
+        >>> vtoken.unmerge(features, record).shape
+        torch.Size([1, 101, 64])
     """
     if not isinstance(trace, Trace):
         raise InputError(f"unmerge(trace=...): must be a vtoken.Trace, got {type(trace).__name__}")
@@ -182,6 +192,14 @@ def tracing(model: nn.Module, maps: Collection[str] = ()) -> Iterator[Trace]:
     Raises:
         ConfigError: for an unknown map.
         VTokenError: if the model has no method applied, or if no forward of it ran (a compiled model records nothing).
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = timm.create_model("test_vit").eval()
+        >>> with vtoken.tracing(vtoken.apply(model, "tome", r=8)) as record:
+        ...     logits = model(torch.randn(1, 3, 160, 160))
+        >>> record.size.sum()  # patches and the class token
+        tensor(101.)
     """
     traced = [m for m in model.modules() if _is_traced(m)]
     if not traced:
@@ -208,7 +226,15 @@ def _is_traced(module: nn.Module) -> bool:
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
-    """`model(*args, **kwargs)` and the record of what happened to its tokens."""
+    """`model(*args, **kwargs)` and the record of what happened to its tokens.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = timm.create_model("test_vit").eval()
+        >>> logits, record = vtoken.trace(vtoken.apply(model, "tome", r=8), torch.randn(1, 3, 160, 160))
+        >>> record.tokens[:2]
+        [101, 93]
+    """
     with tracing(model) as record:
         output = model(*args, **kwargs)
     return output, record

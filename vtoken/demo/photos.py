@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vtoken.errors import ConfigError, VTokenError
@@ -85,4 +86,4 @@ def _load(path: Path, size: int) -> Tensor:
     # Pillow widens the filter when it shrinks, which is the antialiasing.
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
-    return pixels.permute(2, 0, 1).float() / 255
+    return rearrange(pixels, "h w c -> c h w").float() / 255

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vtoken.core.host import HostAdapter, find_adapter, registered
+from vtoken.core.host import HostAdapter, host_of, registered
 from vtoken.errors import ConfigError, UnsupportedModelError
 
 # Files of timm whose architectures may be plain towers; every candidate is still built and checked.
@@ -27,6 +27,11 @@ def supported(pattern: str = "*") -> list[str]:
 
     Raises:
         ConfigError: if timm is not installed, or the pattern is no string.
+
+    Example:
+        >>> import vtoken
+        >>> vtoken.supported("deit_tiny*")
+        ['deit_tiny_distilled_patch16_224', 'deit_tiny_patch16_224']
     """
     if not isinstance(pattern, str):
         raise ConfigError(f"supported takes one pattern such as 'deit3_*', got {pattern!r}")
@@ -46,7 +51,7 @@ def _verdict(name: str, entrypoint: Callable[..., Any], adapters: tuple[HostAdap
     # What the answer depends on is in the arguments, so that it is asked again when one of them changes.
     model = build_weightless(name)
     try:
-        find_adapter(model).spec(model)
+        host_of(model)
     except UnsupportedModelError as error:
         return str(error)
     return None

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtoken.core.calling import call
 from vtoken.core.patch import base_of, view
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.errors import ShapeError
 from vtoken.ops import size_bias
 
@@ -65,6 +66,10 @@ def _map_pool(pool: Any, size: Tensor, x: Tensor, attn_mask: Tensor | None = Non
 
 
 def _prr_pool(pool: Any, size: Tensor, x: Tensor) -> Any:
+    return call(pool, functools.partial(_sized_prr, pool, size), x)
+
+
+def _sized_prr(pool: Any, size: Tensor, x: Tensor) -> Any:
     """timm's AttentionPoolPrr (self-attention without projections, then token or mean) with token sizes."""
     size = size[:, -x.shape[1] :]
     x = pool.pre_norm(x)

@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from vtoken.core.host import HostAdapter, HostSpec
+from vtoken.core.host import HostAdapter
+from vtoken.core.spec import HostSpec
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.internvl.family import InternVL
 from vtoken.hosts.llava.adapter import LlavaAdapter

@@ -45,6 +45,13 @@ class VTCCLS(ShareConfig):
     Raises:
         ConfigError: for values out of range.
 
+    Example:
+        >>> import torch, transformers, vtoken
+        >>> with torch.device("meta"):  # no weights are needed to count
+        ...     model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig())
+        >>> vtoken.num_tokens(model), vtoken.num_tokens(vtoken.apply(model, vtoken.VTCCLS(num_tokens=64)))
+        (576, 64)
+
     Source: arXiv 2412.05819; docs/methods/vtc_cls.md 2 to 4 and 8.
     """
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vtoken import checks
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.merging.base import MergeConfig
 from vtoken.ops import key_metric, size_bias
@@ -42,7 +42,7 @@ class MergeTokens(nn.Module):
         depth = checks.whole("MergeTokens", "depth", depth, 1)
         layer = checks.whole("MergeTokens", "layer", layer, 0, depth - 1)
         num_prefix = checks.whole("MergeTokens", "num_prefix", num_prefix, 0)
-        if layer > 0 and config.protected_patches():
+        if layer > 0 and config.protect:
             raise ConfigError("protect names embedded patches, which a later layer cannot find; use it with layer=0")
         self.config = config
         self.layer = layer
@@ -96,6 +96,13 @@ class MergeBlock(nn.Module):
 
     Raises:
         ConfigError: if a number is out of range, heads do not divide the channels, or `merge` merges elsewhere.
+
+    Example:
+        >>> import torch, vtoken
+        >>> block = vtoken.nn.MergeBlock(64, 4, vtoken.nn.MergeTokens(vtoken.ToMe(r=8), num_prefix=1))
+        >>> x, size = block(torch.randn(2, 65, 64))[:2]
+        >>> x.shape
+        torch.Size([2, 57, 64])
     """
 
     def __init__(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken import checks
-from vtoken.core.host import HostSpec
 from vtoken.core.method import KeepAll
-from vtoken.core.state import AttentionRecord, TokenState
+from vtoken.core.records import AttentionRecord
+from vtoken.core.spec import HostSpec
+from vtoken.core.state import TokenState
 from vtoken.core.trace import current_trace
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.sparsifiner.settings import SparseAttention as SparseAttentionMethod
@@ -86,7 +88,7 @@ class SparseAttention(nn.Module):
         checks.tensor("SparseAttention", "x", x)
         if x.dim() != 3 or x.shape[2] != self.qkv.in_features:
             raise ShapeError(f"x must be [B, T, {self.qkv.in_features}], got {tuple(x.shape)}")
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = rearrange(self.qkv(x), "b n (part h d) -> part b h n d", part=3, h=self.num_heads).unbind(0)
         trace = current_trace(self)
         state = TokenState(
             KeepAll(), self.num_prefix, track_anchor=False, track_dest=False, maps=None if trace is None else trace.maps
@@ -99,6 +101,6 @@ class SparseAttention(nn.Module):
         out: Tensor = self._method.attend(q, k, v, self.predictor, call)
         if trace is not None:
             state.skip(0)
-            trace.record_attention(self, state, self.grid)
-        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+            trace.record_attention(self, state)
+        projected: Tensor = self.proj(rearrange(out, "b h n d -> b n (h d)"))
         return projected

@@ -10,7 +10,7 @@ from vtoken.ops.frames.allocate import allocate_tokens
 from vtoken.ops.frames.resample import Assigned, assign
 from vtoken.ops.frames.row_plan import row_widths
 from vtoken.ops.merging.attention import attention_with_bias, attention_with_sizes
-from vtoken.ops.merging.matching import key_metric, plan_pitome, plan_random, plan_stride, plan_tome
+from vtoken.ops.merging.matching import key_metric, plan_pitome, plan_random, plan_stride, plan_threshold, plan_tome
 from vtoken.ops.merging.norm import add_merge_norm
 from vtoken.ops.merging.plan import REDUCTIONS, MergePlan, size_bias
 from vtoken.ops.scores import (
@@ -47,6 +47,7 @@ __all__ = [
     "plan_pitome",
     "plan_random",
     "plan_stride",
+    "plan_threshold",
     "plan_tome",
     "projected_class_row",
     "received_row",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,13 +27,20 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Choice(NamedTuple):
-    """Which backend serves a call ("torch" or "triton"), and why not the other one (empty for "triton")."""
+    """Which backend serves a call ("torch" or "triton"; of `sparse_attention` any of its ways), and why.
+
+    Where there are only two, the reason is what the kernels lack: empty for "triton".
+    """
 
     backend: str
     reason: str
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}" if self.reason else self.backend
+
+
+#: How "auto" chooses in every op that has kernels, by its name; filled where the ops are (`limits_of`, `choice_of`).
+_CHOICES: dict[str, Callable[..., Choice]] = {}
 
 
 def use_triton(backend: str, on: Tensor, reason: Callable[[], str]) -> bool:
@@ -56,29 +65,69 @@ def use_triton(backend: str, on: Tensor, reason: Callable[[], str]) -> bool:
     return True
 
 
-def explain(op: str, *tensors: Tensor, **options: Any) -> Choice:
-    """Which backend `backend="auto"` takes for a call, and why not Triton.
+def limits_of(*ops: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Register a function as the limits of the kernels of these ops: this is how `explain` knows them.
+
+    It takes the tensors of a call in the order of its op, then options that decide, and says what the kernels lack
+    for them, "" if nothing. It stands in the file of its op, which asks it by `use_triton`.
+    """
+
+    def register(limits: Callable[..., str]) -> Callable[..., str]:
+        @functools.wraps(limits)
+        def choose(*tensors: Tensor, **options: Any) -> Choice:
+            on = tensors[0]
+            if not on.is_cuda and not FORCED:
+                return Choice("torch", f"the tensors are on {on.device.type!r}; kernels need a GPU")
+            why = _no_device(on) or limits(*tensors, **options)
+            return Choice("torch", why) if why else Choice("triton", "")
+
+        _CHOICES.update(dict.fromkeys(ops, choose))
+        return limits
+
+    return register
+
+
+def choice_of(op: str) -> Callable[[Callable[..., Choice]], Callable[..., Choice]]:
+    """Register how an op with more ways than two chooses, for `explain`."""
+
+    def register(choose: Callable[..., Choice]) -> Callable[..., Choice]:
+        _CHOICES[op] = choose
+        return choose
+
+    return register
+
+
+def explain(op: str, *tensors: Any, **options: Any) -> Choice:
+    """Which backend `backend="auto"` takes for a call, and why.
 
     Args:
-        op: "plan_pitome", "plan_tome", "key_metric", "apply", "add_merge_norm", "attention_with_bias",
-            "attention_with_sizes", "select_topk" or "select_grouped". For sparse attention, which has more ways to run,
-            see `vtoken.ops.sparse.attention.explain`.
-        tensors: the tensors of the call, in its order: (metric,), (keys,), (x,), (x, y), (q, k, v, bias or size),
-            (coefficients, basis).
-        options: options that decide: reduction of "apply"; variant and protect of "plan_pitome".
+        op: a function of `vtoken.ops` that takes a `backend`, or "apply" (`MergePlan.apply`).
+        tensors: the tensors of the call, in its order: (metric,) for "plan_pitome" and "plan_tome", (keys,) for
+            "key_metric", (x,) for "apply", (x, branch) for "add_merge_norm", (q, k, v, bias or size) for
+            "attention_with_bias" and "attention_with_sizes", (coefficients, basis) for "select_topk" and
+            "select_grouped", (q, k, v, connections) for "sparse_attention".
+        options: options that decide: reduction of "apply"; variant and protect of "plan_pitome"; key_bias, attn_mask
+            and dropout_p of "sparse_attention".
 
     Raises:
         ConfigError: if the op is unknown.
-        InputError: if there is no tensor.
+        InputError: if the first is no tensor, or the op does not take these.
+
+    Example:
+        >>> import torch, vtoken
+        >>> print(vtoken.ops.explain("plan_pitome", torch.rand(1, 197, 64)))
+        torch: the tensors are on 'cpu'; kernels need a GPU
     """
-    checks.choice("explain", "op", op, tuple(REASONS))
+    checks.choice("explain", "op", op, tuple(_CHOICES))
     if not tensors:
         raise InputError(f"explain({op!r}): give the tensors of the call")
     checks.tensor("explain", "tensors", tensors[0])
-    if not tensors[0].is_cuda and not FORCED:
-        return Choice("torch", f"the tensors are on {tensors[0].device.type!r}; kernels need a GPU")
-    why = _no_device(tensors[0]) or REASONS[op](*tensors, **options)
-    return Choice("torch", why) if why else Choice("triton", "")
+    signature = inspect.signature(_CHOICES[op])
+    try:
+        signature.bind(*tensors, **options)
+    except TypeError as error:
+        raise InputError(f"explain({op!r}): takes ({', '.join(signature.parameters)}): {error}") from None
+    return _CHOICES[op](*tensors, **options)
 
 
 def _no_device(on: Tensor) -> str:
@@ -102,39 +151,19 @@ def _no_architecture(device: int) -> str:
     return "" if major >= 8 else f"compute capability {major}.{minor}; the kernels are checked from 8.0 on"
 
 
-def _dtype_reason(name: str, x: Tensor) -> str:
+def dtype_reason(name: str, x: Tensor) -> str:
+    """Why the kernels cannot compute in the dtype of x."""
     return "" if x.dtype in _KERNEL_DTYPES else f"{name} is {x.dtype}; kernels take float32, float16 and bfloat16"
 
 
-def metric_reason(metric: Tensor, *, variant: str = "pitome", protect: object = None) -> str:
-    """Why the kernels cannot match by this metric [B, T, d]."""
-    if variant == "text":
-        return 'the variant "text"'
-    if variant == "pitome_pairs" and protect is not None:
-        return 'protect with the variant "pitome_pairs"'
-    return _width_reason("metric", metric, metric.shape[-1], 8192)
+def width_reason(name: str, x: Tensor, most: int) -> str:
+    """Why the kernels cannot hold rows x [..., C] of at most that many channels."""
+    if not 0 < x.shape[-1] <= most:
+        return f"{name} has {x.shape[-1]} channels; kernels take 1 to {most}"
+    return dtype_reason(name, x)
 
 
-def keys_reason(keys: Tensor) -> str:
-    """Why the kernels cannot add up the heads of keys [B, H, T, D]."""
-    return _width_reason("keys", keys, keys.shape[-1], 8192)
-
-
-def rows_reason(x: Tensor, *, reduction: str = "wavg") -> str:
-    """Why the kernels cannot merge rows x [B, T, C]."""
-    return _dtype_reason("x", x)
-
-
-def norm_reason(x: Tensor, y: Tensor | None = None) -> str:
-    """Why the kernels cannot add, merge and norm x and y [B, T, C]."""
-    if y is not None and torch.promote_types(x.dtype, y.dtype) != x.dtype:
-        return f"the sum of {x.dtype} and {y.dtype} is not {x.dtype}"
-    if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
-        return "autocast norms in float32"
-    return _width_reason("x", x, x.shape[-1], 8192)
-
-
-def attention_reason(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str:
+def heads_reason(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str:
     """Why the kernels cannot attend with q [B, H, T, D], k and v [B, H, S, D] and a bias per key."""
     if not q.shape[:2] == k.shape[:2] == v.shape[:2] or not q.shape[3] == k.shape[3] == v.shape[3]:
         return "q, k and v differ in batch, heads or head width"
@@ -147,31 +176,4 @@ def attention_reason(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None
         return "q, k and v differ in dtype"
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "the bias needs a gradient"
-    return _dtype_reason("q", q)
-
-
-def select_reason(coefficients: Tensor, basis: Tensor | None = None) -> str:
-    """Why the kernels cannot select keys by coefficients [B, H, T, K] times a basis [K, N] or [B, K, N]."""
-    for name, x in (("coefficients", coefficients), ("basis", coefficients if basis is None else basis)):
-        if x.dtype != torch.float32:
-            return f"{name} are {x.dtype}; kernels select by float32 scores"
-    return _width_reason("coefficients", coefficients, coefficients.shape[-1], 1024)
-
-
-def _width_reason(name: str, x: Tensor, width: int, most: int) -> str:
-    if not 0 < width <= most:
-        return f"{name} has {width} channels; kernels take 1 to {most}"
-    return _dtype_reason(name, x)
-
-
-REASONS: dict[str, Callable[..., str]] = {
-    "plan_pitome": metric_reason,
-    "plan_tome": metric_reason,
-    "key_metric": keys_reason,
-    "apply": rows_reason,
-    "add_merge_norm": norm_reason,
-    "attention_with_bias": attention_reason,
-    "select_topk": select_reason,
-    "select_grouped": select_reason,
-    "attention_with_sizes": lambda q, k, v, size=None: attention_reason(q, k, v),  # sizes never need a gradient
-}
+    return dtype_reason("q", q)

@@ -99,6 +99,24 @@ def tome_reference(metric: Tensor, r: int, *, num_prefix: int = 0) -> ReferenceP
     return plan
 
 
+def threshold_reference(metric: Tensor, r: int, *, threshold: float, num_prefix: int = 0) -> ReferencePlan:
+    """`tome_reference` with as many pairs as every image has above the threshold, at most r.
+
+    Source: docs/methods/threshold.md 2.
+    """
+    rows = range(num_prefix, metric.shape[1])
+    even, odd = [i - num_prefix for i in rows if i % 2 == 0], [i - num_prefix for i in rows if i % 2 == 1]
+    allowed = [r]
+    for b in range(metric.shape[0]):
+        unit, above = _unit_rows(metric, b, num_prefix), 0
+        for a in even if odd else []:
+            best = _most_similar(unit, a, odd)
+            # Equal rows come out at 1 but for rounding, which is not above 1.
+            above += min(_similarity(unit[a], unit[best]), 1.0) > threshold
+        allowed.append(above)
+    return tome_reference(metric, min(allowed), num_prefix=num_prefix)
+
+
 def stride_reference(metric: Tensor, stride: int, *, num_prefix: int = 0) -> ReferencePlan:
     """Mergeable rows 0, k, 2k, ... are destinations, every other row joins the most similar one.
 

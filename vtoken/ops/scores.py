@@ -38,6 +38,13 @@ def class_row(q_cls: Tensor, keys: Tensor, *, scale: float, bias: Tensor | None 
     Raises:
         ShapeError: if the shapes do not belong together.
 
+    Example:
+        >>> import torch, vtoken
+        >>> q, k = torch.randn(2, 1, 4, 10, 16)
+        >>> row = vtoken.ops.class_row(q[:, :, 0], k, scale=0.25)
+        >>> row.shape, torch.allclose(row.sum(-1), torch.ones(1))
+        (torch.Size([1, 10]), True)
+
     Source: arXiv 2412.05819; softmax over all T keys, the class token's own included.
     """
     if keys.dim() != 4 or q_cls.shape != (*keys.shape[:2], keys.shape[3]):
@@ -62,6 +69,14 @@ def projected_class_row(
 
     Returns:
         [B, T] as `class_row`.
+
+    Example:
+        >>> import torch, vtoken
+        >>> x, query, key = torch.randn(1, 10, 8), torch.randn(8, 8), torch.randn(8, 8)
+        >>> row = vtoken.ops.projected_class_row(x, (query, None), key, num_heads=2, scale=0.5)
+        >>> q, k = ((x @ weight.t()).unflatten(2, (2, 4)).transpose(1, 2) for weight in (query, key))
+        >>> torch.allclose(row, vtoken.ops.class_row(q[:, :, 0], k, scale=0.5), atol=1e-5)
+        True
 
     Source: docs/methods/attentive_clip.md 3.
     """
@@ -90,7 +105,7 @@ def cls_scores(q_cls: Tensor, keys: Tensor, *, scale: float, num_prefix: int = 1
 
     Example:
         >>> import torch, vtoken
-        >>> vtoken.ops.scores(torch.zeros(1, 2, 4), torch.randn(1, 2, 5, 4), scale=0.5)
+        >>> vtoken.ops.cls_scores(torch.zeros(1, 2, 4), torch.randn(1, 2, 5, 4), scale=0.5)
         tensor([[0.2000, 0.2000, 0.2000, 0.2000]])
     """
     if keys.dim() == 4 and keys.shape[2] <= num_prefix:
@@ -107,6 +122,12 @@ def received_row(queries: Tensor, keys: Tensor, *, scale: float, bias: Tensor | 
 
     Returns:
         [B, T], float32 (float64 for float64 inputs), detached; each row sums to 1.
+
+    Example:
+        >>> import torch, vtoken
+        >>> q, k = torch.randn(2, 1, 4, 10, 16)
+        >>> vtoken.ops.received_row(q, k, scale=0.25).shape
+        torch.Size([1, 10])
 
     Source: docs/methods/vtc_cls.md 9; not part of the published method.
     """
@@ -134,6 +155,11 @@ def scored_layers(depth: int, start: int | None, last: int) -> range:
     Raises:
         ConfigError: for blocks that a tower of `depth` does not have, or a start behind the last one.
 
+    Example:
+        >>> import vtoken
+        >>> vtoken.ops.scored_layers(12, None, -2)
+        range(8, 11)
+
     Source: docs/methods/vtc_cls.md 2; 16 of 24 is the published default.
     """
     if not -depth <= last < depth:
@@ -154,6 +180,11 @@ def ensemble(rows: Sequence[Tensor], how: str = "mean") -> Tensor:
     Raises:
         ConfigError: for any other word.
         ShapeError: if there is no layer.
+
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.ensemble([torch.tensor([[0.25, 0.75]]), torch.tensor([[0.75, 0.25]])])
+        tensor([[0.5000, 0.5000]])
     """
     if how not in ENSEMBLES:
         raise ConfigError(f"ensemble={how!r} must be one of {', '.join(ENSEMBLES)}")

@@ -33,8 +33,8 @@ def budget(model: nn.Module, **asked: Any) -> Iterator[None]:
         ConfigError: for a model without such a method, an unknown name, or a value that the settings refuse.
 
     Example:
-        >>> # with vtoken.budget(model, num_tokens=64):
-        >>> #     model.generate(**inputs)
+        with vtoken.budget(model, num_tokens=64):
+            model.generate(**inputs)
     """
     _check(model, asked)
     token = _asked.set((*_asked.get(), (model, asked)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vtoken.core.method import PromptMethod
-from vtoken.core.prompt import PromptRecord
+from vtoken.core.records import PromptRecord
 from vtoken.core.trace import current_trace
 from vtoken.core.visual import Chosen, Encoded, Needs, Seen, Visual, in_prompt_order, length_of, placed
 from vtoken.errors import InputError, ShapeError, VTokenError

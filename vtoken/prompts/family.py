@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vtoken.core.apply import build_methods
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import HostAdapter, ImageTokens
+from vtoken.core.host import Host, HostAdapter
 from vtoken.core.method import Method, PromptMethod
 from vtoken.core.patch import base_of, forward_is_replaced
+from vtoken.core.spec import ImageTokens
 from vtoken.core.visual import Encoded, Needs, TowerFacts, Visual, length_of
 from vtoken.errors import ConfigError, InputError, UnsupportedModelError
 from vtoken.prompts.budget import asked_of, likely_methods
@@ -196,10 +198,8 @@ class Family(HostAdapter):
 
     def method(self, model: nn.Module, configs: Sequence[MethodConfig]) -> Any:
         """What the settings of the prompt, among these, make; None if there are none."""
-        from vtoken.core.apply import build_methods
-
         prompt = tuple(c for c in configs if c.part == "prompt")
-        return build_methods(model, self, prompt)["on_features"] if prompt else None
+        return build_methods(Host(self, model, self.spec(model)), prompt)["on_features"] if prompt else None
 
 
 def linear_macs(module: nn.Module) -> int:

@@ -14,12 +14,16 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from vtoken.errors import InputError
+from vtoken.errors import InputError, UnsupportedModelError
 from vtoken.prompts.calls import refuse_assistant, setting
+
+#: The methods of a model by which transformers makes a call's list of processors and that of criteria.
+_MAKERS = ("_get_logits_processor", "_get_stopping_criteria")
 
 
 class FullPrompt:
@@ -36,6 +40,7 @@ class FullPrompt:
         self.model, self.ids, self.short = model, ids, short
         self.mask = None if mask is None or bool((mask == 1).all()) else mask  # as generate keeps it
         self.more = ids.shape[1] - short
+        self.shown: set[str] = set()  # what has been made to see it, of _MAKERS
         #: Ids of placeholders by kind, of the visuals that enter as ready outputs.
         self.token_ids: dict[str, int] = {}
 
@@ -66,6 +71,7 @@ def generate_on(stock: Any, call: dict[str, Any], full: FullPrompt) -> Any:
 
     Raises:
         InputError: for ways to generate that would see, or that would need to see, another prompt.
+        UnsupportedModelError: if this release of transformers makes its lists in another way.
     """
     if not inspect.ismethod(stock):
         raise InputError(
@@ -74,7 +80,20 @@ def generate_on(stock: Any, call: dict[str, Any], full: FullPrompt) -> Any:
     check_way(stock.__self__, call)
     if call.get("streamer") is not None:
         call = call | {"streamer": _Streamer(call["streamer"], full)}
-    return stock.__func__(_alias(stock.__self__, full), **call)
+    if not all(hasattr(stock.__self__, name) for name in _MAKERS):
+        raise _unknown_release(stock.__self__)
+    out = stock.__func__(_alias(stock.__self__, full), **call)
+    if full.shown != set(_MAKERS):  # they are there, but nobody called them: callbacks saw the wrong prompt
+        raise _unknown_release(stock.__self__)
+    return out
+
+
+def _unknown_release(model: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} of transformers {transformers.__version__} does not make its logits processors and "
+        f"stopping criteria by {' and '.join(_MAKERS)}: they would see a rebuilt prompt, not yours. This vtoken "
+        "supports transformers from 5.17 on in which it does; vtoken.remove gives the model back as it was"
+    )
 
 
 def check_way(model: Any, call: dict[str, Any]) -> None:
@@ -154,6 +173,7 @@ class _Aliased:
             given["model_kwargs"] = given["model_kwargs"] | {"attention_mask": self._expanded_mask(given)}
         made = _Processors(stock(**given))
         made.full = full
+        full.shown.add("_get_logits_processor")
         return made
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,6 +182,7 @@ class _Aliased:
         given["generation_config"] = self._vtoken_full.settings(given["generation_config"])
         made = _Criteria(stock(**given))
         made.full = self._vtoken_full
+        made.full.shown.add("_get_stopping_criteria")
         return made
 
     def _expand_multimodal_outputs(

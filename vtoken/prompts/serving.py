@@ -71,6 +71,11 @@ def retention_mask(
     Raises:
         ConfigError: if the method needs more than these rows; see `servable`.
         ShapeError: if there are not as many rows as the grid has tokens.
+
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.retention_mask(vtoken.DivPrune(num_tokens=2), torch.eye(6), (1, 4, 6), merge=2).sum()
+        tensor(2)
     """
     if not servable(config):
         raise ConfigError(
@@ -130,6 +135,9 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> list[FinalRows
     Raises:
         ConfigError: if the model carries no such method.
         InputError: if there is no prompt, or no image. As a call of the model in every other way.
+
+    Example:
+        rows = [final.rows for final in vtoken.encode_images(model, processor(text, images, return_tensors="pt"))]
     """
     owner: Any = model
     if method_of(owner) is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.accounting.vision import Tower, tower_flops
 from vtoken.errors import ConfigError
 from vtoken.video.decouple import Clue
@@ -36,6 +37,15 @@ class CLIPScorer:
         ConfigError: if the model has no two encoders, an option is unknown, or "sigmoid" is asked of a model without
             logit bias.
 
+    Example:
+        >>> import open_clip, torch, vtoken
+        >>> tower = dict(layers=1, width=64, head_width=32, patch_size=16, image_size=32)
+        >>> clip = open_clip.CLIP(32, tower, dict(layers=1, width=64, heads=2)).eval()  # yours has weights
+        >>> scorer = vtoken.video.CLIPScorer(clip, open_clip.tokenize, lambda image: torch.rand(3, 32, 32))
+        >>> clue = vtoken.video.Clue("objects", ("shoe", "bag"), "Where is the shoe?")
+        >>> scorer.score([torch.rand(3, 40, 40)] * 3, clue).shape
+        torch.Size([3])
+
     Source: arXiv 2503.08689, ablation of scorers.
     """
 
@@ -49,12 +59,9 @@ class CLIPScorer:
         scale: str = "minmax",
         batch_size: int = 32,
     ) -> None:
-        if reduce not in REDUCES or scale not in SCALES:
-            raise ConfigError(
-                f"reduce={reduce!r}, scale={scale!r}: supported are {', '.join(REDUCES)} and {', '.join(SCALES)}"
-            )
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} must be a whole number of at least 1")
+        checks.choice("CLIPScorer", "reduce", reduce, REDUCES)
+        checks.choice("CLIPScorer", "scale", scale, SCALES)
+        batch_size = checks.whole("CLIPScorer", "batch_size", batch_size, 1)
         if not all(callable(getattr(model, name, None)) for name in ("encode_image", "encode_text")):
             raise ConfigError(
                 f"CLIPScorer takes an open_clip model with encode_image and encode_text, not a {type(model).__name__}"

@@ -31,6 +31,11 @@ class Clue:
 
     Raises:
         ConfigError: for another kind, and for items or a text that are none.
+
+    Example:
+        >>> import vtoken
+        >>> vtoken.video.Clue("objects", ("red shoe",), "Where is the red shoe?").items
+        ('red shoe',)
     """
 
     kind: Literal["objects", "event", "query"]
@@ -57,7 +62,13 @@ class Decoupler(Protocol):
 
 
 class IdentityDecoupler:
-    """The question itself is the clue."""
+    """The question itself is the clue.
+
+    Example:
+        >>> import vtoken
+        >>> vtoken.video.IdentityDecoupler().decouple("Why does he laugh?").kind
+        'query'
+    """
 
     def decouple(self, query: str) -> Clue:
         """`Clue("query", (), query)`."""

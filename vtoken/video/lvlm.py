@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.accounting.prefill import prefill_flops
 from vtoken.accounting.vision import tower_flops
 from vtoken.errors import ConfigError
@@ -23,6 +24,12 @@ def frame_question(clue: Clue, yes: str = "A", no: str = "B") -> str:
 
     Raises:
         ConfigError: if it is given no clue.
+
+    Example:
+        >>> import vtoken
+        >>> clue = vtoken.video.RuleDecoupler().decouple("Where is the red shoe?")
+        >>> "red shoe" in vtoken.video.frame_question(clue)
+        True
     """
     if not isinstance(clue, Clue):
         raise ConfigError(f"frame_question({clue!r}): must be a vtoken.video.Clue")
@@ -67,13 +74,10 @@ class LVLMScorer:
         template: Callable[[Clue], str] | None = None,
         max_pixels: int | None = None,
     ) -> None:
-        if probability not in PROBABILITIES:
-            raise ConfigError(f"unknown probability {probability!r}; supported: {', '.join(PROBABILITIES)}")
-        for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels)):
-            if name == "max_pixels" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"LVLMScorer({name}={value!r}): must be a whole number of at least 1")
+        checks.choice("LVLMScorer", "probability", probability, PROBABILITIES)
+        batch_size = checks.whole("LVLMScorer", "batch_size", batch_size, 1)
+        if max_pixels is not None:
+            max_pixels = checks.whole("LVLMScorer", "max_pixels", max_pixels, 1)
         if not callable(model) or not hasattr(processor, "apply_chat_template"):
             raise ConfigError(
                 f"LVLMScorer takes a transformers model and its processor with a chat template, got "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vtoken.core.host import find_adapter
 from vtoken.core.options import checked, fixed, held
-from vtoken.core.prompt import VideoRecord
+from vtoken.core.records import VideoRecord
 from vtoken.core.trace import current_trace
 from vtoken.errors import ConfigError, InputError, VTokenWarning
 from vtoken.hosts.video.adapter import VideoAdapter, VideoFeatures, VideoLayout

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vtoken.errors import InputError, ShapeError
@@ -22,6 +23,11 @@ def to_image(frame: Any) -> Image:
 
     Raises:
         ShapeError, InputError: if it is none of these. ImportError: if pillow is missing.
+
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.video.to_image(torch.zeros(3, 20, 30)).size  # width and height
+        (30, 20)
     """
     try:
         from PIL import Image
@@ -39,7 +45,7 @@ def _pixels(frame: Tensor) -> Tensor:
     if frame.dim() != 3 or 3 not in (frame.shape[0], frame.shape[2]):
         raise ShapeError(f"a frame must be [h, w, 3] or [3, h, w], got {tuple(frame.shape)}")
     if frame.shape[2] != 3:
-        frame = frame.permute(1, 2, 0)
+        frame = rearrange(frame, "c h w -> h w c")
     if frame.dtype == torch.uint8:
         return frame
     if not frame.is_floating_point():

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -55,6 +56,19 @@ def video_info(path: Video) -> VideoInfo:
 
     Raises:
         InputError: if it is no readable video. ImportError: if PyAV is missing.
+
+    Example:
+        >>> import av, io, numpy, vtoken
+        >>> file = io.BytesIO()
+        >>> with av.open(file, "w", format="mp4") as container:
+        ...     stream = container.add_stream("mpeg4", rate=10)
+        ...     stream.width, stream.height = 64, 48
+        ...     for value in (0, 60, 120, 180):
+        ...         frame = av.VideoFrame.from_ndarray(numpy.full((48, 64, 3), value, numpy.uint8))
+        ...         container.mux(stream.encode(frame))
+        ...     container.mux(stream.encode())
+        >>> vtoken.video.video_info(file)
+        VideoInfo(frames=4, fps=10.0, width=64, height=48)
     """
     with _opened(path, "SLICE") as (container, stream, name):
         line = timeline(container, stream, name)
@@ -79,11 +93,30 @@ def read_frames(path: Video, indices: Sequence[int], *, max_side: int | None = N
 
     Raises:
         InputError: if it is no readable video or has no such frame. ImportError: if PyAV is missing.
+
+    Example:
+        >>> import av, io, numpy, vtoken
+        >>> file = io.BytesIO()
+        >>> with av.open(file, "w", format="mp4") as container:
+        ...     stream = container.add_stream("mpeg4", rate=10)
+        ...     stream.width, stream.height = 64, 48
+        ...     for value in (0, 60, 120, 180):
+        ...         frame = av.VideoFrame.from_ndarray(numpy.full((48, 64, 3), value, numpy.uint8))
+        ...         container.mux(stream.encode(frame))
+        ...     container.mux(stream.encode())
+        >>> vtoken.video.read_frames(file, [0, 3]).shape
+        (2, 48, 64, 3)
     """
     import numpy as np
 
+    if max_side is not None and (isinstance(max_side, bool) or not isinstance(max_side, Integral) or max_side < 1):
+        raise InputError(f"max_side={max_side!r} must be a whole number of pixels, at least 1")
+    try:
+        requested = list(indices)
+    except TypeError:
+        raise InputError(f"frames {indices!r} asked for; pass a list of frame numbers") from None
     places: dict[int, list[int]] = {}
-    for place, index in enumerate(indices):
+    for place, index in enumerate(requested):
         places.setdefault(_whole(index), []).append(place)
     wanted = sorted(places)
     if wanted and wanted[0] < 0:
@@ -119,6 +152,8 @@ def read_frames(path: Video, indices: Sequence[int], *, max_side: int | None = N
 
 def _whole(index: object) -> int:
     try:
+        if isinstance(index, bool):  # a mask is no list of numbers
+            raise TypeError
         return operator.index(index)  # type: ignore[arg-type]
     except TypeError:
         raise InputError(f"frame {index!r} asked for; frame numbers are whole numbers") from None
@@ -265,8 +300,6 @@ def _upright(frame: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _fitted(width: int, height: int, max_side: int | None) -> tuple[int, int]:
     if max_side is None or max(width, height) <= max_side:
         return width, height
-    if max_side < 1:
-        raise InputError(f"max_side={max_side} must be at least 1 pixel")
     factor = max_side / max(width, height)
     return max(1, round(width * factor)), max(1, round(height * factor))
 

@@ -85,6 +85,11 @@ def frame_times(indices: Sequence[int], fps: float) -> list[float]:
 
     Raises:
         InputError: if `fps` is not a number above 0.
+
+    Example:
+        >>> import vtoken
+        >>> vtoken.video.frame_times([0, 15, 30], fps=30)
+        [0.0, 0.5, 1.0]
     """
     if not (math.isfinite(fps) and fps > 0):
         raise InputError(f"fps={fps!r}: frame times need a number of frames per second above 0")

@@ -31,7 +31,14 @@ class Scorer(Protocol):
 
 
 def scoring_flops(scorer: Scorer, frames: Sequence[Any], clue: Clue) -> int | None:
-    """FLOPs of scoring these frames, by the scorer's own method `flops(frames, clue)`; None if it does not tell."""
+    """FLOPs of scoring these frames, by the scorer's own method `flops(frames, clue)`; None if it does not tell.
+
+    Example:
+        >>> import vtoken
+        >>> clue = vtoken.video.IdentityDecoupler().decouple("Where?")
+        >>> vtoken.video.scoring_flops(vtoken.video.UniformScorer(), ["frame"], clue)
+        0
+    """
     count = getattr(scorer, "flops", None)
     found: int | None = None if count is None else count(frames, clue)
     return found
@@ -42,6 +49,12 @@ def score_frames(scorer: Scorer, frames: Sequence[Any], clue: Clue) -> Tensor:
 
     Raises:
         InputError: if there is not one score per frame, or one is negative or not finite.
+
+    Example:
+        >>> import vtoken
+        >>> clue = vtoken.video.IdentityDecoupler().decouple("Where?")
+        >>> vtoken.video.score_frames(vtoken.video.UniformScorer(), ["frame"] * 3, clue)
+        tensor([0.5000, 0.5000, 0.5000])
     """
     return checked(scorer.score(frames, clue), len(frames), type(scorer).__name__)
 
@@ -70,6 +83,12 @@ class PrecomputedScorer:
 
     Raises:
         InputError: if they are not numbers [T], finite and at least 0; from `score`, if there is not one per frame.
+
+    Example:
+        >>> import vtoken
+        >>> clue = vtoken.video.IdentityDecoupler().decouple("Where?")
+        >>> vtoken.video.PrecomputedScorer([0.5, 1.0]).score(["frame", "frame"], clue)
+        tensor([0.5000, 1.0000])
     """
 
     def __init__(self, scores: Sequence[float] | Tensor) -> None:
@@ -92,7 +111,13 @@ class PrecomputedScorer:
 
 
 class UniformScorer:
-    """0.5 for every frame: the budget is spread evenly."""
+    """0.5 for every frame: the budget is spread evenly.
+
+    Example:
+        >>> import vtoken
+        >>> vtoken.video.UniformScorer().score(["frame", "frame"], vtoken.video.IdentityDecoupler().decouple("Where?"))
+        tensor([0.5000, 0.5000])
+    """
 
     def score(self, frames: Sequence[Any], clue: Clue) -> Tensor:
         """0.5 each."""

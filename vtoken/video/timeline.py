@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice, pairwise
+from operator import itemgetter
 from typing import Any
 
 from vtoken.errors import InputError
 
 _HEAD = 64  # packets that hold the first frame on screen, however the frames are reordered
-_JUMP = (
-    10  # seconds; a longer step forward in a format whose clock may jump is a jump of the clock, not a still picture
-)
+_JUMP = 10  # seconds; FFmpeg's player, too, shows no picture for longer in a format whose clock may jump
 _BACK = 1  # seconds; a longer step back of the decoding times is a clock that starts again
 _RATE = 25  # frames per second where neither times nor a rate are told
 _NEVER = -(2**63)  # the time of a packet that is not shown
@@ -109,7 +109,7 @@ def _may_jump(container: Any) -> bool:
 
 def _scan(container: Any, stream: Any, name: str, most: int | None) -> Timeline:
     """The timeline by the first packets, or by all."""
-    clock = _Clock(stream.time_base, _may_jump(container))
+    clock = _Clock(stream.time_base)
     times, lengths, untimed = array("q"), array("q"), 0
     for packet in islice(packets(container, stream, []), most):
         if packet.is_discard or _unseen(stream, packet):
@@ -125,9 +125,13 @@ def _scan(container: Any, stream: Any, name: str, most: int | None) -> Timeline:
         rate = stream.average_rate or stream.guessed_rate or _RATE
         return Timeline(frames, Fraction(rate), stream.time_base, None)
     shown = sorted(zip((time for time in times if time != _NEVER), lengths, strict=True))
+    jumps = _jumps(stream, shown) if _may_jump(container) else []
+    if jumps:
+        times = array("q", (time if time == _NEVER else time - _jumped(jumps, time) for time in times))
+        shown = [(time - _jumped(jumps, time), length) for time, length in shown]
     first = shown[0][0]
     rate = _rate(stream, frames, shown[-1][0] - first + _held(stream, shown))
-    if not clock.joined:
+    if not (clock.joined or jumps):
         # AVI numbers packets as they are stored, which is no time of showing where frames are stored in another order.
         ordered = container.format.name == "avi" and stream.codec_context.has_b_frames and clock.ordered
         return Timeline(frames, rate, stream.time_base, None if ordered else first)
@@ -140,13 +144,32 @@ def _unseen(stream: Any, packet: Any) -> bool:
     return stream.codec_context.codec.name in ("vp8", "libvpx") and not memoryview(packet)[0] & 0x10
 
 
-class _Clock:
-    """Times that go on where the stream's clock starts again or jumps, as in files joined of pieces."""
+def _jumps(stream: Any, shown: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Where the clock jumps ahead: the time after each jump, and the ticks that all jumps up to there are too long.
 
-    def __init__(self, tick: Fraction, may_jump: bool) -> None:
+    Told by the times of showing: those of decoding jump some packets later.
+    """
+    longest, usual = _JUMP / stream.time_base, max(1, _usual(shown))
+    found, total = [], 0
+    for (before, _), (after, _) in pairwise(shown):
+        if after - before > longest:
+            total += after - before - usual
+            found.append((after, total))
+    return found
+
+
+def _jumped(jumps: list[tuple[int, int]], time: int) -> int:
+    """Ticks by which jumps have put off a time."""
+    place = bisect_right(jumps, time, key=itemgetter(0))
+    return jumps[place - 1][1] if place else 0
+
+
+class _Clock:
+    """Times that go on where the stream's clock starts again, as in files joined of pieces."""
+
+    def __init__(self, tick: Fraction) -> None:
         self.joined, self.ordered = False, True  # ordered: every packet is shown after all those before it
         self._back = round(_BACK / tick)
-        self._ahead = round(_JUMP / tick) if may_jump else None
         self._offset = self._step = 0  # of this piece to the first; from one decoding time to the next
         self._top: int | None = None  # the latest time of this piece
         self._last = 0  # decoding time
@@ -162,7 +185,6 @@ class _Clock:
         if self._top is not None and (
             (packet.is_keyframe and when < self._top)  # pictures before a key frame are never shown after it
             or -step > self._back
-            or (self._ahead is not None and step > self._ahead)
         ):
             self.joined = True
             self._offset += self._top + (self._step or packet.duration or 1) - when
@@ -175,13 +197,18 @@ class _Clock:
 
 def _held(stream: Any, shown: list[tuple[int, int]]) -> int:
     """Ticks that the last picture stays: its packet's own where the packets' lengths are true, else the usual step."""
-    steps = sorted(b[0] - a[0] for a, b in pairwise(shown))
-    usual = steps[len(steps) // 2] if steps else 0
+    usual = _usual(shown)
     said = sum(length for _, length in shown[:-1])
-    if shown[-1][1] and abs(said - sum(steps)) <= usual:
+    if shown[-1][1] and abs(said - (shown[-1][0] - shown[0][0])) <= usual:
         return shown[-1][1]
     declared = round(1 / (stream.average_rate or 1) / stream.time_base)
     return usual or shown[-1][1] or max(1, declared)
+
+
+def _usual(shown: list[tuple[int, int]]) -> int:
+    """The median step from one time to the next, in ticks; 0 for one frame."""
+    steps = sorted(b[0] - a[0] for a, b in pairwise(shown))
+    return steps[len(steps) // 2] if steps else 0
 
 
 def _rate(stream: Any, frames: int, span: int) -> Fraction:

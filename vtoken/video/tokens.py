@@ -44,8 +44,10 @@ def resample(
     found: list[Assigned] = []
     for grid, t in zip(grids, counts, strict=True):
         if mode == "merge" and tuple(grid.shape[:2]) != features.layout.default:
-            grid = assign(grid, features.layout.default_tokens, pooling).tokens.unflatten(0, features.layout.default)
-        found.append(assign(grid, t, mode, shape=shape))
+            grid = assign(grid, features.layout.default_tokens, pooling, size=grid.shape[:2]).tokens.unflatten(
+                0, features.layout.default
+            )
+        found.append(assign(grid, t, mode, shape=shape, size=grid.shape[:2]))
     columns = features.layout.default[1] if mode == "merge" else features.layout.grid[1]
     return VideoTokens(
         levels=torch.cat([a.tokens for a in found]).split(widths, dim=-1),

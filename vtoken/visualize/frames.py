@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from vtoken.errors import ShapeError
@@ -102,8 +103,8 @@ def mosaic(picture: Tensor, tokens: int, grid: tuple[int, int]) -> Tensor:
     if tokens == 0:
         lines = (torch.arange(height)[:, None] + torch.arange(width)) % max(4, height // 8) == 0
         return torch.where(lines, 200, 240).to(torch.uint8)[..., None].expand(-1, -1, 3)
-    native = F.adaptive_avg_pool2d(picture.permute(2, 0, 1).float(), grid).permute(1, 2, 0)
-    out = assign(native, tokens, "pool")
+    native = F.adaptive_avg_pool2d(rearrange(picture, "h w c -> c h w").float(), grid)
+    out = assign(rearrange(native, "c rows columns -> rows columns c"), tokens, "pool")
     colours = out.tokens.round().clamp(0, 255).to(torch.uint8).split(out.rows)
     row = torch.arange(height) * len(out.rows) // height
     lines = torch.stack([line[torch.arange(width) * len(line) // width] for line in colours])

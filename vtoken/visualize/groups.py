@@ -32,7 +32,8 @@ def draw_groups(image: Tensor, trace: Trace, *, index: int = 0, layer: int | Non
     """
     rows, columns, dest = _groups(trace, index, layer)
     pixels = checked_image(image, (rows, columns))
-    height, width = image.shape[1] * checked_scale(scale), image.shape[2] * scale
+    scale = checked_scale("draw_groups", scale)
+    height, width = image.shape[1] * scale, image.shape[2] * scale
     group = dest.view(rows, columns)
     colours = _mean_colours(pixels, cells(group, image.shape[1], image.shape[2]))
     group = cells(group, height, width)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtoken.errors import InputError, ShapeError
-from vtoken.visualize.pixels import cells, checked_image, draw_borders, enlarged, heat, to_picture
+from vtoken.visualize.pixels import cells, checked_image, checked_scale, draw_borders, enlarged, heat, to_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +43,7 @@ def draw_kept(
     """
     rows, columns = grid
     mask = _mask(kept, rows * columns).view(rows, columns)
-    pixels = enlarged(checked_image(image, (rows, columns)), scale)
+    pixels = enlarged(checked_image(image, (rows, columns)), checked_scale("draw_kept", scale))
     height, width = pixels.shape[1:]
     if scores is not None:
         if scores.shape != (rows * columns,):

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.errors import InputError, ShapeError
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ _CAPTION = 16
 
 def draw_image(image: Tensor, *, scale: int = 1) -> Image:
     """The image [3, H, W], values in [0, 1], as a picture enlarged by the integer `scale`."""
-    return to_picture(enlarged(checked_image(image), scale))
+    return to_picture(enlarged(checked_image(image), checked_scale("draw_image", scale)))
 
 
 def draw_heat(values: Tensor, *, low: float | None = None, high: float | None = None, scale: int = 1) -> Image:
@@ -34,8 +36,8 @@ def draw_heat(values: Tensor, *, low: float | None = None, high: float | None = 
     """
     if values.dim() != 2 or values.numel() == 0:
         raise ShapeError(f"draw_heat takes one map [H, W], got {tuple(values.shape)}")
-    height, width = values.shape[0] * checked_scale(scale), values.shape[1] * scale
-    return to_picture(cells(heat(values, low, high), height, width))
+    scale = checked_scale("draw_heat", scale)
+    return to_picture(cells(heat(values, low, high), values.shape[0] * scale, values.shape[1] * scale))
 
 
 def side_by_side(pictures: Sequence[Image], captions: Sequence[str]) -> Image:
@@ -93,16 +95,14 @@ def checked_image(image: Tensor, grid: tuple[int, int] = (1, 1)) -> Tensor:
     return pixels.clamp(0, 1)
 
 
-def checked_scale(scale: int) -> int:
+def checked_scale(owner: str, scale: Any) -> int:
     """The scale itself; InputError unless it is a whole number from 1 on."""
-    if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
-        raise InputError(f"scale={scale!r} must be a whole number from 1 on")
-    return scale
+    return checks.whole(owner, "scale", scale, 1, error=InputError)
 
 
 def enlarged(pixels: Tensor, scale: int) -> Tensor:
     """Pixels [3, H, W], smoothly enlarged."""
-    if checked_scale(scale) == 1:
+    if scale == 1:
         return pixels
     return torch.nn.functional.interpolate(pixels[None], scale_factor=scale, mode="bicubic")[0].clamp(0, 1)
 
@@ -138,6 +138,6 @@ def heat(values: Tensor, low: float | None = None, high: float | None = None) ->
 
 def to_picture(pixels: Tensor) -> Image:
     """Pixels [3, H, W] in [0, 1] as a pillow image."""
-    array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    picture: Image = pillow().fromarray(array)
+    values = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+    picture: Image = pillow().fromarray(rearrange(values, "c h w -> h w c").contiguous().numpy())
     return picture

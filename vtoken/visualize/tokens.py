@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtoken.accounting.report import Report
-from vtoken.core.plan import Plan
+from vtoken.core.spec import Plan
 from vtoken.core.trace import Trace
 from vtoken.errors import ShapeError
 from vtoken.visualize.figure import new_axes, save

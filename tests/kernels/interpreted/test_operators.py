@@ -22,13 +22,14 @@ from vtoken.ops import (
     attention_with_bias,
     attention_with_sizes,
     explain,
-    lists,
     plan_pitome,
     select_grouped,
     select_threshold,
     select_topk,
     sparse_attention,
 )
+from vtoken.ops.merging.norm import norm_reason
+from vtoken.ops.sparse import lists
 from vtoken_kernels import library
 
 
@@ -228,17 +229,16 @@ def test_autocast() -> None:
         other = attention_with_sizes(q.half(), k.half(), v.half(), size, backend="triton")
         rows, new_size = plan.apply(draw(24, 2, 11, 5), size, backend="triton")
         normed = add_merge_norm(plan, draw(25, 2, 11, 5), draw(26, 2, 11, 5).half(), backend="triton")[1]
-        assert explain_forced("add_merge_norm") != ""
+        assert why_not_half() == "autocast norms in float32"
     assert torch.equal(out, other)
     assert (out.dtype, rows.dtype, new_size.dtype, normed.dtype) == (torch.float16, *[torch.float32] * 3)
     assert torch.allclose(out.float(), F.scaled_dot_product_attention(q, k, v), atol=5e-3)
 
 
-def explain_forced(op: str) -> str:
+def why_not_half() -> str:
     """Why not Triton, for half-precision rows under autocast."""
-    from vtoken.ops.backend import REASONS
-
-    return REASONS[op](torch.zeros(2, 3, 4, dtype=torch.float16), torch.zeros(2, 3, 4, dtype=torch.float16))
+    x = torch.zeros(2, 3, 4, dtype=torch.float16)
+    return norm_reason(x, x)
 
 
 def test_functional_transforms_take_torch() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import HostSpec
 from vtoken.core.patch import base_of, view
+from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.llava.features import feature_layer

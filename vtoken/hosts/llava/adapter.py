@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtoken.core.apply import plan
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import HostSpec
+from vtoken.core.counts import count_tokens, plan
+from vtoken.core.forward import block_method
 from vtoken.core.method import Method
 from vtoken.core.patch import base_of
-from vtoken.core.plan import count_tokens
+from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.llava.features import (
@@ -26,7 +26,6 @@ from vtoken.hosts.llava.features import (
     packed_visual,
     tower_of,
 )
-from vtoken.hosts.tower import block_method
 from vtoken.hosts.transformers.adapter import HFAdapter, keys_of
 from vtoken.hosts.transformers.entry import grid_of, num_prefix, pair, will_remove
 from vtoken.prompts.family import Family
@@ -180,9 +179,10 @@ class LlavaAdapter(Family):
         tower = self.tower(model)
         img_size = self.image_size(model) if hasattr(model.model, "pack_image_features") else size
         if configs:
-            return plan(tower, tuple(configs), img_size=img_size).tokens
+            return plan(tower, tuple(configs), img_size=img_size).settled("the number of image tokens in a prompt")
         (height, width), prefix = self.grid(model, img_size), num_prefix(tower)
         embedded, depth = prefix + height * width, int(tower.config.num_hidden_layers)
         if configs is None and "_vtoken" in tower.__dict__:
-            return count_tokens(block_method(tower), depth, embedded, prefix).tokens
+            counts = count_tokens(block_method(tower), depth, embedded, prefix)
+            return counts.settled("the number of image tokens in a prompt")
         return (embedded,) * (depth + 1)

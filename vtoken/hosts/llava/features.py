@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.core.bound import changed
 from vtoken.core.patch import is_patched, view
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
+from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
-from vtoken.hosts.class_rows import ClassRows
-from vtoken.hosts.tower import changed
 from vtoken.hosts.transformers.entry import num_prefix
 
 #: Where transformers keeps the image tower inside the inner model.
@@ -68,7 +68,7 @@ def encode(model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: 
     """
     name, tower = tower_of(model)
     last, wants_keys = feature_layer(model, given), "keys" in needs.features
-    rows = ClassRows(needs.layers, "cls" if needs.attention == "class" else "received", keys=wants_keys)
+    rows = Watch(needs.layers, "cls" if needs.attention == "class" else "received", keys=wants_keys)
     packing, seen = Packing(model.model), _Input(model.model.multi_modal_projector)
     if not is_patched(tower):
         raise changed("the image tower", tower)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers.attention_pool import AttentionPoolLatent
-from torch import nn
+from torch import Tensor, nn
 
-from vtoken.core.host import HostAdapter, HostSpec, inner_hint
+from vtoken.core.host import HostAdapter, inner_hint
 from vtoken.core.method import Method
-from vtoken.core.patch import base_of, forward_is_replaced, view
+from vtoken.core.patch import base_of, runs_as_known
+from vtoken.core.spec import HostSpec, PatchSpec
+from vtoken.core.watch import Watch
 from vtoken.errors import UnsupportedModelError
-from vtoken.hosts.class_rows import ClassRows
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
 from vtoken.hosts.timm.blocks import ATTENTIONS, BLOCKS, SPARSE, parts
 from vtoken.hosts.timm.entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
+from vtoken.hosts.timm.masked import patch_spec, run_masked
 from vtoken.hosts.timm.unsupported import reason
+from vtoken.hosts.timm.watched import run_watched
 from vtoken.hosts.tower import block_targets
 
 _ENTRIES = ("forward_features", "forward_intermediates", "forward_head")
@@ -83,14 +86,23 @@ class TimmAdapter(HostAdapter):
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, then every block with its index."""
-        spec, container = self.spec(model), model.blocks
-        return [(model, TimmMixin, {}), *block_targets(methods, spec, container, parts, SPARSE)]
-
-    def run_watched(self, model: nn.Module, rows: ClassRows, image: Any) -> None:
-        """Class attention behind the norms of queries and keys."""
         tower: Any = model
-        blocks = rows.watched(tower.blocks, lambda block, tap: view(block, attn=tap.on(block.attn, "q_norm", "k_norm")))
-        view(model, blocks=blocks).forward_features(image)
+        found = block_targets(methods, tower.blocks, parts, num_prefix=int(tower.num_prefix_tokens), sparse=SPARSE)
+        return [(model, TimmMixin, {}), *found]
+
+    def run_watched(self, model: nn.Module, watch: Watch, image: Any) -> None:
+        """Class attention behind the norms of queries and keys."""
+        run_watched(model, watch, image)
+
+    def patch_spec(self, model: nn.Module) -> PatchSpec:
+        """Of a `VisionTransformer` with patches that do not overlap."""
+        return patch_spec(model)
+
+    def masked(
+        self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Patches are left out in the slot of the tower's patch dropout."""
+        return run_masked(model, images, rows, watch)
 
 
 def _refusal(model: nn.Module, why: str) -> str:
@@ -102,17 +114,16 @@ def _refusal(model: nn.Module, why: str) -> str:
 
 
 def _block_problem(block: Any) -> str | None:
+    if runs_as_known(block, BLOCKS) and runs_as_known(block.attn, ATTENTIONS):
+        return None
     kind = base_of(type(block))
     known = next((cls for cls in kind.__mro__ if cls in BLOCKS), None)
     if known is None:
         return f"a {kind.__module__}.{kind.__qualname__}, {reason(block)}"
-    if kind.forward is not known.forward or forward_is_replaced(block):  # type: ignore[attr-defined]
+    if not runs_as_known(block, BLOCKS):
         return f"a {kind.__qualname__} with a forward of its own, which merging would bypass"
     attn = base_of(type(block.attn))
-    known = next((cls for cls in attn.__mro__ if cls in ATTENTIONS), None)
-    if known is None or attn.forward is not known.forward or forward_is_replaced(block.attn):  # type: ignore[attr-defined]
-        return f"a {kind.__qualname__} with {attn.__module__}.{attn.__qualname__}, {reason(block.attn)}"
-    return None
+    return f"a {kind.__qualname__} with {attn.__module__}.{attn.__qualname__}, {reason(block.attn)}"
 
 
 def _pool_problem(model: Any) -> str | None:
@@ -127,6 +138,8 @@ def _pool_problem(model: Any) -> str | None:
         isinstance(pool, AttentionPoolLatent) and type(pool).forward is AttentionPoolLatent.forward
     ):
         return f"its attention pool is a {type(pool).__qualname__}, which takes no attention mask"
+    if kind == "prr" and not runs_as_known(pool, [c for c in type(pool).__mro__ if c.__module__.startswith("timm.")]):
+        return f"its attention pool is a {type(pool).__qualname__} with a forward of its own"
     if kind == "map" and pool.pos_embed is not None:
         return "its attention pool adds a position to every token, which merged tokens no longer have"
     return None

@@ -12,23 +12,16 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor
 
+from vtoken.core.blocks import merged_block
+from vtoken.core.bound import alone
+from vtoken.core.calling import through
 from vtoken.core.method import AttentionMethod
 from vtoken.core.patch import base_of, forward_with
 from vtoken.core.state import TokenState
+from vtoken.core.tap import Tap, TappedMixin, stock_with, tapped_forward
 from vtoken.errors import InputError
-from vtoken.hosts.merged import merged_block
-from vtoken.hosts.tower import (
-    Tap,
-    TappedMixin,
-    alone,
-    gather_rope,
-    given,
-    mixin_for,
-    stock_with,
-    tapped_forward,
-    through,
-)
-from vtoken.ops.backend import use_triton
+from vtoken.hosts.tower import gather_rope, given, mixin_for
+from vtoken.ops import backend
 from vtoken.ops.merging.attention import is_bias_per_key, masked_attention
 
 
@@ -139,13 +132,13 @@ class AttentionMixin:
             tap = Tap.alone(self, x.shape[1])
         else:
             tap = vtoken_tap
-        if vtoken_tap is None or tap.acts_in(self):
+        if vtoken_tap is None or (method is not None and tap.acts_in(self)):
             if is_causal:
                 raise InputError("is_causal=True cannot be combined with a connectivity mask; use vtoken.remove(model)")
             return around(self, functools.partial(_method_core, self, tap, attn_mask), x)
         if not self.fused_attn:
-            parts = {"k_norm": tap.behind(self.k_norm)}
-            return forward_with(self, parts, x, **given(attn_mask=attn_mask, is_causal=is_causal))
+            read = tap.parts(self, "k_norm", "q_norm")
+            return forward_with(self, read, x, **given(attn_mask=attn_mask, is_causal=is_causal))
         dropout = self.attn_drop.p if self.training else 0.0
         if attn_mask is not None and adds_sizes(self, x, tap, attn_mask, is_causal):
             core: Core = functools.partial(masked_attention, mask=attn_mask, dropout_p=dropout)
@@ -190,7 +183,7 @@ def adds_sizes(
     The host's own call takes sizes as a mask, which keeps fused attention but not its fastest kernel. A mask of the
     caller's stays the host's: with nothing merged, every bit is as it was.
     """
-    if attn_mask is None or rotary or not use_triton("auto", x, lambda: ""):
+    if attn_mask is None or rotary or not (x.is_cuda or backend.FORCED) or not backend.use_triton("auto", x, str):
         return False
     own = base_of(type(attn)).forward is Attention.forward  # type: ignore[attr-defined]
     if is_causal or not own or not attn.fused_attn or tap.acts_in(attn):

@@ -12,12 +12,14 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vtoken.core.bound import BoundBlocks, bound
+from vtoken.core.forward import applied_methods, block_method, forward_of
 from vtoken.core.patch import base_of, view
-from vtoken.core.state import Slot, TokenState
-from vtoken.core.trace import current_trace
+from vtoken.core.slots import Slot
+from vtoken.core.state import TokenState
 from vtoken.errors import InputError, ShapeError
 from vtoken.hosts.pooling import pool_kind, remember_sizes, sized_pool, sizes_for_head
-from vtoken.hosts.tower import begin, block_method, bound, spread
+from vtoken.hosts.tower import spread
 from vtoken.ops.rows import take_rows
 
 MODELS: tuple[type, ...] = (VisionTransformer, Eva, NaFlexVit)
@@ -39,17 +41,16 @@ class TimmMixin:
                 **_pool_parts(self, functools.partial(_slot_of, runs, None)),
             )
             return base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
-        state = _begin(self, raster=True, images=_images(args, kwargs))  # for code that runs `self.blocks` itself
+        own = _OwnLoop(self, _images(args, kwargs))
         stand_in = view(
             self,
-            blocks=bound(self.blocks, state),
+            blocks=own,
             forward_features=functools.partial(_features, self, runs, _leaves_as_tokens(self)),
             forward_intermediates=functools.partial(TimmMixin.forward_intermediates, self),
-            **_pool_parts(self, functools.partial(_slot_of, runs, state)),
+            **_pool_parts(self, functools.partial(_slot_of, runs, own)),
         )
         out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
-        if state.embedded is not None:
-            _record(self, state, args, kwargs)
+        own.close()
         return out
 
     def forward_features(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,13 +71,12 @@ class TimmMixin:
         **kwargs: Any,
     ) -> Any:
         dense = output_fmt == "NCHW" and isinstance(x, Tensor)
-        state = _begin(self, raster=True, dense=dense, images=x)
         # Rows are asked for and spread here: the host's own reshape would scramble reduced rows without an error.
-        out = base_of(type(self)).forward_intermediates(  # type: ignore[attr-defined]
-            _bind(self, state), x, indices, return_prefix_tokens, norm, stop_early,
-            "NLC" if dense else output_fmt, intermediates_only, **kwargs,
-        )  # fmt: skip
-        _record(self, state, (x,), {})
+        with _forward_of(self, x, raster=True, dense=dense) as state:
+            out = base_of(type(self)).forward_intermediates(  # type: ignore[attr-defined]
+                _bind(self, state), x, indices, return_prefix_tokens, norm, stop_early,
+                "NLC" if dense else output_fmt, intermediates_only, **kwargs,
+            )  # fmt: skip
         layers = sorted(set(feature_take_indices(len(self.blocks), indices)[0]))
         grid = grid_of(self, (x.shape[-2], x.shape[-1])) if dense else None
         finish = functools.partial(_intermediate, self, state, grid)
@@ -96,11 +96,41 @@ class TimmMixin:
         return base_of(type(self)).forward_head(stand_in, x, *args, **kwargs)  # type: ignore[attr-defined]
 
 
+class _OwnLoop(BoundBlocks):
+    """The blocks for a forward of the user's own that may run them itself; without that there is no state for them."""
+
+    def __init__(self, model: Any, images: Any) -> None:
+        self._model, self._images = model, images
+        self._container, self._watched = model.blocks, False
+        self._forward: forward_of | None = None
+        self._state: TokenState | None = None
+        self._bound: list[Callable[..., Tensor]] = []
+
+    @property
+    def _calls(self) -> list[Callable[..., Tensor]]:  # type: ignore[override]
+        if self._forward is None:
+            self._forward = _forward_of(self._model, self._images, raster=True)
+            self._state = self._forward.__enter__()
+            self._bound = list(bound(self._container, self._state))
+        return self._bound
+
+    def __len__(self) -> int:
+        return len(self._model.blocks)
+
+    def slot(self) -> Slot:
+        """What is known of the rows that left the last block that ran."""
+        return Slot() if self._state is None else self._state.last
+
+    def close(self) -> None:
+        """The forward is over."""
+        if self._forward is not None:
+            self._forward.__exit__(None, None, None)
+
+
 def _features(model: Any, runs: Runs, raster: bool, *args: Any, **kwargs: Any) -> Any:
     """The host's forward_features with a state of its own; notes in `runs` what it made."""
-    state = _begin(model, raster=raster, images=_images(args, kwargs))
-    out = base_of(type(model)).forward_features(_bind(model, state), *args, **kwargs)  # type: ignore[attr-defined]
-    _record(model, state, args, kwargs)
+    with _forward_of(model, _images(args, kwargs), raster=raster) as state:
+        out = base_of(type(model)).forward_features(_bind(model, state), *args, **kwargs)  # type: ignore[attr-defined]
     rows, slot = out["patches"] if isinstance(out, dict) else out, state.last
     if raster:  # not whenever anchors are known: a trace must not change the order of a sum
         rows, slot = _in_order(model, slot, rows)
@@ -108,10 +138,10 @@ def _features(model: Any, runs: Runs, raster: bool, *args: Any, **kwargs: Any) -
     return out | {"patches": rows} if isinstance(out, dict) else rows  # a dict: NaFlex
 
 
-def _slot_of(runs: Runs, state: TokenState | None, x: Tensor) -> Slot:
+def _slot_of(runs: Runs, own: _OwnLoop | None, x: Tensor) -> Slot:
     """What is known of the rows of `x`: of the features it is, else of the only ones there are."""
     if not runs:
-        return Slot() if state is None else state.last
+        return Slot() if own is None else own.slot()
     for features, slot in runs:
         if features is x:
             return slot
@@ -134,21 +164,27 @@ def _forward_is_stock(model: Any) -> bool:
     return any(own is known.forward for known in MODELS)  # type: ignore[attr-defined]
 
 
-def _begin(model: Any, *, raster: bool = False, dense: bool = False, images: Any = None) -> TokenState:
+def _forward_of(model: Any, images: Any, *, raster: bool = False, dense: bool = False) -> forward_of:
+    """One forward on images [B, C, H, W], or on packed (NaFlex) patches.
+
+    Args:
+        raster: whether token rows may leave it.
+        dense: whether dense maps will.
+    """
     rotary = getattr(model, "rope", None) is not None
     anchor = rotary or (raster and block_method(model).order == "raster")
-    state = begin(model, model.num_prefix_tokens, anchor=anchor, dest=dense)
-    attention = state.attention
-    if attention is None:
-        return state
     if isinstance(images, Tensor):
-        state.grid = grid_of(model, (images.shape[-2], images.shape[-1]))
-    elif not all(attention.is_stock(i) for i in range(len(model.blocks)) if attention.acts_on(i)):
+        size = (images.shape[-2], images.shape[-1])
+        return forward_of(model, model.num_prefix_tokens, lambda: grid_of(model, size), anchor=anchor, dest=dense)
+    attention = applied_methods(model).get("on_attention")
+    if attention is not None and not all(
+        attention.is_stock(i) for i in range(len(model.blocks)) if attention.acts_on(i)
+    ):
         raise InputError(
             "connectivity masks belong to places on a patch grid, so the model must be given images [B, C, H, W], not "
             "packed (NaFlex) patches; use vtoken.remove(model)"
         )
-    return state
+    return forward_of(model, model.num_prefix_tokens, lambda: None, anchor=anchor, dest=dense)
 
 
 def _bind(model: Any, state: TokenState) -> Any:
@@ -168,13 +204,6 @@ def pool_name(model: Any) -> str:
 
 def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return next((a for a in [*args, *kwargs.values()] if isinstance(a, Tensor) and a.dim() == 4), None)
-
-
-def _record(model: Any, state: TokenState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    trace = current_trace(model)
-    if trace is not None:
-        images = _images(args, kwargs)
-        trace.record(state, None if images is None else grid_of(model, (images.shape[2], images.shape[3])))
 
 
 def _in_order(model: Any, slot: Slot, features: Tensor) -> tuple[Tensor, Slot]:

@@ -5,16 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from vtoken.core.host import HostAdapter, HostSpec
+from vtoken.core.host import HostAdapter
 from vtoken.core.method import BlockMethod, Method
 from vtoken.core.patch import base_of, forward_is_replaced, is_patched
-from vtoken.core.plan import Plan
-from vtoken.errors import UnsupportedModelError
-from vtoken.hosts.class_rows import ClassRows
+from vtoken.core.spec import HostSpec, Plan
+from vtoken.core.watch import Watch
+from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.tower import block_targets
-from vtoken.hosts.transformers.blocks import LAYERS, AttentionMixin, MasklessDinoLayerMixin, attention_of, refuse_flash
+from vtoken.hosts.transformers.blocks import (
+    LAYERS,
+    AttentionMixin,
+    MasklessDinoLayerMixin,
+    NestedAttentionMixin,
+    attention_of,
+    refuse_flash,
+)
 from vtoken.hosts.transformers.entry import (
     ClipTowerMixin,
     DinoBackboneMixin,
@@ -31,7 +39,7 @@ from vtoken.hosts.transformers.entry import (
     pair,
     tower_targets,
 )
-from vtoken.hosts.transformers.watch import watched_tower
+from vtoken.hosts.transformers.watched import watched_tower
 
 Key = tuple[str, str]  # module of transformers.models, class name
 
@@ -159,7 +167,7 @@ class HFAdapter(HostAdapter):
         path = _mixin(tower)._vtoken_path
         found: list[tuple[nn.Module, type, dict[str, Any]]] = [(tower, _mixin(tower), {})]
         found += tower_targets(tower, path)
-        found += block_targets(methods, self.spec(model), tower.get_submodule(".".join(path)), _parts)
+        found += block_targets(methods, tower.get_submodule(".".join(path)), _parts, num_prefix=num_prefix(tower))
         held = _known(type(model), HOLDERS)
         head = None if held is None else HOLDERS[held][1]
         return found if head is None else [*found, (model, head, {})]
@@ -168,24 +176,25 @@ class HFAdapter(HostAdapter):
         """The model, or its tower where the model also wants text; `options` are for a tower alone."""
         tower: Any = self.tower(model)
         runner: Any = model if model.main_input_name == "pixel_values" else tower
-        if tower.config.model_type == "siglip2_vision_model":
-            patch, (height, width) = int(tower.config.patch_size), grid_of(tower, (image.shape[2], image.shape[3]))
-            rows = (
-                image.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-            )
-            shapes = torch.tensor([[height, width]] * image.shape[0])
-            return runner(rows, pixel_attention_mask=None, spatial_shapes=shapes, **options)
-        other_size = (image.shape[2], image.shape[3]) != self.image_size(model)
-        resize = other_size and not tower.config.model_type.startswith("dinov2")  # DINOv2 always fits its positions
-        return runner(image, **({"interpolate_pos_encoding": True} if resize else {}), **options)
+        return runner(**_image_arguments(tower, image, self.image_size(model)), **options)
 
-    def run_watched(self, model: nn.Module, rows: ClassRows, image: Tensor) -> None:
+    def run_watched(self, model: nn.Module, watch: Watch, image: Tensor) -> None:
         """Class attention of the query and key projections."""
         tower = self.tower(model)
         if is_patched(tower):  # from a model around it
-            self.run_image(tower, image, vtoken_rows=rows)
+            self.run_image(tower, image, vtoken_rows=watch)
         else:
-            self.run_image(watched_tower(tower, _mixin(tower)._vtoken_path, rows), image)
+            arguments = _image_arguments(tower, image, self.image_size(tower))
+            watched_tower(tower, _mixin(tower)._vtoken_path, watch)(**arguments)
+
+    def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
+        """A prompt must have a placeholder for every image token, so their number must be known before."""
+        method = methods.get("on_block")
+        if isinstance(method, BlockMethod) and not method.exact and hasattr(model.config, "vision_feature_layer"):
+            raise ConfigError(
+                f"{type(model).__name__} needs prompts with one placeholder per image token, and this method lets the "
+                "images decide how many there are; use one whose counts are known, such as vtoken.PiToMe or vtoken.ToMe"
+            )
 
     def num_tokens(self, model: nn.Module, plan: Plan) -> int:
         """For a LLaVA, the placeholders that one image needs."""
@@ -196,6 +205,19 @@ class HFAdapter(HostAdapter):
         index = layer if isinstance(layer, int) else layer[0]
         drops_class = config.vision_feature_select_strategy == "default"
         return plan.tokens[index] - int(drops_class)
+
+
+def _image_arguments(tower: Any, image: Tensor, own_size: tuple[int, int]) -> dict[str, Any]:
+    """A tower's arguments for images [B, C, H, W]; it was built for those of `own_size`."""
+    if tower.config.model_type == "siglip2_vision_model":
+        patch, (height, width) = int(tower.config.patch_size), grid_of(tower, (image.shape[2], image.shape[3]))
+        whole = image[:, :, : height * patch, : width * patch]
+        rows = rearrange(whole, "b c (h y) (w x) -> b (h w) (y x c)", y=patch, x=patch)
+        shapes = torch.tensor([[height, width]] * image.shape[0])
+        return {"pixel_values": rows, "pixel_attention_mask": None, "spatial_shapes": shapes}
+    other_size = (image.shape[2], image.shape[3]) != own_size
+    resize = other_size and not tower.config.model_type.startswith("dinov2")  # DINOv2 always fits its positions
+    return {"pixel_values": image, **({"interpolate_pos_encoding": True} if resize else {})}
 
 
 def keys_of(cls: type) -> list[Key]:
@@ -226,7 +248,8 @@ def _layer_mixin(layer: Any) -> type:
 
 def _parts(layer: Any) -> tuple[type, Any, type]:
     """The mixin of a layer, its attention and the mixin of that."""
-    return _layer_mixin(layer), attention_of(layer), AttentionMixin
+    attn = attention_of(layer)
+    return _layer_mixin(layer), attn, NestedAttentionMixin if hasattr(attn, "attention") else AttentionMixin
 
 
 def _own_forward(module: nn.Module, table: dict[Key, Any]) -> str | None:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from vtoken.core.bound import BoundBlocks, bound, changed
+from vtoken.core.forward import block_method, forward_of
 from vtoken.core.patch import base_of, forward_with, is_patched, view
-from vtoken.core.state import Slot, TokenState
-from vtoken.core.trace import current_trace
+from vtoken.core.slots import Slot
+from vtoken.core.state import TokenState
+from vtoken.core.watch import Watch
 from vtoken.errors import InputError
-from vtoken.hosts.class_rows import ClassRows
-from vtoken.hosts.tower import BoundBlocks, begin, block_method, bound, changed
 from vtoken.ops import size_bias
 from vtoken.ops.rows import take_rows
 
@@ -28,7 +29,7 @@ class TowerMixin:
     _vtoken_path: ClassVar[tuple[str, ...]]
 
     def forward(
-        self: Any, *args: Any, vtoken_weighed: bool = False, vtoken_rows: ClassRows | None = None, **kwargs: Any
+        self: Any, *args: Any, vtoken_weighed: bool = False, vtoken_rows: Watch | None = None, **kwargs: Any
     ) -> Any:  # fmt: skip
         if vtoken_weighed:
             return _weighed(self, args, kwargs)
@@ -115,14 +116,13 @@ class DinoBackboneMixin(DinoTowerMixin):
     """A backbone: it reshapes hidden states to maps, so it gets them spread over all patches."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = begin(self, num_prefix(self), anchor=False, dest=True)
         given = self._vtoken_arguments(args, kwargs)
         maybe_install_capturing_hooks(self.encoder)
-        encoder = _encoder(self.encoder, state, _masked(given))
-        stand_in = view(self, encoder=functools.partial(_dense_encoder, encoder, state))
-        out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
+        with forward_of(self, num_prefix(self), lambda: self._vtoken_grid(given), dest=True) as state:
+            encoder = _encoder(self.encoder, state, _masked(given))
+            stand_in = view(self, encoder=functools.partial(_dense_encoder, encoder, state))
+            out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
         _refuse_attentions(_asked(self, given, "output_attentions"), state)
-        record(self, state, given)
         return out
 
 
@@ -178,7 +178,7 @@ class Dinov2RegistersHeadMixin(MeanHeadMixin):
 
 
 def run_tower(
-    tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rows: ClassRows | None = None
+    tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Watch | None = None
 ) -> tuple[Any, Slot]:  # fmt: skip
     """The host's forward with a state of its own, watched by `rows`.
 
@@ -187,17 +187,16 @@ def run_tower(
     """
     raster = block_method(tower).order == "raster"
     watched = rows is not None  # then it must be known what became of every token
-    state = begin(tower, num_prefix(tower), anchor=raster or watched, dest=watched)
-    state.watch = rows
     given = tower._vtoken_arguments(args, kwargs)
     attentions = _asked(tower, given, "output_attentions")
     if attentions or _asked(tower, given, "output_hidden_states"):
         _install_hooks(tower)
-    stand_in = tower._vtoken_stand_in(state, _masked(given))
-    out = base_of(type(tower)).forward(stand_in, **{**given, "return_dict": True})  # type: ignore[attr-defined]
-    state.watch = None  # which holds the state: without this the two would wait for the garbage collector
+    grid = functools.partial(tower._vtoken_grid, given)
+    with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched, dest=watched) as state:
+        state.watch = rows
+        stand_in = tower._vtoken_stand_in(state, _masked(given))
+        out = base_of(type(tower)).forward(stand_in, **{**given, "return_dict": True})  # type: ignore[attr-defined]
     _refuse_attentions(attentions, state)
-    record(tower, state, given)
     slot = state.last
     if raster:
         out.last_hidden_state, slot = slot.in_raster_order(out.last_hidden_state)
@@ -214,13 +213,6 @@ def _install_hooks(tower: Any) -> None:
     # An unpatched DINOv2 installs them on its encoder; a second set on the tower would record every state twice.
     if not getattr(getattr(tower, "encoder", None), "_output_capturing_hooks_installed", False):
         maybe_install_capturing_hooks(tower)
-
-
-def record(tower: Any, state: TokenState, arguments: dict[str, Any]) -> None:
-    """Tell the trace, if the caller asked for one."""
-    trace = current_trace(tower)
-    if trace is not None:
-        trace.record(state, tower._vtoken_grid(arguments))
 
 
 def num_prefix(tower: Any) -> int:

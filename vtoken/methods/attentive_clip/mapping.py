@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from vtoken.errors import ConfigError, ShapeError
@@ -24,12 +25,6 @@ def check_boxes(view_boxes: Tensor | None, teacher_boxes: Tensor | None, batch: 
             f"expected view_boxes [{batch}, {views}, 4] and teacher_boxes [{batch}, 4], one (top, left, height, width) "
             f"in source pixels for each sample, got {tuple(view_boxes.shape)} and {tuple(teacher_boxes.shape)}"
         )
-
-
-def check_outside(outside: str) -> None:
-    """Raise ConfigError for another way to score what the teacher's image does not show."""
-    if outside not in OUTSIDE:
-        raise ConfigError(f"outside={outside!r} must be one of {', '.join(OUTSIDE)}")
 
 
 def map_scores(
@@ -59,12 +54,14 @@ def map_scores(
         return scores.unsqueeze(1) if same else F.interpolate(scores.unsqueeze(1), size=grid, mode="bilinear")
     with full_precision(scores):
         rows, columns = (_places(view_boxes, teacher_boxes, axis, grid[axis]) for axis in (0, 1))
-        points = torch.stack(
-            [columns.unsqueeze(2).expand(-1, -1, grid[0], -1), rows.unsqueeze(3).expand(-1, -1, -1, grid[1])], -1
-        )  # [B, V, h, w, 2], x first
+        x = repeat(columns, "b v w -> b v h w", h=grid[0])
+        y = repeat(rows, "b v h -> b v h w", w=grid[1])
+        points = torch.stack([x, y], -1)
+        places = rearrange(points, "b v h w xy -> b (v h) w xy")  # all views of an image as one tall picture
         found = F.grid_sample(
-            scores.unsqueeze(1), points.flatten(1, 2), mode="bilinear", padding_mode="border", align_corners=False
-        ).view(points.shape[:4])
+            scores.unsqueeze(1), places, mode="bilinear", padding_mode="border", align_corners=False
+        )  # fmt: skip
+        found = rearrange(found, "b 1 (v h) w -> b v h w", h=grid[0])
     return found if outside == "border" else found.masked_fill((points.abs() > 1).any(-1), 0.0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from vtoken.errors import ShapeError
@@ -55,7 +56,7 @@ def scores_of_units(
     if view_boxes is None and scores.shape[1:] == (grid[0] // block, grid[1] // block):
         return scores.flatten(1).repeat(views, 1)  # a small teacher's patches are the units
     mapped = map_scores(scores, grid, view_boxes, teacher_boxes, outside).expand(-1, views, -1, -1)
-    return unit_scores(mapped.transpose(0, 1).flatten(0, 1), block)
+    return unit_scores(rearrange(mapped, "b v h w -> (v b) h w"), block)
 
 
 def token_rows(units: Tensor, grid: tuple[int, int], block: int, num_prefix: int) -> Tensor:
@@ -67,4 +68,4 @@ def token_rows(units: Tensor, grid: tuple[int, int], block: int, num_prefix: int
 
 def by_view(rows: Tensor, views: int) -> Tensor:
     """[V*B, D], all of the first view first -> [B, V, D]."""
-    return rows.unflatten(0, (views, -1)).transpose(0, 1)
+    return rearrange(rows, "(v b) d -> b v d", v=views)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.errors import ConfigError
 from vtoken.ops import select_tokens
 
@@ -19,7 +18,7 @@ _UNIT_PIXELS = 32  # the published unit: 2 x 2 patches of 16 pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """How patches are chosen; see `AttentiveMaskCLIP` for the settings.
+    """How patches are chosen: the first of the settings of `AttentiveMasks`, which says what they are.
 
     Raises:
         ConfigError: for values out of range.
@@ -32,22 +31,16 @@ class Selection:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("keep_ratio", "top_fraction", "temperature"):
-            if not isinstance(getattr(self, name), Real) or isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
-        if not 0 < self.keep_ratio <= 1:
-            raise ConfigError(f"keep_ratio={self.keep_ratio} is the share of patches kept and must be in (0, 1]")
-        if self.mode not in MODES:
-            raise ConfigError(f"mode={self.mode!r} must be one of {', '.join(MODES)}")
-        if self.block != "auto" and not (type(self.block) is int and self.block >= 1):
-            raise ConfigError(f'block={self.block!r} is the side of a unit in patches: an integer from 1 on, or "auto"')
-        if not 0 < self.top_fraction <= 1:
-            raise ConfigError(
-                f"top_fraction={self.top_fraction} is the share of the best units among those kept and must be in "
-                '(0, 1]; mode="random" keeps any'
-            )
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature={self.temperature} must be positive")
+        owner = type(self).__name__
+        what = "the share of patches kept, "
+        object.__setattr__(self, "keep_ratio", checks.share(owner, "keep_ratio", self.keep_ratio, what=what))
+        checks.choice(owner, "mode", self.mode, MODES)
+        if not (isinstance(self.block, str) and self.block == "auto"):
+            what = 'the side of a unit in patches (or "auto"), '
+            object.__setattr__(self, "block", checks.whole(owner, "block", self.block, 1, what=what))
+        what = 'the share of the best units among those kept (mode="random" keeps any), '
+        object.__setattr__(self, "top_fraction", checks.share(owner, "top_fraction", self.top_fraction, what=what))
+        object.__setattr__(self, "temperature", checks.number(owner, "temperature", self.temperature, above=0))
 
     def block_of(self, grid: tuple[int, int], patch_size: int) -> int:
         """Side of the units on a patch grid.
@@ -70,7 +63,7 @@ class Selection:
     def num_kept(self, grid: tuple[int, int], patch_size: int) -> int:
         """Patches that are kept of a grid."""
         block = self.block_of(grid, patch_size)
-        return kept_units(grid[0] * grid[1] // block**2, self.keep_ratio) * block**2
+        return checks.share_of(self.keep_ratio, grid[0] * grid[1] // block**2) * block**2
 
     def choose(self, scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Kept units of each row, ascending, [B, k] int64.
@@ -80,7 +73,7 @@ class Selection:
             generator: for the random modes; None is torch's own.
         """
         n = scores.shape[1]
-        k = kept_units(n, self.keep_ratio)
+        k = checks.share_of(self.keep_ratio, n)
         if self.mode == "topk":
             return select_tokens(scores, k)
         if self.mode == "lowest":
@@ -99,11 +92,6 @@ def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
         return torch.rand(like.shape, device=like.device)
     return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
-
-
-def kept_units(n: int, keep_ratio: float) -> int:
-    """How many of n units are kept: ceil(n * keep_ratio), at least 1; guarded against float noise."""
-    return max(1, math.ceil(n * keep_ratio - 1e-6))
 
 
 def unit_scores(scores: Tensor, block: int) -> Tensor:

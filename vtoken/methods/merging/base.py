@@ -11,8 +11,8 @@ from torch import Tensor
 from vtoken import checks
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
-from vtoken.errors import ConfigError
+from vtoken.core.slots import Slot
+from vtoken.errors import ConfigError, VTokenError
 from vtoken.methods.merging import schedule
 from vtoken.ops import REDUCTIONS, MergePlan
 
@@ -37,8 +37,30 @@ class MergeConfig(MethodConfig):
     Raises:
         ConfigError: for values out of range; for lists that do not fit the model when it is applied.
 
+    A merging method of your own is a frozen dataclass derived from this class, or from `ScheduledMergeConfig`, whose
+    `ratio` or `r` tells `amounts` and `removed`. It must say which rows go together, `match`; how much each block
+    removes, `amounts`; and how many tokens that is, `removed`. What else there is has a default. The whole page is
+    docs/extend/method.md, and `vtoken.testing.check_method` tries the promises on small models.
+
+    Example:
+        >>> import dataclasses, vtoken
+        >>> @dataclasses.dataclass(frozen=True, kw_only=True)
+        ... class EveryOther(vtoken.ScheduledMergeConfig):
+        ...     method = "every_other"  # register_method makes the name known to apply(model, "every_other", r=4)
+        ...     def match(self, layer, depth, metric, r, num_prefix, protect):
+        ...         return vtoken.ops.plan_tome(metric, r, num_prefix=num_prefix)
+        >>> import timm
+        >>> vtoken.plan(timm.create_model("test_vit"), EveryOther(r=4)).removed
+        (4, 4, 4, 4, 4, 4)
+
     Source: arXiv 2405.16148; docs/methods/pitome.md 3 to 8.
     """
+
+    #: Whether `removed` is what a merge takes. If False it is the most, and the plan of `match` may remove fewer: as
+    #: many as its tokens tell, the same number in all images of a batch.
+    exact: ClassVar[bool] = True
+    #: Patches that never merge, ascending. No setting here, hence no annotation.
+    protect = tuple[int, ...]()
 
     layers: tuple[int, ...] | None = None
     metric: str = "key"
@@ -64,27 +86,35 @@ class MergeConfig(MethodConfig):
     def match(
         self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
     ) -> MergePlan:
-        """The plan of one merge: metric [B, T, d] -> which r tokens go where."""
+        """The plan of one merge: which r tokens of every image go where; make it with `vtoken.ops.plan_*`.
+
+        Args:
+            layer, depth: number of the block, and how many there are.
+            metric: what tokens are compared by, [B, T, d], float32 or float64; prefix rows first.
+            r: how many the plan must remove, from 1 on; at most so many if the method is not `exact`.
+            num_prefix: prefix rows P, which must stay in the first rows.
+            protect: patches that must not merge, [B, p], counted without the prefix; None unless
+                the settings have a field `protect` that names some.
+        """
         raise NotImplementedError
 
     def check_depth(self, depth: int) -> None:
         """Raise ConfigError for settings that do not fit `depth` blocks."""
 
     def amounts(self, depth: int) -> tuple[Any, ...]:
-        """How much every layer removes, in whatever form `removed` takes."""
+        """How much each of `depth` blocks removes, one entry per block, in whatever form `removed` takes."""
         raise NotImplementedError
 
     def removed(self, amount: Any, mergeable: int) -> int:
-        """Tokens that one merge takes from `mergeable`."""
+        """How many of `mergeable` non-prefix tokens a block with this entry of `amounts` removes, or at most.
+
+        Whole, from 0 on, known from these two alone; of more tokens at least as many are left.
+        """
         raise NotImplementedError
 
     def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
         """Multiply-adds of choosing r among `mergeable` tokens compared over `channels`."""
         return r * r * channels
-
-    def protected_patches(self) -> tuple[int, ...]:
-        """Patches that never merge, ascending."""
-        return ()
 
     def layer_settings(self, layer: int, depth: int) -> dict[str, Any]:
         """Settings that differ from layer to layer; `match` takes them by name from who has asked for them."""
@@ -132,7 +162,7 @@ class ScheduledMergeConfig(MergeConfig):
     def removed(self, amount: Any, mergeable: int) -> int:
         """By ratio or by number, at most half of the tokens that may merge."""
         wanted = schedule.removed_by_ratio(mergeable, amount) if isinstance(amount, float) else int(amount)
-        return max(0, min(wanted, (mergeable - len(self.protected_patches())) // 2))
+        return max(0, min(wanted, (mergeable - len(self.protect)) // 2))
 
 
 class Merging(BlockMethod):
@@ -148,18 +178,31 @@ class Merging(BlockMethod):
         self.metric = config.metric
         self.insert = config.place
         self.order = config.order
+        self.exact = config.exact
         self._layers = schedule.chosen_layers(owner, config.layers, depth)
         self._amounts = config.amounts(depth)
+        self._settings = tuple([config.layer_settings(layer, depth) for layer in range(depth)])
+        self._removed: dict[tuple[int, int], int] = {}
+        self._protects = bool(config.protect)
+        # Compiled graphs take words as constants. A float that another one replaces (configure) becomes a symbol there,
+        # and torch cannot make sizes of such symbols.
+        self._worded = tuple(repr(amount) if isinstance(amount, float) else amount for amount in self._amounts)
 
     def num_removed(self, layer: int, mergeable: int, embedded: int | None = None) -> int:
         """Tokens that block `layer` removes from `mergeable` ones; 0 if it is not among the chosen layers."""
         if layer not in self._layers:
             return 0
-        return self.config.removed(self._amounts[layer], mergeable)
+        if torch.compiler.is_compiling():  # where the count may be a symbol
+            amount = self._worded[layer]
+            return self.config.removed(float(amount) if isinstance(amount, str) else amount, mergeable)
+        found = self._removed.get((layer, mergeable))
+        if found is None:
+            found = self._removed[layer, mergeable] = self.config.removed(self._amounts[layer], mergeable)
+        return found
 
     def check_patches(self, num_patches: int) -> None:
         """Protected patches must exist."""
-        rows = self.config.protected_patches()
+        rows = self.config.protect
         if rows and rows[-1] >= num_patches:
             raise ConfigError(f"protect names patch {rows[-1]}, but images have only patches 0 to {num_patches - 1}")
 
@@ -173,38 +216,49 @@ class Merging(BlockMethod):
         channels = head_dim if self.metric == "key" else width
         return self.config.macs(layer, self.depth, mergeable, r, channels) if r else 0
 
-    def describe(self, layer: int) -> dict[str, Any]:
-        """The settings of one layer; empty if it removes nothing."""
-        if layer not in self._layers:
-            return {}
-        return {"amount": self._amounts[layer]} | self.config.layer_settings(layer, self.depth)
-
     def on_block(self, layer: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int) -> tuple[Tensor, Slot]:
         """Merge tokens [B, T, C] by metric [B, T, d]."""
-        return self.reduce(layer, self.num_removed(layer, x.shape[1] - num_prefix), x, metric, slot, num_prefix)
+        r = self.num_removed(layer, x.shape[1] - num_prefix)
+        return self.reduce(layer, r, x, metric, slot, num_prefix, **self._settings[layer])
 
     def layer_settings(self, layer: int) -> dict[str, Any]:
         """Those that differ from layer to layer."""
-        settings = self.config.layer_settings(layer, self.depth).items()
-        return {k: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v for k, v in settings}
+        return self._settings[layer]
 
     def reduce(
         self, layer: int, r: int, x: Tensor, metric: Tensor, slot: Slot, num_prefix: int, **settings: Any
     ) -> tuple[Tensor, Slot]:
         """Merge r tokens of [B, T, C] by metric [B, T, d]."""
-        protect = slot.protect
-        if protect is None:
-            protect = self._first_protect(x, num_prefix)
-        plan = self.config.match(layer, self.depth, metric, r, num_prefix, protect, **settings)
-        x, size = plan.apply(x, slot.size, self.config.reduction)
+        if not self.exact and (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None):
+            raise ConfigError(
+                f"{type(self.config).__name__} lets the images decide how many tokens merge, which no single graph can "
+                "hold: leave the model eager, or take torch.compile without fullgraph"
+            )
+        if self._protects and slot.protect is None:
+            slot = replace(slot, protect=self._first_protect(x, num_prefix))
+        plan = self.config.match(layer, self.depth, metric, r, num_prefix, slot.protect, **settings)
+        if not torch.compiler.is_compiling() and (plan.removed != r or plan.num_tokens_in != x.shape[1]):
+            self._check_plan(plan, layer, r, x)
+            if plan.removed == 0:
+                return x, slot  # as if the block were not among the chosen ones
+        x, size = plan.merged(x, slot.size, self.config.reduction)
         # Pruning leaves every token at size 1: keep None, which keeps attention free of a mask.
         new_size = None if self.config.reduction == "prune" and slot.size is None else size
-        before = slot if protect is slot.protect else replace(slot, protect=protect)
-        return x, before.advance(plan, new_size, num_prefix)
+        return x, slot.advance(plan, new_size, num_prefix)
 
-    def _first_protect(self, x: Tensor, num_prefix: int) -> Tensor | None:
-        rows = self.config.protected_patches()
-        if not rows:
-            return None
+    def _check_plan(self, plan: MergePlan, layer: int, r: int, x: Tensor) -> None:
+        """Raise VTokenError unless a plan is one for x [B, T, C] that removes r tokens, or at most r if not exact."""
+        owner, gone = type(self.config).__name__, plan.removed
+        if plan.num_tokens_in != x.shape[1]:
+            raise VTokenError(f"{owner}.match made a plan for {plan.num_tokens_in} rows in block {layer}, not "
+                              f"{x.shape[1]}")  # fmt: skip
+        if gone != r and not (0 <= gone < r and not self.exact):
+            raise VTokenError(
+                f"{owner}.match removed {gone} tokens in block {layer}, `removed` said "
+                f"{r if self.exact else f'at most {r}'}: vtoken.plan would be wrong"
+                + (". Where the tokens decide how many merge, the class must say `exact = False`" if self.exact else "")
+            )
+
+    def _first_protect(self, x: Tensor, num_prefix: int) -> Tensor:
         self.check_patches(x.shape[1] - num_prefix)
-        return torch.tensor(rows, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)
+        return torch.tensor(self.config.protect, dtype=torch.int64, device=x.device).expand(x.shape[0], -1)

@@ -14,13 +14,20 @@ from vtoken import checks
 from vtoken.core.config import register_method
 from vtoken.errors import ConfigError
 from vtoken.methods.merging.base import MergeConfig, ScheduledMergeConfig
-from vtoken.ops import MergePlan, plan_random, plan_stride, plan_tome
+from vtoken.ops import MergePlan, plan_random, plan_stride
+from vtoken.ops.merging.matching import bipartite_matching
 
 
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class ToMe(ScheduledMergeConfig):
-    """Bipartite soft matching (arXiv 2210.09461): even rows propose to odd rows, the best r pairs merge."""
+    """Bipartite soft matching (arXiv 2210.09461): even rows propose to odd rows, the best r pairs merge.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("test_vit"), vtoken.ToMe(r=8)).tokens
+        (101, 93, 85, 77, 69, 61, 53)
+    """
 
     method: ClassVar[str] = "tome"
 
@@ -28,7 +35,7 @@ class ToMe(ScheduledMergeConfig):
         self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
     ) -> MergePlan:
         """The bipartite matching."""
-        return plan_tome(metric, r, num_prefix=num_prefix)
+        return bipartite_matching(metric, r, num_prefix)
 
     def macs(self, layer: int, depth: int, mergeable: int, r: int, channels: int) -> int:
         """Similarities of every even row with every odd row."""
@@ -42,6 +49,11 @@ class RandomMerge(ScheduledMergeConfig):
 
     Args (beside those of ScheduledMergeConfig):
         seed: of the draw, which is the same for every image and every call; sweep it to see the spread.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("test_vit"), vtoken.RandomMerge(ratio=0.9)).tokens
+        (101, 91, 82, 74, 67, 61, 55)
     """
 
     method: ClassVar[str] = "random_merge"
@@ -62,7 +74,13 @@ class RandomMerge(ScheduledMergeConfig):
 @register_method
 @dataclass(frozen=True, kw_only=True)
 class RandomPrune(RandomMerge):
-    """Control: tokens drawn at random are dropped. In dense maps each shows its most similar drawn destination."""
+    """Control: tokens drawn at random are dropped. In dense maps each shows its most similar drawn destination.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("test_vit"), vtoken.RandomPrune(ratio=0.9)).tokens
+        (101, 91, 82, 74, 67, 61, 55)
+    """
 
     method: ClassVar[str] = "random_prune"
 
@@ -84,6 +102,11 @@ class StrideMerge(MergeConfig):
     Args (beside those of MergeConfig):
         stride: at least 2.
         layers: blocks that merge, by default the first one only.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("test_vit"), vtoken.StrideMerge(stride=2)).tokens
+        (101, 51, 51, 51, 51, 51, 51)
     """
 
     method: ClassVar[str] = "stride"

@@ -14,8 +14,8 @@ from vtoken.core.config import register_method
 from vtoken.errors import ConfigError
 from vtoken.methods.merging import schedule
 from vtoken.methods.merging.base import ScheduledMergeConfig
-from vtoken.ops import MergePlan, plan_pitome
-from vtoken.ops.merging.matching import ENERGIES, VARIANTS
+from vtoken.ops import MergePlan
+from vtoken.ops.merging.matching import ENERGIES, VARIANTS, energy_matching
 
 #: Matchings of image tokens; `plan_pitome` has one for text encoders besides.
 _MATCHINGS = tuple(name for name in VARIANTS if name != "text")
@@ -86,6 +86,11 @@ class PiToMe(ScheduledMergeConfig):
             preset sets what is not given; what is given stays.
         energy: "elu" or "eq4".
         protect: patches (row-major numbers in the embedded grid) that never merge.
+
+    Example:
+        >>> import timm, vtoken
+        >>> vtoken.plan(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.9)).tokens
+        (101, 91, 82, 74, 67, 61, 55)
     """
 
     method: ClassVar[str] = "pitome"
@@ -140,10 +145,6 @@ class PiToMe(ScheduledMergeConfig):
         if self.protect and "tome" in variants:
             raise ConfigError('PiToMe(protect=...) cannot be combined with the variant "tome", which protects nothing')
 
-    def protected_patches(self) -> tuple[int, ...]:
-        """The patches that `protect` names."""
-        return self.protect
-
     def match(
         self,
         layer: int,
@@ -152,16 +153,16 @@ class PiToMe(ScheduledMergeConfig):
         r: int,
         num_prefix: int,
         protect: Tensor | None,
-        margin: Tensor | None = None,
+        margin: float | Tensor | None = None,
         variant: str | None = None,
     ) -> MergePlan:
         """The energy matching with this layer's margin and variant."""
-        return plan_pitome(
+        return energy_matching(
             metric,
             r,
+            num_prefix,
             margin=self._margin(layer, depth) if margin is None else margin,
             alpha=self.alpha,
-            num_prefix=num_prefix,
             variant=self._variant(layer, depth) if variant is None else variant,
             energy=self.energy,
             protect=protect,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken import checks
@@ -33,6 +34,13 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
         ConfigError: if density is out of range. ShapeError, InputError: if `images` are no images.
         VTokenError: if Sparsifiner is not applied.
 
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit").eval(), vtoken.Sparsifiner(keep_ratio=0.2))
+        >>> found = vtoken.calibrate_threshold(model, torch.randn(2, 3, 160, 160), density=0.2)
+        >>> vtoken.config_of(model).mode, len(found) == len(model.blocks)
+        ('threshold', True)
+
     Source: docs/methods/sparsifiner.md 8.
     """
     what = "the share of keys to keep, "
@@ -56,7 +64,7 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
                 model(images)
             for record in found.attention:
                 assert record.scores is not None
-                by_head = record.scores.transpose(0, 1).flatten(1)
+                by_head = rearrange(record.scores, "b h query key -> h (b query key)")
                 kept = max(1, round(density * by_head.shape[1]))
                 # The largest score that is not kept: strictly more than it are `kept`, fewer where scores tie.
                 limit = by_head.kthvalue(max(1, by_head.shape[1] - kept), dim=1).values

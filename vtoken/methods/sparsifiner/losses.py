@@ -26,6 +26,12 @@ def reconstruction_loss(
     Raises:
         ShapeError: if the two do not fit each other.
         ConfigError: for another reduction.
+
+    Example:
+        >>> import torch, vtoken
+        >>> attention = torch.rand(2, 3, 17, 17).softmax(-1)
+        >>> vtoken.train.reconstruction_loss([attention[:, :, 1:]], [attention])
+        tensor(0.)
     """
     if reduction not in ("sum", "mean"):
         raise ConfigError(f"reconstruction_loss(reduction={reduction!r}): must be sum or mean")
@@ -44,7 +50,14 @@ def reconstruction_loss(
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) at temperature 1, mean over the batch; logits [B, classes]."""
+    """KL(teacher || student) at temperature 1, mean over the batch; logits [B, classes].
+
+    Example:
+        >>> import torch, vtoken
+        >>> logits = torch.randn(2, 10)
+        >>> vtoken.train.distillation_loss(logits, logits).abs() < 1e-6
+        tensor(True)
+    """
     student = F.log_softmax(logits.float(), -1)
     teacher = F.log_softmax(teacher_logits.detach().float(), -1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -60,6 +73,14 @@ def token_loss(tokens: Tensor, teacher_tokens: Tensor, kept: Tensor | None = Non
 
     Raises:
         ShapeError: if the two do not fit.
+
+    Example:
+        >>> import torch, vtoken
+        >>> tokens = torch.randn(2, 9, 4)
+        >>> kept = torch.tensor([[0, 3], [5, 8]])  # what pruning left of the student's
+        >>> pruned = torch.stack([tokens[b, rows] for b, rows in enumerate(kept)])
+        >>> vtoken.train.token_loss(pruned, tokens, kept)
+        tensor(0.)
     """
     if kept is not None:
         teacher_tokens = teacher_tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, teacher_tokens.shape[-1]))
@@ -88,6 +109,17 @@ def fine_tuning_loss(
         teacher: of the same images.
         kept: as in `token_loss`.
         weights: of the three terms.
+
+    Example:
+        >>> import timm, torch, torch.nn.functional as F, vtoken
+        >>> model = timm.create_model("test_vit", num_classes=10)
+        >>> teacher = vtoken.train.Teacher(model)
+        >>> images, labels = torch.randn(2, 3, 160, 160), torch.tensor([1, 7])
+        >>> tokens = model.forward_features(images)
+        >>> logits = model.forward_head(tokens)
+        >>> loss = F.cross_entropy(logits, labels)
+        >>> vtoken.train.fine_tuning_loss(loss, logits, tokens[:, 1:], teacher(images)).requires_grad
+        True
     """
     terms = (classification, distillation_loss(logits, teacher.logits), token_loss(tokens, teacher.tokens, kept))
     return weights[0] * terms[0] + weights[1] * terms[1] + weights[2] * terms[2]

@@ -15,14 +15,28 @@ PHASES = ("recon", "sparse")
 
 
 def predictor_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of the connectivity predictors of a patched model."""
+    """Names and parameters of the connectivity predictors of a patched model.
+
+    Example:
+        >>> import timm, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit"), vtoken.Sparsifiner())
+        >>> all(".predictor." in name for name, _ in vtoken.train.predictor_parameters(model))
+        True
+    """
     for name, parameter in model.named_parameters():
         if f".{PREDICTOR}." in f".{name}":
             yield name, parameter
 
 
 def backbone_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of everything else."""
+    """Names and parameters of everything else.
+
+    Example:
+        >>> import timm, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit"), vtoken.Sparsifiner())
+        >>> next(vtoken.train.backbone_parameters(model))[0]
+        'cls_token'
+    """
     for name, parameter in model.named_parameters():
         if f".{PREDICTOR}." not in f".{name}":
             yield name, parameter
@@ -37,6 +51,13 @@ def set_phase(model: nn.Module, phase: str) -> None:
     Raises:
         ConfigError: for another phase.
         VTokenError: if the model has no predictors.
+
+    Example:
+        >>> import timm, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit"), vtoken.Sparsifiner())
+        >>> vtoken.train.set_phase(model, "recon")
+        >>> [name for name, p in model.named_parameters() if p.requires_grad and "predictor" not in name]
+        []
     """
     if phase not in PHASES:
         raise ConfigError(f"set_phase(phase={phase!r}): must be one of {', '.join(PHASES)}")
@@ -53,6 +74,14 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 0.05) -> list[di
     """What an optimiser takes: the parameters that learn now, without weight decay on biases and 1-d parameters.
 
     Call it after `set_phase`: a frozen predictor must stay out of the optimiser, whose weight decay would shrink it.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit"), vtoken.Sparsifiner())
+        >>> vtoken.train.set_phase(model, "recon")
+        >>> optimizer = torch.optim.AdamW(vtoken.train.parameter_groups(model), lr=1e-3)
+        >>> [group["weight_decay"] for group in optimizer.param_groups]
+        [0.05, 0.0]
     """
     learning = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken import checks
@@ -45,6 +46,13 @@ class ConnectivityPredictor(nn.Module):
 
     Raises:
         ConfigError: if a setting is out of range, or they do not fit each other.
+
+    Example:
+        >>> import torch, vtoken
+        >>> predictor = vtoken.nn.ConnectivityPredictor(head_dim=8, num_heads=2, num_tokens=17)
+        >>> q, k = torch.randn(2, 1, 2, 17, 8)
+        >>> predictor.scores(q, k).shape  # of every patch query, for every key
+        torch.Size([1, 2, 16, 17])
 
     Source: arXiv 2303.13755 section 3.2; docs/methods/sparsifiner.md 2 and 10.
     """
@@ -169,8 +177,8 @@ class ConnectivityPredictor(nn.Module):
         """`_logits`: tokens are mixed first, and the K mixtures are widened again instead of reducing every query."""
         wq, bq, wk, bk = self._reductions(q.dtype)
         # All heads are mixed at once, in the layout in which a fused projection leaves them.
-        mixed = torch.bmm(down.transpose(1, 2), k.transpose(1, 2).flatten(2))  # [B, K, H*d]
-        mixed = mixed.unflatten(2, (q.shape[1], -1)).transpose(1, 2)  # [B, H, K, d]
+        mixed = torch.bmm(rearrange(down, "b n basis -> b basis n"), rearrange(k, "b h n d -> b n (h d)"))
+        mixed = rearrange(mixed, "b basis (h d) -> b h basis d", h=q.shape[1])
         reduced = (mixed @ wk.t() + down.sum(1)[:, None, :, None] * bk) * self.scale  # [B, H, K, c]
         logits = (reduced @ wq) @ q.transpose(-1, -2)
         return logits.add_((reduced @ bq).unsqueeze(-1))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.core.method import BlockMethod
-from vtoken.core.state import Slot
+from vtoken.core.slots import Slot
 from vtoken.ops.largest import largest_index
 from vtoken.ops.rows import take_rows
 

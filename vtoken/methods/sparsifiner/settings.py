@@ -8,37 +8,38 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken import checks
 from vtoken.core.config import MethodConfig, register_method
 from vtoken.core.method import AttentionMacs, AttentionMethod, Method
-from vtoken.core.state import AttentionCall
+from vtoken.core.slots import AttentionCall
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.methods.merging import schedule
 from vtoken.methods.sparsifiner.predictor import ConnectivityPredictor
 from vtoken.methods.sparsifiner.pruning import TokenPruning
-from vtoken.ops.backend import select_reason, use_triton
+from vtoken.ops.backend import use_triton
 from vtoken.ops.largest import largest_index
 from vtoken.ops.rows import full_precision
 from vtoken.ops.sparse import lists
-from vtoken.ops.sparse.attention import attention_map, sparse_attention
+from vtoken.ops.sparse.attention import WAYS, attention_map, sparse_attention
 from vtoken.ops.sparse.connections import (
     Connections,
     num_kept,
     query_order,
     select_grouped,
+    select_reason,
     select_threshold,
     select_topk,
 )
 from vtoken.ops.sparse.masking import LogitBias
 
 if TYPE_CHECKING:
-    from vtoken.core.host import HostSpec
+    from vtoken.core.spec import HostSpec
 
 MODES = ("exact", "threshold", "grouped", "random")
 PHASES = ("sparse", "recon")
-BACKENDS = ("auto", "dense_masked", "masked", "sparse", "grouped", "triton")
 
 
 @register_method
@@ -73,6 +74,13 @@ class Sparsifiner(MethodConfig):
 
     Raises:
         ConfigError: for values out of range; for lists that do not fit the model when it is applied.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> model = vtoken.apply(timm.create_model("test_vit"), vtoken.Sparsifiner(keep_ratio=0.1))
+        >>> _, trace = vtoken.trace(model, torch.randn(1, 3, 160, 160))
+        >>> round(trace.attention[0].density, 2)  # 11 of 101 keys
+        0.11
 
     Source: arXiv 2303.13755; docs/methods/sparsifiner.md.
     """
@@ -111,7 +119,7 @@ class Sparsifiner(MethodConfig):
             checks.flag(owner, name, getattr(self, name))
         checks.choice(owner, "mode", self.mode, MODES)
         checks.choice(owner, "phase", self.phase, PHASES)
-        checks.choice(owner, "backend", self.backend, BACKENDS)
+        checks.choice(owner, "backend", self.backend, WAYS)
         if (self.backend == "grouped") != (self.mode == "grouped") and self.backend in ("grouped", "sparse"):
             why = "groups of queries share their keys" if self.mode == "grouped" else "every query has keys of its own"
             raise ConfigError(
@@ -370,5 +378,5 @@ def _random(q: Tensor, ratio: float, original: int, seed: int, num_prefix: int) 
     rows, step = range(tokens - num_prefix), max(1, _DRAWN // (heads * tokens))
     draws = [largest_index(torch.rand(len(rows[i : i + step]), heads, tokens, generator=rng), kept)
              for i in rows[::step]]  # fmt: skip
-    index = torch.cat(draws).transpose(0, 1).to(q.device)
+    index = rearrange(torch.cat(draws), "query h key -> h query key").to(q.device)
     return Connections(tokens, index=index.expand(batch, -1, -1, -1))

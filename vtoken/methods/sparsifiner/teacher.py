@@ -29,6 +29,13 @@ class Teacher(nn.Module):
 
     Raises:
         UnsupportedModelError: if it has no `forward_features` and `forward_head`.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> teacher = vtoken.train.Teacher(timm.create_model("test_vit"))
+        >>> out = teacher(torch.randn(1, 3, 160, 160))
+        >>> out.logits.shape, out.tokens.shape
+        (torch.Size([1, 1000]), torch.Size([1, 100, 64]))
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
 from vtoken.ops.frames.row_plan import row_widths
 from vtoken.ops.merging.matching import plan_tome
@@ -33,7 +33,9 @@ class Assigned(NamedTuple):
     rows: list[int]
 
 
-def assign(grid: Tensor, t: int, mode: str = "bilinear", *, shape: str = "exact") -> Assigned:
+def assign(
+    grid: Tensor, t: int, mode: str = "bilinear", *, shape: str = "exact", size: Sequence[int] | None = None
+) -> Assigned:
     """The grid of one frame as `t` tokens; dtype and device stay, and gradients reach the grid.
 
     Args:
@@ -42,11 +44,12 @@ def assign(grid: Tensor, t: int, mode: str = "bilinear", *, shape: str = "exact"
         mode: "bilinear" (no antialias; the best published), "pool" (adaptive average), "merge" (rounds of bipartite
             merging, a size-weighted mean of similar tokens), "stride" (evenly spaced tokens, a control).
         shape: of the rows for "bilinear" and "pool", as in `row_widths`; "floor" gives at most `t` tokens.
+        size: (H, W), where they are known: the grid must have them. Three numbers do not tell where channels are;
+            without `size`, grids whose H is more than twice W and C are refused, as channels come first there.
 
     Raises:
-        ShapeError: if `grid` is not [H, W, C] with H and W at least 1, or where H is more than
-            twice W and C, as channels come first there. InputError: if it is no tensor of floating numbers, or if `t`
-            is no whole number that fits it.
+        ShapeError: if `grid` is not [H, W, C] with H and W at least 1 and of that size. InputError: if it is no tensor
+            of floating numbers, or if `t` is no whole number that fits it.
         ConfigError: if mode or shape is unknown, or the mode has no rows to shape.
 
     Source: arXiv 2503.08689 section 3.4; exact counts and sizes kept over rounds are docs/methods/quota.md 7.
@@ -66,16 +69,10 @@ def assign(grid: Tensor, t: int, mode: str = "bilinear", *, shape: str = "exact"
         )
     if not grid.is_floating_point():
         raise InputError(f"grid holds features, floating numbers, got {grid.dtype}")
-    if isinstance(t, bool) or not isinstance(t, Integral):
-        raise InputError(f"t={t!r}: must be a whole number of tokens")
-    t = int(t)
+    t = checks.whole("assign", "t", t, error=InputError)
     if grid.dim() != 3 or min(grid.shape[:2]) < 1:
         raise ShapeError(f"grid must be [H, W, C], the features of one frame, got {tuple(grid.shape)}")
-    if grid.shape[0] > 2 * max(grid.shape[1:]):  # frames are not that tall, and features not that thin
-        raise ShapeError(
-            f"grid of {tuple(grid.shape)} looks like [C, H, W], channels first; it must be [H, W, C]: "
-            "grid.permute(1, 2, 0)"
-        )
+    _check_size(grid, size)
     if mode in ("merge", "stride") and shape != "exact":
         raise ConfigError(f'shape={shape!r} lays out rows, which mode={mode!r} does not have; use "bilinear" or "pool"')
     height, width, _ = grid.shape
@@ -90,6 +87,20 @@ def assign(grid: Tensor, t: int, mode: str = "bilinear", *, shape: str = "exact"
     tokens, position = _merged(grid.flatten(0, 1), t) if mode == "merge" else _spaced(grid.flatten(0, 1), t)
     coords = torch.stack([position // width, position % width], dim=1)
     return Assigned(tokens, coords, [n for _, n in sorted(Counter(coords[:, 0].tolist()).items())])
+
+
+def _check_size(grid: Tensor, size: Sequence[int] | None) -> None:
+    """That channels come last."""
+    found = tuple(grid.shape)
+    hint = f"of {found} looks like [C, H, W], channels first; it must be [H, W, C]: grid.permute(1, 2, 0)"
+    if size is not None:
+        given = checks.whole_numbers(size) if isinstance(size, Sequence) else None
+        if given is None or len(given) != 2:
+            raise InputError(f"size={size!r}: must be two whole numbers, rows and columns of the grid")
+        if found[:2] != given:
+            raise ShapeError(f"grid {hint}" if found[1:] == given else f"grid of {found} has not the size {given}")
+    elif found[0] > 2 * max(found[1:]):  # frames are not that tall, and features not that thin
+        raise ShapeError(f"grid {hint}; if it is one, say so by size={found[:2]}")
 
 
 def _bilinear(image: Tensor, size: tuple[int, int]) -> Tensor:

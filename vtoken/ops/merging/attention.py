@@ -8,8 +8,20 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.errors import ShapeError
-from vtoken.ops.backend import BACKENDS, attention_reason, use_triton
+from vtoken.ops.backend import BACKENDS, heads_reason, limits_of, use_triton
 from vtoken.ops.merging.plan import size_bias
+
+
+@limits_of("attention_with_bias")
+def bias_reason(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str:
+    """Why the kernels cannot attend with q [B, H, T, D], k and v [B, H, S, D] and a bias per key."""
+    return heads_reason(q, k, v, bias)
+
+
+@limits_of("attention_with_sizes")
+def sizes_reason(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None) -> str:
+    """The same with sizes, which never need a gradient."""
+    return heads_reason(q, k, v)
 
 
 def attention_with_sizes(
@@ -30,6 +42,15 @@ def attention_with_sizes(
     Raises:
         ShapeError: if `size` does not fit the keys. Else as `attention_with_bias`.
 
+    Example:
+        >>> import torch, vtoken
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 16)
+        >>> twice = [torch.cat([x, x[:, :, :1]], dim=2) for x in (k, v)]  # the first key, twice
+        >>> size = torch.tensor([[2.0, 1.0, 1.0, 1.0, 1.0]])
+        >>> found = vtoken.ops.attention_with_sizes(q, k, v, size)
+        >>> torch.allclose(found, vtoken.ops.attention_with_sizes(q, *twice, None), atol=1e-5)
+        True
+
     Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1; docs/methods/pitome.md 5.
     """
     scale = _check("attention_with_sizes", q, k, v, scale, backend)
@@ -38,7 +59,7 @@ def attention_with_sizes(
     expected = (k.shape[0], k.shape[2])
     if tuple(checks.tensor("attention_with_sizes", "size", size).shape) not in (expected, (*expected, 1)):
         raise ShapeError(f"size must be {list(expected)} or {[*expected, 1]}, got {tuple(size.shape)}")
-    kernels = use_triton(backend, q, lambda: attention_reason(q, k, v))
+    kernels = use_triton(backend, q, lambda: sizes_reason(q, k, v))
     # The kernels add the logarithm in float32 whatever the dtype of q.
     bias = size_bias(size.detach().reshape(expected), torch.float32 if kernels else q.dtype)
     return attention_with_bias(q, k, v, bias, scale=scale, backend="triton" if kernels else "torch")
@@ -64,6 +85,12 @@ def attention_with_bias(
         ShapeError: if q, k and v do not fit each other, or the bias is not one per key.
         InputError: if one is no tensor.
         ConfigError: if the scale is no finite number, the backend unknown or unable to serve the call.
+
+    Example:
+        >>> import torch, vtoken
+        >>> q, k, v = torch.randn(3, 1, 2, 5, 16)
+        >>> vtoken.ops.attention_with_bias(q, k, v, torch.zeros(1, 1, 1, 5)).shape
+        torch.Size([1, 2, 5, 16])
     """
     scale = _check("attention_with_bias", q, k, v, scale, backend)
     if bias is not None:
@@ -71,7 +98,7 @@ def attention_with_bias(
     if bias is not None and (bias.dim() != 4 or bias.shape[0] not in (1, k.shape[0])
                              or tuple(bias.shape[1:]) != (1, 1, k.shape[2])):  # fmt: skip
         raise ShapeError(f"bias must be [{k.shape[0]}, 1, 1, {k.shape[2]}], one per key, got {tuple(bias.shape)}")
-    if not use_triton(backend, q, lambda: attention_reason(q, k, v, bias)):
+    if not use_triton(backend, q, lambda: bias_reason(q, k, v, bias)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     from vtoken_kernels.library import attention
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.errors import ConfigError, ShapeError
-from vtoken.ops.backend import BACKENDS, keys_reason, metric_reason, use_triton
+from vtoken.ops import backend as _backend
+from vtoken.ops.backend import BACKENDS, limits_of, use_triton, width_reason
 from vtoken.ops.merging.plan import HALF, MergePlan
 from vtoken.ops.rows import full_precision, take_rows
 
@@ -28,6 +29,22 @@ _LOG2E = math.log2(math.e)
 _CACHED, _HELD, _LEAST_ROWS = 1 << 17, 1 << 28, 32
 
 
+@limits_of("plan_pitome", "plan_tome")
+def metric_reason(metric: Tensor, *, variant: str = "pitome", protect: object = None) -> str:
+    """Why the kernels cannot match by this metric [B, T, d]."""
+    if variant == "text":
+        return 'the variant "text"'
+    if variant == "pitome_pairs" and protect is not None:
+        return 'protect with the variant "pitome_pairs"'
+    return width_reason("metric", metric, 8192)
+
+
+@limits_of("key_metric")
+def keys_reason(keys: Tensor) -> str:
+    """Why the kernels cannot add up the heads of keys [B, H, T, D]."""
+    return width_reason("keys", keys, 8192)
+
+
 def key_metric(keys: Tensor, *, backend: str = "auto") -> Tensor:
     """Attention keys [B, H, T, D] as one vector per token: their sum over heads, [B, T, D], at least float32.
 
@@ -35,10 +52,21 @@ def key_metric(keys: Tensor, *, backend: str = "auto") -> Tensor:
 
     Raises:
         ShapeError: if the keys are not 4-D. ConfigError: if the backend is unknown or cannot serve them.
+
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.key_metric(torch.randn(2, 6, 197, 64)).shape
+        torch.Size([2, 197, 64])
     """
     checks.tensor("key_metric", "keys", keys, 4, shape="[B, H, T, D]")
     checks.choice("key_metric", "backend", backend, BACKENDS)
-    if use_triton(backend, keys, lambda: keys_reason(keys)):
+    return summed_keys(keys, backend)
+
+
+def summed_keys(keys: Tensor, backend: str = "auto") -> Tensor:
+    """`key_metric` of checked arguments."""
+    # The kernels are asked for only where they may be: a block at batch 1 feels every call.
+    if (backend != "auto" or keys.is_cuda or _backend.FORCED) and use_triton(backend, keys, lambda: keys_reason(keys)):
         from vtoken_kernels.library import sum_heads
 
         summed: Tensor = sum_heads(keys.detach())
@@ -87,6 +115,14 @@ def plan_pitome(
         ConfigError: if a number is out of range, a name is unknown, or kernels are asked for that cannot serve the
             metric.
 
+    Example:
+        >>> import torch, vtoken
+        >>> x = torch.randn(2, 197, 64)
+        >>> plan = vtoken.ops.plan_pitome(x, 20, margin=0.5, num_prefix=1)
+        >>> rows, size = plan.apply(x)
+        >>> rows.shape, int(size[0].sum())
+        (torch.Size([2, 177, 64]), 197)
+
     Source: arXiv 2405.16148 section 3; order and ties as docs/methods/pitome.md 2.
     """
     checks.choice("plan_pitome", "variant", variant, VARIANTS)
@@ -97,18 +133,41 @@ def plan_pitome(
     if variant == "text":
         checks.number("plan_pitome", "margin", margin, -1, below=1, what='of the variant "text", ')
     alpha = checks.number("plan_pitome", "alpha", alpha, 0)
-    if variant == "tome":
-        if protect is not None:
-            raise ConfigError('protect works with the other variants, not with "tome", which protects nothing')
-        return plan_tome(metric, r, num_prefix=num_prefix, backend=backend)
+    if variant == "tome" and protect is not None:
+        raise ConfigError('protect works with the other variants, not with "tome", which protects nothing')
     r, num_prefix = _check("plan_pitome", metric, r, num_prefix)
+    return energy_matching(
+        metric, r, num_prefix, margin=margin, alpha=alpha, variant=variant, energy=energy, protect=protect,
+        backend=backend,
+    )  # fmt: skip
+
+
+def energy_matching(
+    metric: Tensor,
+    r: int,
+    num_prefix: int,
+    *,
+    margin: float | Tensor,
+    alpha: float,
+    variant: str,
+    energy: str,
+    protect: Tensor | Sequence[int] | None = None,
+    backend: str = "auto",
+) -> MergePlan:
+    """`plan_pitome` of checked arguments."""
+    if variant == "tome":
+        return bipartite_matching(metric, r, num_prefix, backend)
     mergeable = metric.shape[1] - num_prefix
     guard, most, fewest = (None, 0, 0) if protect is None else _protected(metric, num_prefix, protect)
     r = min(r, (mergeable - most) // 2)
     if r <= 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
-    constant = not isinstance(margin, Tensor)  # kernels take a number
-    if constant and use_triton(backend, metric, lambda: metric_reason(metric, variant=variant, protect=protect)):
+    # kernels take the margin as a number
+    if (
+        (backend != "auto" or metric.is_cuda or _backend.FORCED)
+        and not isinstance(margin, Tensor)
+        and use_triton(backend, metric, lambda: metric_reason(metric, variant=variant, protect=protect))
+    ):
         from vtoken_kernels import library
 
         pairs = variant == "pitome_pairs"
@@ -147,10 +206,20 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "au
     Raises:
         ShapeError, ConfigError: as `plan_pitome`.
 
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.plan_tome(torch.randn(2, 197, 64), 20, num_prefix=1).num_tokens
+        177
+
     Source: arXiv 2210.09461 section 3 and appendix D.
     """
     r, num_prefix = _check("plan_tome", metric, r, num_prefix)
     checks.choice("plan_tome", "backend", backend, BACKENDS)
+    return bipartite_matching(metric, r, num_prefix, backend)
+
+
+def bipartite_matching(metric: Tensor, r: int, num_prefix: int, backend: str = "auto") -> MergePlan:
+    """`plan_tome` of checked arguments."""
     batch, num_tokens, _ = metric.shape
     if num_tokens - num_prefix < 2:
         return MergePlan.identity(batch, num_tokens, metric.device)
@@ -158,7 +227,9 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "au
     r = min(r, (num_tokens - num_prefix) // 2, num_even)
     if r <= 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
-    if use_triton(backend, metric, lambda: metric_reason(metric)):
+    if (backend != "auto" or metric.is_cuda or _backend.FORCED) and use_triton(
+        backend, metric, lambda: metric_reason(metric)
+    ):
         from vtoken_kernels import library
 
         parts = library.plan_tome(metric.detach(), r, num_prefix)
@@ -174,11 +245,66 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "au
     return MergePlan.of([rows[:, :num_prefix], kept, rows[:, second::2]], src, best.gather(1, rank[:, :r]))
 
 
+def plan_threshold(metric: Tensor, r: int, *, threshold: float, num_prefix: int = 0) -> MergePlan:
+    """`plan_tome` with as many of the r pairs as are alike enough in every image of the batch.
+
+    Rows with an even absolute index each propose their best odd row. An image allows as many merges as it has proposals
+    with a cosine above `threshold`; the plan takes the least of these numbers over the batch, at most r, and in each
+    image so many of the best proposals. So all images keep equally many rows, and no pair at or below the threshold
+    merges. The number is read from the device, once per call, which waits for it.
+
+    Args:
+        metric: one vector per token, [B, T, d], prefix rows first; compared as in `plan_pitome`.
+        r: tokens to remove at most, at least 0; capped as in `plan_tome`.
+        threshold: cosine above which two tokens may merge, in [-1, 1]. At 1 nothing does.
+        num_prefix: prefix tokens P, in neither set.
+
+    Returns:
+        The plan that `plan_tome` makes of so many tokens.
+
+    Raises:
+        ShapeError, InputError: if `metric` is not 3-D or lacks prefix rows, or is no tensor.
+        ConfigError: if a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> from vtoken.ops import plan_threshold
+        >>> metric = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]]])
+        >>> plan_threshold(metric, 2, threshold=0.9).num_tokens
+        3
+
+    Source: docs/methods/threshold.md 2.
+    """
+    r, num_prefix = _check("plan_threshold", metric, r, num_prefix)
+    threshold = checks.number("plan_threshold", "threshold", threshold, -1, 1, what="a cosine similarity, ")
+    batch, num_tokens, _ = metric.shape
+    rows = torch.arange(num_tokens, device=metric.device).expand(batch, num_tokens)
+    even, odd = rows[:, num_prefix + num_prefix % 2 :: 2], rows[:, num_prefix + 1 - num_prefix % 2 :: 2]
+    r = min(r, (num_tokens - num_prefix) // 2, even.shape[1])
+    if r <= 0 or batch == 0:
+        return MergePlan.identity(batch, num_tokens, metric.device)
+    with full_precision(metric):
+        unit = _unit_rows(metric)
+        value, best = _over_similarities(_nearest, take_rows(unit, even), take_rows(unit, odd))
+    # Equal rows may come out above 1 by rounding.
+    r = min(r, int((value.clamp_max(1.0) > threshold).sum(1).amin()))
+    if r == 0:
+        return MergePlan.identity(batch, num_tokens, metric.device)
+    rank = torch.sort(value, dim=1, descending=True, stable=True)[1]
+    kept = torch.sort(even.gather(1, rank[:, r:]), dim=1)[0]
+    return _assemble(even.gather(1, rank[:, :r]), best.gather(1, rank[:, :r]), kept, odd, num_prefix)
+
+
 def plan_random(metric: Tensor, r: int, *, num_prefix: int = 0, seed: int = 0) -> MergePlan:
     """Control: r sources and r destinations drawn uniformly, then every source joins its most similar destination.
 
     The draw is a hash of (seed, row), the same for every image of a batch and on every device; no random number
     generator is touched. Arguments and errors as `plan_tome`; r is capped at half of the mergeable tokens.
+
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.plan_random(torch.randn(2, 197, 64), 20, num_prefix=1, seed=3).num_tokens
+        177
     """
     r, num_prefix = _check("plan_random", metric, r, num_prefix)
     seed = checks.whole("plan_random", "seed", seed)
@@ -198,6 +324,11 @@ def plan_stride(metric: Tensor, stride: int, *, num_prefix: int = 0) -> MergePla
     Raises:
         ShapeError, InputError: if `metric` is not 3-D, or no tensor. ConfigError: if `stride` is no whole number from
             1 on.
+
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.plan_stride(torch.randn(2, 197, 64), 2, num_prefix=1).keep[0, :4].tolist()
+        [0, 1, 3, 5]
     """
     stride = checks.whole("plan_stride", "stride", stride, 1, what="every stride-th token is kept, so it ")
     _, num_prefix = _check("plan_stride", metric, 0, num_prefix)

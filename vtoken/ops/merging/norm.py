@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vtoken import checks
 from vtoken.errors import InputError, ShapeError
-from vtoken.ops import kernels
-from vtoken.ops.backend import BACKENDS, norm_reason, use_triton
-from vtoken.ops.merging.plan import MergePlan, check_rows
+from vtoken.ops.backend import BACKENDS, limits_of, use_triton, width_reason
+from vtoken.ops.merging.plan import MergePlan, check_rows, kernel_arguments, like_size
+
+
+@limits_of("add_merge_norm")
+def norm_reason(x: Tensor, branch: Tensor) -> str:
+    """Why the kernels cannot add, merge and norm x and branch [B, T, C]."""
+    if torch.promote_types(x.dtype, branch.dtype) != x.dtype:
+        return f"the sum of {x.dtype} and {branch.dtype} is not {x.dtype}"
+    if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return "autocast norms in float32"
+    return width_reason("x", x, 8192)
 
 
 def add_merge_norm(
@@ -41,6 +51,14 @@ def add_merge_norm(
     Raises:
         ShapeError: if x, branch, size, weight or bias do not fit. InputError: if one is no tensor, or `plan` no plan.
         ConfigError: if `eps` is negative, the backend unknown.
+
+    Example:
+        >>> import torch, vtoken
+        >>> x, branch = torch.randn(2, 1, 10, 8)
+        >>> plan = vtoken.ops.plan_tome(x, 4)
+        >>> rows, normed, size = vtoken.ops.add_merge_norm(plan, x, branch)
+        >>> normed.shape, size.sum()
+        (torch.Size([1, 6, 8]), tensor(10.))
     """
     if not isinstance(plan, MergePlan):
         raise InputError(f"add_merge_norm(plan=...): must be a MergePlan, got {type(plan).__name__}")
@@ -57,4 +75,8 @@ def add_merge_norm(
         rows, new_size = plan.apply(x + branch, size, backend=backend)
         return rows, F.layer_norm(rows, (x.shape[2],), weight, bias, eps), new_size
     check_rows(plan, x, size)
-    return kernels.add_merge_norm(plan, x, branch, size, weight, bias, eps)
+    from vtoken_kernels import library
+
+    arguments = kernel_arguments(plan, size, x, branch, weight, bias)
+    merged, normed, new_size = library.add_merge_norm(x, branch, *arguments, weight, bias, eps)[:3]
+    return merged, normed, like_size(new_size, size)

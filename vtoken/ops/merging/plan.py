@@ -10,12 +10,18 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
-from vtoken.ops import kernels
-from vtoken.ops.backend import BACKENDS, rows_reason, use_triton
+from vtoken.ops import backend as _backend
+from vtoken.ops.backend import BACKENDS, dtype_reason, limits_of, use_triton
 from vtoken.ops.rows import flat_index, full_precision, take_rows
 
 REDUCTIONS = ("wavg", "mean", "amax", "prune")
 HALF = (torch.float16, torch.bfloat16)
+
+
+@limits_of("apply")
+def rows_reason(x: Tensor, *, reduction: str = "wavg") -> str:
+    """Why the kernels cannot merge rows x [B, T, C]."""
+    return dtype_reason("x", x)
 
 
 def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,11 +38,21 @@ def size_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ShapeError, InputError: if the sizes are not 2-D, or no tensor. ConfigError: if the dtype is none.
 
+    Example:
+        >>> import torch, vtoken
+        >>> vtoken.ops.size_bias(torch.tensor([[1.0, 4.0]]), torch.float32).exp()
+        tensor([[[[1., 4.]]]])
+
     Source: arXiv 2405.16148 section 3 and arXiv 2210.09461 equation 1.
     """
     checks.tensor("size_bias", "size", size, 2, shape="[B, T]")
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"size_bias(dtype={dtype!r}): must be a torch.dtype")
+    return log_sizes(size, dtype)
+
+
+def log_sizes(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """`size_bias` of checked arguments."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     bias = (size if size.dtype == compute else size.to(compute)).log()
     return (bias if compute == dtype else bias.to(dtype)).unsqueeze(1).unsqueeze(1)
@@ -58,6 +74,17 @@ class MergePlan:
         groups: what kernels made along the way: `dest`, and the sources of every destination (start, member; see
             `vtoken_kernels.layout.group_sources`). None from torch.
         rows: `keep` and `src` side by side, [B, T], where they are parts of one tensor. None from kernels.
+
+    Example:
+        >>> import torch, vtoken
+        >>> x = torch.tensor([[[1.0], [2.0], [4.0]]])
+        >>> keep, src, slot = (torch.tensor([rows]) for rows in ([0, 1], [2], [1]))
+        >>> plan = vtoken.ops.MergePlan(keep, src, slot, num_tokens_in=3, num_dest=1)  # row 2 goes into row 1
+        >>> plan.apply(x)
+        (tensor([[[1.],
+                 [3.]]]), tensor([[1., 2.]]))
+        >>> plan.unmerge(plan.apply(x)[0]).flatten()
+        tensor([1., 3., 3.])
     """
 
     keep: Tensor
@@ -133,10 +160,19 @@ class MergePlan:
         """
         checks.choice("MergePlan.apply", "backend", backend, BACKENDS)
         _check_apply(self, x, size, reduction)
-        if self.removed == 0:
+        return self.merged(x, size, reduction, backend)
+
+    def merged(
+        self, x: Tensor, size: Tensor | None, reduction: str, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`apply` to checked arguments."""
+        if self.src.shape[1] == 0:
             return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
-        if use_triton(backend, x, lambda: rows_reason(x)):
-            return kernels.merge(self, x, size, reduction)
+        if (backend != "auto" or x.is_cuda or _backend.FORCED) and use_triton(backend, x, lambda: rows_reason(x)):
+            from vtoken_kernels.library import merge
+
+            merged, new_size = merge(x, *kernel_arguments(self, size, x), reduction)
+            return merged, like_size(new_size, size)
         if self.rows is not None and reduction == "wavg" and _is_one_image(x, size):
             return _merge_one_image(self.rows[0], self.slot[0], x[0], size)
         flat = size
@@ -205,13 +241,37 @@ class MergePlan:
         return new_size, added.to(compute) / new_size.gather(1, self.slot)
 
 
+def kernel_arguments(
+    plan: MergePlan, size: Tensor | None, *inputs: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor]:
+    """What the kernels take of a plan: sizes [B, T] float32, keep, dest, start and member.
+
+    `dest` is what the backward pass gathers by: None if none of the inputs needs a gradient and it is not there anyway.
+    """
+    flat = None if size is None else size.detach().reshape(plan.keep.shape[0], -1).to(torch.float32)
+    if plan.groups is not None:
+        dest, start, member = plan.groups
+        return flat, plan.keep, dest, start, member
+    from vtoken_kernels.library import group_sources
+
+    start, member = group_sources(plan.src, plan.slot, plan.num_tokens, plan.num_dest)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return flat, plan.keep, plan.dest if needed else None, start, member
+
+
+def like_size(new_size: Tensor, size: Tensor | None) -> Tensor:
+    """Sizes are constants (docs/methods/pitome.md 8), in the shape they came in."""
+    flat = new_size.detach()
+    return flat if size is None else flat.reshape(*flat.shape, *size.shape[2:])
+
+
 def _is_one_image(x: Tensor, size: Tensor | None) -> bool:
     """Whether `_merge_one_image` may merge x [B, T, C]: plain numbers, nothing that watches them."""
-    if x.shape[0] != 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.shape[0] != 1 or not x.is_cpu or x.dtype != torch.float32 or x.requires_grad or torch.compiler.is_compiling():
         return False
-    if any(t.dtype != torch.float32 or t.requires_grad for t in ((x,) if size is None else (x, size))):
+    if size is not None and (size.dim() != 2 or size.dtype != torch.float32 or size.requires_grad):
         return False
-    return (size is None or size.dim() == 2) and not torch._C._are_functorch_transforms_active()
+    return not torch._C._are_functorch_transforms_active()
 
 
 def _merge_one_image(rows: Tensor, slot: Tensor, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:

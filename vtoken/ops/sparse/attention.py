@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
-from vtoken.ops.backend import use_triton
+from vtoken.ops.backend import Choice, choice_of, use_triton
 from vtoken.ops.largest import branch_free
 from vtoken.ops.rows import full_precision, take_rows
 from vtoken.ops.sparse import lists
@@ -23,16 +22,10 @@ from vtoken.ops.sparse.connections import Connections
 from vtoken.ops.sparse.edges import edge_attention
 from vtoken.ops.sparse.masking import LogitBias, attention_weights, fused_attention
 
-BACKENDS = ("auto", "dense_masked", "masked", "sparse", "grouped", "triton")
+#: What `backend` may be here: there are several ways without kernels, not one.
+WAYS = ("auto", "dense_masked", "masked", "sparse", "grouped", "triton")
 #: Numbers gathered at one time by "grouped": 1 MB of keys and 1 MB of values.
 _GATHERED = 2**18
-
-
-class Choice(NamedTuple):
-    """What `backend="auto"` takes, and why."""
-
-    backend: str
-    reason: str
 
 
 def sparse_attention(
@@ -67,14 +60,21 @@ def sparse_attention(
         ShapeError: if shapes do not fit each other. InputError: if something is no tensor, or no connections.
         ConfigError: if a number is out of range, if the backend is unknown or cannot serve the call.
 
+    Example:
+        >>> import torch, vtoken
+        >>> q, k, v = torch.randn(3, 1, 2, 13, 8)
+        >>> connections = vtoken.ops.select_topk(torch.rand(1, 2, 12, 4), torch.rand(4, 13), keep_ratio=0.25)
+        >>> vtoken.ops.sparse_attention(q, k, v, connections, scale=8**-0.5).shape
+        torch.Size([1, 2, 13, 8])
+
     Source: arXiv 2303.13755 section 3.3; empty rows as docs/methods/sparsifiner.md 4.
     """
-    checks.choice("sparse_attention", "backend", backend, BACKENDS)
+    checks.choice("sparse_attention", "backend", backend, WAYS)
     scale = checks.number("sparse_attention", "scale", scale)
     dropout_p = checks.number("sparse_attention", "dropout_p", dropout_p, 0, 1)
     bias = _checked(q, k, v, connections, num_prefix, key_bias, attn_mask)
     if backend == "auto":
-        backend = explain(q, k, v, connections, bias, dropout_p).backend
+        backend = _choose(q, k, v, connections, bias, dropout_p).backend
     if backend == "masked":
         keep = None if connections.keeps_all else connections.mask()
         return fused_attention(q, k, v, keep, bias, scale, dropout_p, guard=connections.index is None)
@@ -103,19 +103,30 @@ def attention_map(
     return attention_weights(q, k, connections.mask(), bias, scale)
 
 
+@choice_of("sparse_attention")
 def explain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     connections: Connections,
-    bias: LogitBias | None = None,
+    *,
+    key_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Choice:
-    """Which backend `sparse_attention` takes for these tensors with "auto", and the reason.
+    """`vtoken.ops.explain("sparse_attention", ...)`: arguments and errors of `sparse_attention`."""
+    dropout_p = checks.number("explain", "dropout_p", dropout_p, 0, 1)
+    bias = _checked(q, k, v, connections, None, key_bias, attn_mask)
+    return _choose(q, k, v, connections, bias, dropout_p)
+
+
+def _choose(
+    q: Tensor, k: Tensor, v: Tensor, connections: Connections, bias: LogitBias, dropout_p: float
+) -> Choice:  # fmt: skip
+    """What "auto" takes.
 
     Source: docs/methods/sparsifiner.md 8.1.
     """
-    bias = bias or LogitBias(None, None)
     dense = connections.index is not None and connections.keeps_all
     if not dense and use_triton("auto", q, lambda: lists.reason(q, k, v, bias, dropout_p)):
         return Choice("triton", "kernels walk along lists of keys")

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from vtoken import checks
 from vtoken.errors import ShapeError
-from vtoken.ops import kernels
-from vtoken.ops.backend import BACKENDS, select_reason, use_triton
+from vtoken.ops.backend import BACKENDS, limits_of, use_triton, width_reason
 from vtoken.ops.largest import branch_free, largest_index
 from vtoken.ops.sparse.hilbert import hilbert_order
 
@@ -162,6 +161,15 @@ def num_kept(keep_ratio: float, num_tokens: int, num_original: int | None = None
     return min(checks.share_of(keep_ratio, checks.whole("num_kept", "num_original", num_original, 1)), num_tokens)
 
 
+@limits_of("select_topk", "select_grouped")
+def select_reason(coefficients: Tensor, basis: Tensor) -> str:
+    """Why the kernels cannot select keys by coefficients [B, H, T, K] times a basis [K, N] or [B, K, N]."""
+    for name, x in (("coefficients", coefficients), ("basis", basis)):
+        if x.dtype != torch.float32:
+            return f"{name} are {x.dtype}; kernels select by float32 scores"
+    return width_reason("coefficients", coefficients, 1024)
+
+
 @torch.no_grad()
 def select_topk(
     coefficients: Tensor,
@@ -184,13 +192,21 @@ def select_topk(
         ShapeError: if the tensors do not fit each other. InputError: if one is none.
         ConfigError: if `keep_ratio` is not in (0, 1], `num_original` no whole number, the backend unknown or unable.
 
+    Example:
+        >>> import torch, vtoken
+        >>> coefficients, basis = torch.rand(1, 2, 12, 4), torch.rand(4, 13)  # 12 patches, one prefix token
+        >>> vtoken.ops.select_topk(coefficients, basis, keep_ratio=0.25).index.shape
+        torch.Size([1, 2, 12, 4])
+
     Source: arXiv 2303.13755 section 3.2; ties as docs/methods/sparsifiner.md 3.
     """
     num_tokens = _check("select_topk", coefficients, basis)
     checks.choice("select_topk", "backend", backend, BACKENDS)
     k = num_kept(keep_ratio, num_tokens, num_original)
     if use_triton(backend, coefficients, lambda: select_reason(coefficients, basis)):
-        return Connections(num_tokens, index=kernels.select_rows(coefficients, basis, k))
+        from vtoken_kernels.library import select_rows
+
+        return Connections(num_tokens, index=select_rows(coefficients, basis, k).to(torch.int64))
     chunks: list[Tensor] = []
     room = None
     for scores in _score_chunks(coefficients, basis):
@@ -206,6 +222,12 @@ def select_threshold(coefficients: Tensor, basis: Tensor, threshold: float | Ten
 
     Tensors and errors as `select_topk`; a threshold is a finite number or a tensor [H] or []. The number of kept keys
     depends on the values, so this neither compiles into one graph nor runs on the meta device.
+
+    Example:
+        >>> import torch, vtoken
+        >>> coefficients, basis = torch.ones(1, 2, 12, 1), torch.arange(13.0).unsqueeze(0)
+        >>> vtoken.ops.select_threshold(coefficients, basis, 10.5).mask()[0, 0, 1].nonzero().flatten()
+        tensor([11, 12])
 
     Source: arXiv 2303.13755 section 3.2.
     """
@@ -258,6 +280,12 @@ def select_grouped(
     Raises:
         ShapeError, InputError, ConfigError: as `select_topk`; if grid or `live` do not fit; if `group_size` is no whole
             number from 1 on.
+
+    Example:
+        >>> import torch, vtoken
+        >>> coefficients, basis = torch.rand(1, 2, 12, 4), torch.rand(4, 13)
+        >>> vtoken.ops.select_grouped(coefficients, basis, 0.25, grid=(3, 4), group_size=4).index.shape
+        torch.Size([1, 2, 3, 4])
 
     Source: docs/methods/sparsifiner.md 8.
     """

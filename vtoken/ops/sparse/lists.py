@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtoken.ops.backend import attention_reason, select_reason, use_triton
-from vtoken.ops.sparse.connections import Connections
+from vtoken.ops.backend import heads_reason, use_triton
+from vtoken.ops.sparse.connections import Connections, select_reason
 from vtoken.ops.sparse.masking import LogitBias
 
 #: Queries per block: bits of a word.
@@ -81,7 +81,7 @@ def reason(q: Tensor, k: Tensor, v: Tensor, bias: LogitBias, dropout_p: float) -
     for x in (bias.added, bias.allowed):
         if x is not None and (x.shape[1] > 1 or x.shape[2] > 1):
             return "the mask is not one per key"
-    return attention_reason(q, k, v, bias.added)
+    return heads_reason(q, k, v, bias.added)
 
 
 def select(

@@ -1,4 +1,4 @@
-"""What is remembered of one prompt that was given other tokens; made only while a caller asks for it."""
+"""What a trace keeps of attentions, prompts and videos; made only while a caller asks for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,28 @@ from torch import Tensor
 
 from vtoken.core.visual import Visual
 from vtoken.errors import ShapeError
+
+
+@dataclass(eq=False)
+class AttentionRecord:
+    """What one attention did in a traced forward; the maps only where the caller asked for them by name.
+
+    Args:
+        layer: the block.
+        density: share of the query-key pairs of patch queries that were kept, over batch and heads.
+        kept: number of kept pairs, prefix queries included, over batch and heads.
+        mask: kept pairs, [B, H, T, T] bool.
+        scores: what the connectivity predictor says of patch queries, [B, H, T - P, T] float32.
+        attention: softmax over the kept keys, [B, H, T, T].
+    """
+
+    layer: int
+    density: float = 1.0
+    kept: int = 0
+    mask: Tensor | None = None
+    scores: Tensor | None = None
+    attention: Tensor | None = None
+    wants: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

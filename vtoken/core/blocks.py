@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.core.calling import is_heard_within
 from vtoken.core.compiled import CompiledBlocks, mark
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import TokenState
+from vtoken.core.tap import Tap
 from vtoken.errors import InputError
-from vtoken.hosts.tower import Tap, is_heard_within
 
 
 def _refuse_mask(attention: dict[str, Any]) -> None:
@@ -46,8 +47,8 @@ def merged_block(
     """
     layer: int = block._vtoken_index
     state.enter(layer, x)
-    removes = state.removes(layer, x.shape[1])
-    if attention and (removes or state.slots[layer] is not state.first):
+    r = state.amount(layer, x.shape[1])
+    if attention and (r or state.slots[layer] is not state.first):
         _refuse_mask(attention)
     # Inside somebody's larger graph a block is part of that. Hooks cannot be in a graph that serves other blocks, too.
     if (
@@ -56,14 +57,14 @@ def merged_block(
         and not state.reads(layer)
         and not is_heard_within(block)
     ):
-        return compiled_block(state.compiled, block, state, layer, x, attention)
+        return compiled_block(state.compiled, block, state, layer, r, x, attention)
     bias = state.bias(layer, x.dtype)
     if bias is not None:
         attention["attn_mask"] = bias
-    if not removes:
+    if r == 0:
         state.skip(layer)
         return stock(x, Tap(state, layer, removes=False), **attention)
-    return reduced(block, state, layer, x, functools.partial(state.on_block, layer), attention)
+    return reduced(block, state, layer, x, functools.partial(state.on_block, layer, r), attention)
 
 
 def reduced(
@@ -90,11 +91,10 @@ def reduced(
 
 
 def compiled_block(
-    compiled: CompiledBlocks, block: Any, state: TokenState, layer: int, x: Tensor, attention: dict[str, Any]
+    compiled: CompiledBlocks, block: Any, state: TokenState, layer: int, r: int, x: Tensor, attention: dict[str, Any]
 ) -> Tensor:
     """`merged_block` by the graph that serves all layers; what is particular to this one goes in as arguments."""
     method, slot = state.method, state.slots[layer]
-    r = method.num_removed(layer, x.shape[1] - state.num_prefix, state.first.embedded - state.num_prefix)
     tensors = (slot.size, slot.anchor, slot.dest, slot.protect)
     for known in (x, *tensors):
         mark(known)
@@ -106,9 +106,9 @@ def compiled_block(
         result: Tensor = compiled(_kept, case, block, fixed, x, tensors, attention)
         return result
     # torch makes constants of the numbers 0 and 1, but not of an argument that is never one of them.
-    x, *after = compiled(
-        _reduced, case, block, fixed, x, tensors, attention, layer + 2, r + 2, method.layer_settings(layer)
-    )
+    settings = {k: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v
+                for k, v in method.layer_settings(layer).items()}  # fmt: skip
+    x, *after = compiled(_reduced, case, block, fixed, x, tensors, attention, layer + 2, r + 2, settings)
     size, anchor, dest, protect = after
     state.slots[layer + 1] = replace(slot, size=size, anchor=anchor, dest=dest, protect=protect)
     return x

@@ -1,0 +1,165 @@
+"""Writes docs/models.md: which classes and which timm architectures take which methods, found by asking them.
+
+    python docs/make_models.py
+
+Every model is built without weights (on the meta device) with the defaults of its configuration and given every method.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+import transformers
+from torch import nn
+
+import vtoken
+import vtoken.hosts.video
+from vtoken.core.config import example
+from vtoken.hosts.llava.adapter import LlavaAdapter
+from vtoken.hosts.names import build_weightless
+from vtoken.hosts.transformers.adapter import HOLDERS, TOWERS
+from vtoken.hosts.video import VideoAdapter
+
+PAGE = Path(__file__).with_name("models.md")
+#: Columns: what a method is called here, and whether a model takes it. Methods that merge or drop go together.
+MERGING = ("pitome", "tome", "random_merge", "random_prune", "stride")
+INTRO = """# Which models take which methods
+
+Written by `python docs/make_models.py`, which builds every model without weights and asks it; a test fails when the
+page is no longer true. "Merging" stands for {merging}.
+
+`python -m vtoken models 'swin*' --why` says why a name is refused, and `vtoken.register_adapter` adds a family of your
+own. A subclass counts as its base as long as it leaves the known `forward` alone. A model that is not listed may still
+hold one that is: the error names it ("use model.vision_model").
+"""
+
+
+def takes(model: nn.Module, method: str) -> bool:
+    """Whether `vtoken.apply` accepts a model for a method."""
+    try:
+        vtoken.apply(model, example(method))
+    except (vtoken.UnsupportedModelError, vtoken.ConfigError):
+        return False
+    vtoken.remove(model)
+    return True
+
+
+def has_budget(model: nn.Module) -> bool:
+    """Whether `vtoken.QuotaVideoModel` takes a model."""
+    try:
+        vtoken.QuotaVideoModel(model, budget=0.25)
+    except vtoken.UnsupportedModelError:
+        return False
+    return True
+
+
+def trains(model: nn.Module) -> bool:
+    """Whether `vtoken.AttentiveMaskCLIP` takes a model."""
+    try:
+        vtoken.AttentiveMaskCLIP(model, mode="random")
+    except vtoken.UnsupportedModelError:
+        return False
+    return True
+
+
+COLUMNS: dict[str, Callable[[Any], bool]] = {
+    "Merging": lambda model: all(takes(model, method) for method in MERGING),
+    "Sparsifiner": lambda model: takes(model, "sparsifiner"),
+    "VTC-CLS": lambda model: takes(model, "vtc_cls"),
+    "QuoTA": has_budget,
+    "Attentive-mask CLIP": trains,
+}
+
+
+def transformers_models() -> Iterable[tuple[str, nn.Module]]:
+    """Every class that a table of the hosts names."""
+    for found in pkgutil.iter_modules(vtoken.hosts.video.__path__, "vtoken.hosts.video."):
+        importlib.import_module(found.name)
+    videos = {key for adapter in _subclasses(VideoAdapter) for key in adapter.models}
+    for _, name in sorted({*TOWERS, *HOLDERS, *LlavaAdapter.models, *videos}):
+        cls = getattr(transformers, name, None)
+        if cls is not None:  # older releases lack some
+            with torch.device("meta"):
+                yield name, cls(cls.config_class())
+
+
+def open_clip_models() -> Iterable[tuple[str, nn.Module]]:
+    """One small model of every class and kind of tower."""
+    vision = {"layers": 2, "width": 64, "head_width": 32, "patch_size": 16, "image_size": 64}
+    trunk = {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "timm_pool": "token",
+             "timm_proj": "linear", "image_size": 224}  # fmt: skip
+    text = {"layers": 1, "width": 64, "heads": 2}
+    with torch.device("meta"):
+        yield "CLIP", open_clip.CLIP(32, vision, text)
+        yield "CustomTextCLIP", open_clip.CustomTextCLIP(32, vision, text)
+        yield "CLIP with a timm trunk", open_clip.CLIP(32, trunk, text)
+        yield "CoCa", open_clip.CoCa(32, text, text, vision | {"attentional_pool": True})
+        yield "VisionTransformer", open_clip.CLIP(32, vision, text).visual
+
+
+def timm_names(kind: str) -> dict[str, list[str]]:
+    """Supported names by file of timm; of "sparsifiner" those that take it."""
+    found: dict[str, list[str]] = {}
+    for name in vtoken.supported():
+        if kind == "merging" or takes(build_weightless(name), kind):
+            found.setdefault(_file_of(name), []).append(name)
+    return found
+
+
+def _file_of(name: str) -> str:
+    return str(timm.model_entrypoint(name).__module__.rpartition(".")[2])
+
+
+def _subclasses(cls: type) -> set[Any]:
+    return {sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))}
+
+
+def table(models: Iterable[tuple[str, nn.Module]]) -> str:
+    """A row for every class."""
+    rows = [f"| class | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    for name, model in models:
+        rows.append(f"| `{name}` | {' | '.join('yes' if ask(model) else '' for ask in COLUMNS.values())} |")
+    return "\n".join(rows)
+
+
+def tables() -> dict[str, str]:
+    """What is cheap to make: the tables of classes, by their heading."""
+    return {
+        f"transformers {transformers.__version__}": table(transformers_models()),
+        f"open_clip {open_clip.__version__}": table(open_clip_models()),
+    }
+
+
+def names() -> str:
+    """The names of timm, about a minute."""
+    merging, sparse = timm_names("merging"), timm_names("sparsifiner")
+    lines = []
+    for file, found in sorted(merging.items()):
+        both = [name for name in found if name in sparse.get(file, ())]
+        rest = [name for name in found if name not in both]
+        lines.append(f"### {file}.py: {len(found)} names")
+        for title, some in (("Merging and Sparsifiner", both), ("Merging", rest)):
+            if some:
+                lines.append(textwrap.fill(f"{title}: {', '.join(some)}.", 118, break_on_hyphens=False))
+    return "\n\n".join(lines)
+
+
+def page() -> str:
+    """All of docs/models.md."""
+    merging = ", ".join(type(example(method)).__name__ for method in MERGING)
+    parts = [INTRO.format(merging=merging)]
+    parts += [f"## {title}\n\n{text}\n" for title, text in tables().items()]
+    parts.append(f"## timm {timm.__version__}\n\nBy the file of timm that makes them.\n\n{names()}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

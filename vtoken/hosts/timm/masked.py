@@ -1,0 +1,105 @@
+"""A timm `VisionTransformer` of whose tokens only some enter the blocks, or whose class attention is read."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from timm.layers.attention import Attention
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vtoken.core.calling import call_with
+from vtoken.core.patch import is_patched
+from vtoken.core.spec import PatchSpec
+from vtoken.core.watch import Watch
+from vtoken.errors import ConfigError, UnsupportedModelError
+from vtoken.hosts.timm.watched import read
+from vtoken.hosts.watched import watched
+from vtoken.ops.rows import take_rows
+
+PATCHED = (
+    "it carries a method of vtoken.apply, which would be bypassed; call vtoken.remove(model) while training, methods "
+    "work in eval mode"
+)
+
+
+def patch_spec(tower: Any) -> PatchSpec:
+    """What is known of its patches; see `HostAdapter.patch_spec`."""
+    why = patched_inside(tower) or _problem(tower)
+    if why:
+        raise refused(tower, why)
+    height, width = tower.patch_embed.patch_size
+    own = tower.patch_embed.img_size
+    size = None if tower.dynamic_img_size else (int(own[0]), int(own[1]))
+    return PatchSpec("patch_embed", (int(height), int(width)), size, int(tower.num_features))
+
+
+def _problem(tower: Any) -> str | None:
+    if not isinstance(tower, VisionTransformer) or type(tower).forward_head is not VisionTransformer.forward_head:
+        return f"its timm trunk is a {type(tower).__qualname__}"
+    if not isinstance(tower.patch_embed, PatchEmbed):
+        return f"its patches come from a {type(tower.patch_embed).__qualname__}, in which they overlap"
+    if not isinstance(tower.patch_drop, nn.Identity):
+        raise own_dropout("trunk", f"patch_drop_rate={tower.patch_drop.prob}")
+    for block in tower.blocks:
+        if not isinstance(block.attn, Attention) or type(block.attn.qkv) is not nn.Linear:
+            return f"one of its attentions is a {type(block.attn).__qualname__} that is not plain"
+    return None
+
+
+def patched_inside(tower: nn.Module) -> str | None:
+    """Why no patches are left out of a tower that carries a method; None if it does not."""
+    return PATCHED if any(is_patched(module) for module in tower.modules()) else None
+
+
+def refused(tower: nn.Module, why: str) -> UnsupportedModelError:
+    """The error for a tower whose patches must all stay."""
+    return UnsupportedModelError(
+        f"cannot leave patches out of a {type(tower).__qualname__}: {why}. Supported: open_clip's VisionTransformer "
+        "and timm VisionTransformer (also behind open_clip's TimmModel), each patch a token of its own. The model was "
+        "left as it was."
+    )
+
+
+def own_dropout(where: str, setting: str) -> ConfigError:
+    """The error for a tower that drops patches itself."""
+    return ConfigError(
+        f"the image tower drops patches itself ({setting} in the {where}); masking would drop them twice: build it "
+        "without, keep_ratio says how many patches go on"
+    )
+
+
+def run_masked(tower: Any, images: Tensor, rows: Tensor | None, watch: Watch | None) -> tuple[Tensor, Tensor]:
+    """Pooled features and what the head makes of them; see `HostAdapter.masked`."""
+    if is_patched(tower):
+        raise refused(tower, PATCHED)
+    pooled: list[Tensor] = []
+    parts: dict[str, Any] = {"head": functools.partial(_head, tower.head, pooled)}
+    if rows is not None:
+        parts["patch_drop"] = functools.partial(take_rows, index=rows)  # behind the position embedding
+    if watch is not None:
+        parts |= {"blocks": watched(tower.blocks, watch, read), "grad_checkpointing": False}
+    out = call_with(tower, parts | _fitted(tower, images), images)
+    return pooled[0], out
+
+
+def _fitted(tower: Any, images: Tensor) -> dict[str, Any]:
+    """What stands in the tower for images of another size than its own: positions are resampled for the call."""
+    embed, size = tower.patch_embed, (images.shape[2], images.shape[3])
+    if tower.dynamic_img_size or size == tuple(embed.img_size):  # one that takes any size resamples them itself
+        return {}
+    parts: dict[str, Any] = {"patch_embed": functools.partial(call_with, embed, {"img_size": None})}
+    if tower.pos_embed is not None:
+        grid = [size[0] // embed.patch_size[0], size[1] // embed.patch_size[1]]
+        prefix = 0 if tower.no_embed_class else tower.num_prefix_tokens
+        parts["pos_embed"] = resample_abs_pos_embed(tower.pos_embed, grid, list(embed.grid_size), prefix)
+    return parts
+
+
+def _head(head: Any, pooled: list[Tensor], x: Tensor) -> Tensor:
+    pooled.append(x)
+    result: Tensor = head(x)
+    return result
