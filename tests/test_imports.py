@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "video": GROUND | {"core", "ops", "hosts", "prompts", "accounting"},
     "train": {"methods"},
     "hosting": {"core", "hosts"},
-    "testing": GROUND | {"core", "ops", "methods", "accounting"},
+    "testing": GROUND | {"core", "ops", "methods", "accounting", "prompts"},
     "cli": GROUND | {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video"},
     "__main__": {"errors", "cli"},
 }

@@ -41,6 +41,7 @@ from vtoken.methods.visionzip import VisionZip
 from vtoken.methods.vtc_cls import VTCCLS
 from vtoken.ops import select_tokens
 from vtoken.prompts.budget import budget
+from vtoken.prompts.serving import encode_images, retained_count, retention_mask
 from vtoken.prompts.shrink import shrink_inputs
 from vtoken.video.model import QuotaVideoModel
 
@@ -93,6 +94,7 @@ __all__ = [
     "config_from_dict",
     "config_of",
     "configure",
+    "encode_images",
     "is_applied",
     "kv_cache_bytes",
     "methods",
@@ -106,6 +108,8 @@ __all__ = [
     "register_method",
     "remove",
     "report",
+    "retained_count",
+    "retention_mask",
     "select_tokens",
     "shrink_inputs",
     "supported",

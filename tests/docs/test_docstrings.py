@@ -25,6 +25,7 @@ GIVEN = {
 ELSEWHERE = {
     "LVLMScorer": "tests/video/test_scorers.py", "text_generator": "tests/video/test_scorers.py",
     "QuotaVideoModel": "tests/quota/test_readme.py", "budget": "tests/methods/test_vtc_cls.py",
+    "encode_images": "tests/prompts/test_serving.py",
 }  # fmt: skip
 
 

@@ -24,8 +24,9 @@ def programs(page: str) -> list[str]:
 def test_programs_are_short(page: str) -> None:
     found = programs(page)
     assert found
+    most = 60 if page == "multimodal.md" else 40  # a family, and a small model to try it on
     for program in found:
-        assert len([line for line in program.splitlines() if line.strip()]) <= 40
+        assert len([line for line in program.splitlines() if line.strip()]) <= most
 
 
 def test_a_merging_method(

@@ -262,6 +262,24 @@ def test_what_a_prompt_costs() -> None:
         assert report.prefill_factor > 1
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2_5", "qwen3_5"])
+@torch.no_grad()
+def test_the_route_of_older_releases(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where forward takes no ready outputs, features enter as embeddings: the same logits and ids."""
+    from vtoken.prompts import family
+
+    model, given = build(kind), call(video=True, kind=kind)
+    vtoken.apply(model, vtoken.VTCCLS(num_tokens=3))
+    beams = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
+    with vtoken.budget(model, num_tokens=[2, 3, 1, 4]):
+        new = [model(**given).logits, model.generate(**given, **GREEDY), model.generate(**given, **beams)]
+        monkeypatch.setattr(family, "takes_outputs", lambda _: False)
+        old = [model(**given).logits, model.generate(**given, **GREEDY), model.generate(**given, **beams)]
+        with pytest.raises(vtoken.InputError, match="prefill_chunk_size"):
+            model.generate(**given, **GREEDY, prefill_chunk_size=5)
+    assert all(torch.equal(a, b) for a, b in zip(new, old, strict=True))
+
+
 @torch.no_grad()
 def test_kept_tokens_can_be_drawn() -> None:
     model, given = build("qwen2"), call()

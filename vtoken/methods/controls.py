@@ -27,6 +27,13 @@ class RandomTokens(ShareConfig):
 
     Raises:
         ConfigError: for values out of range.
+
+    Example:
+        >>> import vtoken
+        >>> vtoken.RandomTokens(num_tokens=64).seed
+        0
+
+    Source: docs/methods/prompt_methods.md 5.
     """
 
     method: ClassVar[str] = "random_tokens"
@@ -52,6 +59,13 @@ class UniformTokens(ShareConfig):
 
     Raises:
         ConfigError: for values out of range.
+
+    Example:
+        >>> import vtoken
+        >>> vtoken.retained_count(vtoken.UniformTokens(keep_ratio=0.25), (1, 24, 24))
+        144
+
+    Source: docs/methods/prompt_methods.md 5.
     """
 
     method: ClassVar[str] = "uniform_tokens"
@@ -71,6 +85,13 @@ class PooledTokens(ShareConfig):
 
     Raises:
         ConfigError: for values out of range.
+
+    Example:
+        >>> import vtoken
+        >>> vtoken.retained_count(vtoken.PooledTokens(num_tokens=64), (1, 24, 24))
+        64
+
+    Source: docs/methods/prompt_methods.md 5.
     """
 
     method: ClassVar[str] = "pooled_tokens"

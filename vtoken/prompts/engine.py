@@ -51,7 +51,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
+class Kept:
     """What stays of one visual: placeholders [k], and rows of every level for them where they are not its own."""
 
     places: Tensor
@@ -84,15 +84,8 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
     places, cached = given.get("position_ids"), is_filled(cache_of(given))
     if not cached:  # before the tower runs; with a cache the mask is longer than the ids
         check_shapes(ids, along, places if family.axes == 1 else None)
-    facts = family.facts(model, given)
-    needs = method.needs(facts)
-    family.refuse(model, given, needs)
-    visuals = family.layout(model, given | {"input_ids": ids})
-    asked, count = asked_of(model), len(visuals)
-    order = _order(ids, tokens, visuals)
-    methods = _back(methods_for(method, asked, count), order)
-    clues = _back(clues_for(method, asked, count), order)
-    counts = [_count(m, v, c) for m, v, c in zip(methods, visuals, clues, strict=True)]
+    plan = lay_out(model, given, ids)
+    visuals, methods, counts, needs, order = plan.visuals, plan.methods, plan.counts, plan.needs, plan.order
     full = all(_keeps_all(m, v, k) for m, v, k in zip(methods, visuals, counts, strict=True))
     already = _fit(ids, tokens, visuals, counts, methods)
     trace = current_trace(model)
@@ -110,13 +103,7 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
             "whole, full prompt without the cache"
         )
     numbered = family.places(model, given, generating=generating)
-    encoded = family.encode(model, given, visuals, needs)
-    _check_lengths(visuals, encoded)
-    text = _instruction(model, ids, visuals, tokens, clues) if needs.text else [None] * count
-    kept = [
-        _select(model, method_i, visuals[i], counts[i], clues[i], encoded, i, text[i], traced=trace is not None)
-        for i, method_i in enumerate(methods)
-    ]
+    encoded, kept = choose(model, given, ids, plan, traced=trace is not None)
     lengths = [len(k.places) for k in kept]
     if already is None:
         already = _decide(ids, tokens, visuals, lengths)
@@ -157,6 +144,54 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
         call |= {"input_ids": given.get("input_ids"), "inputs_embeds": rows_at(embeds, short.index, blank)}
     changed = any(k.rows is not None or len(k.places) != v.length for k, v in zip(kept, visuals, strict=True))
     return Prepared(call, short.input_ids, changed, offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What is known of a call's visuals before anything runs, in the family's order.
+
+    Args:
+        methods: the method for each, as `vtoken.budget` asks.
+        counts: content tokens that stay.
+        order: indices in the order of the prompt.
+    """
+
+    visuals: list[Visual]
+    methods: list[PromptMethod]
+    clues: list[dict[str, Any]]
+    counts: list[int]
+    order: list[int]
+    needs: Needs
+
+
+def lay_out(model: Any, given: dict[str, Any], ids: Tensor) -> Layout:
+    """The visuals of a call and how much stays of them; nothing has run yet."""
+    family, method = model._vtoken_family, model._vtoken.methods["on_features"]
+    needs = method.needs(family.facts(model, given))
+    family.refuse(model, given, needs)
+    visuals = family.layout(model, given | {"input_ids": ids})
+    asked, order = asked_of(model), _order(ids, family.token_ids(model), visuals)
+    methods = _back(methods_for(method, asked, len(visuals)), order)
+    clues = _back(clues_for(method, asked, len(visuals)), order)
+    counts = [_count(m, v, c) for m, v, c in zip(methods, visuals, clues, strict=True)]
+    return Layout(visuals, methods, clues, counts, order, needs)
+
+
+def choose(
+    model: Any, given: dict[str, Any], ids: Tensor, plan: Layout, *, traced: bool
+) -> tuple[Encoded, list[Kept]]:  # fmt: skip
+    """Run the towers once, and the methods on what they made."""
+    family, visuals = model._vtoken_family, plan.visuals
+    text: Sequence[Tensor | None] = [None] * len(visuals)
+    if plan.needs.text:
+        text = _instruction(model, ids, visuals, family.token_ids(model), plan.clues)
+    encoded = family.encode(model, given, visuals, plan.needs)
+    _check_lengths(visuals, encoded)
+    kept = [
+        _select(model, method, visuals[i], plan.counts[i], plan.clues[i], encoded, i, text[i], traced=traced)
+        for i, method in enumerate(plan.methods)
+    ]
+    return encoded, kept
 
 
 def select(method: PromptMethod, seen: Seen) -> tuple[Tensor, Chosen]:
@@ -292,13 +327,13 @@ def _select(
     text: Tensor | None,
     *,
     traced: bool,
-) -> _Kept:
+) -> Kept:
     """What stays of visual i."""
     seen = _seen(method, visual, count, clues, encoded, i, text)
     places, picked = select(method, seen)
     scores = _shown(method, seen, encoded, i) if traced else None
     if picked.rows is None:
-        return _Kept(places, None, scores)
+        return Kept(places, None, scores)
     rows = model._vtoken_family.project(model, picked.rows) if picked.before else picked.rows
     content = torch.zeros(visual.length, dtype=torch.bool)
     content[visual.places()] = True
@@ -309,7 +344,7 @@ def _select(
         at = content[places].nonzero()[:, 0].to(own.device)
         found.append(own.index_copy(0, at, rows[:, start : start + width].to(own)))
         start += width
-    return _Kept(places, tuple(found), scores)
+    return Kept(places, tuple(found), scores)
 
 
 def _seen(
@@ -356,7 +391,7 @@ def _shown(method: PromptMethod, seen: Seen, encoded: Encoded, i: int) -> Tensor
 
 
 def _of_kind(
-    kind: str, visuals: Sequence[Visual], kept: Sequence[_Kept], *, whole: bool
+    kind: str, visuals: Sequence[Visual], kept: Sequence[Kept], *, whole: bool
 ) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     """Selections and lengths for the placeholders of a kind; of a prompt that is short already everything stays."""
     mine = [i for i, v in enumerate(visuals) if v.kind == kind]
@@ -365,7 +400,7 @@ def _of_kind(
     return [kept[i].places for i in mine], [visuals[i].length for i in mine]
 
 
-def _features(model: Any, visuals: Sequence[Visual], kept: Sequence[_Kept], encoded: Encoded) -> dict[str, Any]:
+def _features(model: Any, visuals: Sequence[Visual], kept: Sequence[Kept], encoded: Encoded) -> dict[str, Any]:
     """Fresh output objects by kind, with the rows that stay; where all do, with the model's own."""
     found = {}
     for kind, output in encoded.outputs.items():
@@ -373,12 +408,15 @@ def _features(model: Any, visuals: Sequence[Visual], kept: Sequence[_Kept], enco
         if all(kept[i].rows is None and len(kept[i].places) == visuals[i].length for i in mine):
             found[kind] = chosen(type(output)(**output))
             continue
-        levels = [[_rows(level[i], kept[i], number) for i in mine] for number, level in enumerate(encoded.levels)]
+        levels = [
+            [rows_of_level(level[i], kept[i], number) for i in mine] for number, level in enumerate(encoded.levels)
+        ]
         found[kind] = chosen(model._vtoken_family.outputs(model, output, levels))
     return found
 
 
-def _rows(own: Tensor, kept: _Kept, level: int) -> Tensor:
+def rows_of_level(own: Tensor, kept: Kept, level: int) -> Tensor:
+    """The rows [k, C] of one visual and level that stay, or what stands for them."""
     return own.index_select(0, kept.places.to(own.device)) if kept.rows is None else kept.rows[level]
 
 
@@ -452,7 +490,7 @@ def _record(
     trace: Any,
     given: dict[str, Any],
     visuals: Sequence[Visual],
-    kept: Sequence[_Kept],
+    kept: Sequence[Kept],
     short: ShortPrompt,
     needs: Needs,
     encoded: Encoded,

@@ -2,5 +2,6 @@
 
 from vtoken.testing.host import check_host
 from vtoken.testing.method import check_method
+from vtoken.testing.prompts import check_family, check_prompt_method
 
-__all__ = ["check_host", "check_method"]
+__all__ = ["check_family", "check_host", "check_method", "check_prompt_method"]
