@@ -11,7 +11,8 @@ from vtoken import checks
 from vtoken.accounting.prefill import Decoder, kv_cache_bytes, prefill_macs
 from vtoken.accounting.report import count_macs
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, config_tuple, is_applied, remove, resolve
+from vtoken.core.apply import Config, apply, is_applied, remove, resolve
+from vtoken.core.carried import config_tuple
 from vtoken.core.counts import pixels
 from vtoken.core.host import find_adapter, host_of
 from vtoken.errors import ConfigError

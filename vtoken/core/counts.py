@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from vtoken import checks
-from vtoken.core.apply import Config, build_methods, config_tuple, resolve
+from vtoken.core.apply import Config, build_methods, resolve
+from vtoken.core.carried import config_tuple, unapplied
 from vtoken.core.config import MethodConfig
 from vtoken.core.host import Host, find_adapter, host_of
 from vtoken.core.method import BlockMethod, KeepAll, Method
@@ -78,7 +79,8 @@ def chosen(
     host = host_of(model)
     configs = resolve(config, options) if config is not None else config_tuple(model)
     if not configs:
-        raise ConfigError("no settings given and no method applied to this model")
+        told = unapplied(model)
+        raise ConfigError("no settings given and no method applied to this model" + (told and f"; {told}"))
     in_tower = tuple(c for c in configs if c.part == "tower")
     if not in_tower:
         find_adapter(model, "prompt")  # or says why no prompt of the model can be shortened

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vtoken.core.carried import SavesSettings
 from vtoken.core.records import PromptRecord
 from vtoken.core.trace import current_trace
 from vtoken.errors import InputError, ShapeError, VTokenWarning
@@ -37,7 +38,7 @@ from vtoken.prompts.shrink import ShortPrompt, check_ids, check_shapes, placehol
 _ALONG = ("attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
 
 
-class PromptMixin:
+class PromptMixin(SavesSettings):
     """A multimodal model that hands fewer image tokens to its language model.
 
     `forward` returns logits of the shortened prompt [B, L', V]; `vtoken.trace(model, ...)` tells which position is
@@ -97,7 +98,7 @@ class PromptMixin:
         return out
 
 
-class InnerMixin:
+class InnerMixin(SavesSettings):
     """The model inside, which has no place to shorten the labels and the ids that its caller holds."""
 
     _vtoken_part: ClassVar[str] = "prompt"
