@@ -100,4 +100,8 @@ class SavesSettings:
         config, settings = copy.copy(self.config), settings_of(self)
         if settings is not None:
             setattr(config, ENTRY, settings)
-        return base_of(type(self)).save_pretrained(view(self, config=config), *args, **kwargs)  # type: ignore[attr-defined]
+        stock: Any = base_of(type(self))
+        done = stock.save_pretrained(view(self, config=config), *args, **kwargs)
+        # What transformers notes on the way (dtype, architectures) belongs to the model's own.
+        vars(self.config).update({name: value for name, value in vars(config).items() if name != ENTRY})
+        return done
