@@ -23,18 +23,20 @@ from torch import nn
 import vtoken
 import vtoken.hosts.video
 from vtoken.core.config import example
-from vtoken.hosts.llava.adapter import MODELS
 from vtoken.hosts.names import build_weightless
 from vtoken.hosts.transformers.adapter import HOLDERS, TOWERS
+from vtoken.hosts.unserved import FAMILIES
 from vtoken.hosts.video import VideoAdapter
 
 PAGE = Path(__file__).with_name("models.md")
 #: Columns: what a method is called here, and whether a model takes it. Methods that merge or drop go together.
 MERGING = ("pitome", "tome", "random_merge", "random_prune", "stride")
+PROMPTS = ("divprune", "visionzip", "random_tokens", "uniform_tokens", "pooled_tokens")
 INTRO = """# Which models take which methods
 
 Written by `python docs/make_models.py`, which builds every model without weights and asks it; a test fails when the
-page is no longer true. "Merging" stands for {merging}.
+page is no longer true. "Merging" stands for {merging}; "other prompt methods"
+for {prompts}; CDPruner besides takes an instruction, whose token the model must have or the caller give.
 
 `python -m vtoken models 'swin*' --why` says why a name is refused, and `vtoken.register_adapter` adds a family of your
 own. A subclass counts as its base as long as it leaves the known `forward` alone. A model that is not listed may still
@@ -74,6 +76,7 @@ COLUMNS: dict[str, Callable[[Any], bool]] = {
     "Merging": lambda model: all(takes(model, method) for method in MERGING),
     "Sparsifiner": lambda model: takes(model, "sparsifiner"),
     "VTC-CLS": lambda model: takes(model, "vtc_cls"),
+    "Other prompt methods": lambda model: all(takes(model, method) for method in PROMPTS),
     "QuoTA": has_budget,
     "Attentive-mask CLIP": trains,
 }
@@ -84,7 +87,7 @@ def transformers_models() -> Iterable[tuple[str, nn.Module]]:
     for found in pkgutil.iter_modules(vtoken.hosts.video.__path__, "vtoken.hosts.video."):
         importlib.import_module(found.name)
     videos = {key for adapter in _subclasses(VideoAdapter) for key in adapter.models}
-    for _, name in sorted({*TOWERS, *HOLDERS, *MODELS, *videos}):
+    for _, name in sorted({*TOWERS, *HOLDERS, *videos}.union(*(family.models for family in FAMILIES))):
         cls = getattr(transformers, name, None)
         if cls is not None:  # older releases lack some
             with torch.device("meta"):
@@ -155,7 +158,8 @@ def names() -> str:
 def page() -> str:
     """All of docs/models.md."""
     merging = ", ".join(type(example(method)).__name__ for method in MERGING)
-    parts = [INTRO.format(merging=merging)]
+    prompts = ", ".join(type(example(method)).__name__ for method in PROMPTS)
+    parts = [INTRO.format(merging=merging, prompts=prompts)]
     parts += [f"## {title}\n\n{text}\n" for title, text in tables().items()]
     parts.append(f"## timm {timm.__version__}\n\nBy the file of timm that makes them.\n\n{names()}\n")
     return "\n".join(parts)

@@ -54,6 +54,7 @@ WRONG: dict[str, list[Any]] = {
     "number": NO_NUMBER,
     "not negative": [*NO_NUMBER, -0.5, -1],
     "positive": [*NO_NUMBER, -1, 0],
+    "at least 1": [*NO_NUMBER, -1, 0, 0.5],
     "rate": [*NO_NUMBER, -0.1, 1.1],
     "cosine": [*NO_NUMBER, -1.5, 1.01],
     "share": [*NO_NUMBER, 0, -0.5, 1.5, 2],
@@ -85,7 +86,10 @@ KINDS = {
     "dtype": "object", "op": "word", "threshold": "number", "head_dim": "from 1", "num_heads": "from 1",
     "layer": "from 0", "depth": "from 1", "dim": "from 1", "merge": "object", "mlp_ratio": "positive",
     "dropout": "rate", "config": "object", "qkv_bias": "flag", "rows": "from 1", "columns": "from 1", "old": "grid",
-    "new": "grid", "mean": "flag",
+    "new": "grid", "mean": "flag", "block": "from 1", "top_fraction": "share", "temperature": "positive",
+    "warmup_steps": "not negative", "teacher_scale": "share", "momentum": "rate", "total_steps": "at least 1",
+    "simclr_weight": "not negative", "byol_weight": "not negative", "hidden_dim": "from 1", "out_dim": "from 1",
+    "head_norm": "word", "ema_text": "flag", "freeze_patch_embed": "flag", "outside": "word",
 }  # fmt: skip
 _METRIC = {"metric": "tensor"}
 #: What is called, arguments that it takes, and kinds that differ from those above. Arguments of torch are torch's.
@@ -170,7 +174,7 @@ def test_everything_public_is_in_the_table() -> None:
     functions = {name for name in ops.__all__ if callable(getattr(ops, name))}
     assert functions - RESULTS - ELSEWHERE <= set(CALLS)
     assert set(nn.__all__) <= set(CALLS)
-    assert len(CONFIGS) >= 7
+    assert len(CONFIGS) >= 8
 
 
 @pytest.mark.parametrize(("owner", "name", "value"), SETTINGS)

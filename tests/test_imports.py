@@ -35,8 +35,12 @@ FAMILIES: dict[str, set[str]] = {
     "open_clip": {"timm"},  # whose models it takes as trunks
     "transformers": set(),
     "llava": {"transformers"},
+    "internvl": {"transformers", "llava"},
+    "qwen": {"video"},
     "video": {"transformers", "llava"},
 }
+#: Files in hosts/ that stand above the families: what is asked last names all that are served.
+ABOVE = {"unserved"}
 #: Hands out the names of all parts, so that no part may import it.
 _FRONT = ("__init__", "_public")
 
@@ -109,7 +113,8 @@ def test_families_of_hosts_import_in_one_direction() -> None:
             other = target.removeprefix("vtoken.hosts.").partition(".")[0]
             if target.startswith("vtoken.hosts.") and other in FAMILIES:
                 seen += 1
-                assert other == family or other in FAMILIES.get(family, ()), f"{name} imports {target}"
+                fine = other == family or family in ABOVE or other in FAMILIES.get(family, ())
+                assert fine, f"{name} imports {target}"
     assert seen > 10
 
 

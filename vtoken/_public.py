@@ -28,15 +28,20 @@ from vtoken.errors import (
 )
 from vtoken.hosts.class_rows import cls_attention_scores
 from vtoken.hosts.names import supported
-from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMaskLoss, MultiViewCrop
+from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMaskLoss, AttentiveMasks, MultiViewCrop
+from vtoken.methods.cdpruner import CDPruner
+from vtoken.methods.controls import PooledTokens, RandomTokens, UniformTokens
+from vtoken.methods.divprune import DivPrune
 from vtoken.methods.merging.base import MergeConfig, ScheduledMergeConfig
 from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.merging.pitome import PiToMe
 from vtoken.methods.merging.threshold import ThresholdMerge
 from vtoken.methods.sparsifiner.calibrate import calibrate_threshold
 from vtoken.methods.sparsifiner.settings import Sparsifiner
+from vtoken.methods.visionzip import VisionZip
 from vtoken.methods.vtc_cls import VTCCLS
 from vtoken.ops import select_tokens
+from vtoken.prompts.budget import budget
 from vtoken.prompts.shrink import shrink_inputs
 from vtoken.video.model import QuotaVideoModel
 
@@ -49,7 +54,10 @@ __all__ = [
     "AlreadyAppliedError",
     "AttentiveMaskCLIP",
     "AttentiveMaskLoss",
+    "AttentiveMasks",
+    "CDPruner",
     "ConfigError",
+    "DivPrune",
     "HostAdapter",
     "HostSpec",
     "InputError",
@@ -58,10 +66,12 @@ __all__ = [
     "MultiViewCrop",
     "PiToMe",
     "Plan",
+    "PooledTokens",
     "PromptReport",
     "QuotaVideoModel",
     "RandomMerge",
     "RandomPrune",
+    "RandomTokens",
     "Report",
     "ScheduledMergeConfig",
     "ShapeError",
@@ -70,11 +80,14 @@ __all__ = [
     "ThresholdMerge",
     "ToMe",
     "Trace",
+    "UniformTokens",
     "UnsupportedModelError",
     "VTokenError",
     "VTokenWarning",
+    "VisionZip",
     "applied",
     "apply",
+    "budget",
     "calibrate_threshold",
     "cls_attention_scores",
     "compile",

@@ -350,10 +350,10 @@ def test_a_wrong_count_is_called_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def _first_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts the sequence instead of merging."""
 
-    def on_block(self: Any, layer: int, x: Tensor, metric: Tensor, slot: Any, num_prefix: int) -> Any:
-        return x[:, : x.shape[1] - self.num_removed(layer, x.shape[1] - num_prefix)], slot
+    def reduce(self: Any, layer: int, r: int, x: Tensor, *_: Any, **settings: Any) -> Any:
+        return x[:, : x.shape[1] - r], _[1]
 
-    monkeypatch.setattr(Merging, "on_block", on_block)
+    monkeypatch.setattr(Merging, "reduce", reduce)
 
 
 def _no_size_bias(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +363,8 @@ def _no_size_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _lazy_matching(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random matching under PiToMe's name."""
-    monkeypatch.setattr(vtoken.PiToMe, "match", vtoken.RandomMerge.match)
+    random: Any = vtoken.RandomMerge.match
+    monkeypatch.setattr(vtoken.PiToMe, "match", lambda *args, **settings: random(*args))
     monkeypatch.setattr(vtoken.PiToMe, "seed", 0, raising=False)
 
 

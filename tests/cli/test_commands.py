@@ -41,6 +41,7 @@ def test_small_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["tokens"][-1] == 60
     assert main(["methods", "--json"]) == 0
     known = {"pitome", "tome", "random_merge", "random_prune", "stride", "threshold_merge", "sparsifiner", "vtc_cls"}
+    known |= {"divprune", "visionzip", "cdpruner", "random_tokens", "uniform_tokens", "pooled_tokens"}
     assert set(json.loads(capsys.readouterr().out)) == known
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__.partition("+")[0] or True
@@ -53,6 +54,8 @@ def test_small_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_calls_exit_with_2_and_say_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "vit_base_patch16_224", "pitom"]) == 2
     assert "did you mean 'pitome'" in capsys.readouterr().err
+    assert main(["plan", "vit_base_patch16_224", "attentive_clip", "keep_ratio=0.25"]) == 2
+    assert "vtoken.AttentiveMaskCLIP(model, ...)" in capsys.readouterr().err
     assert main(["report", "swin_tiny_patch4_window7_224", "pitome"]) == 2
     assert "SwinTransformer" in capsys.readouterr().err
     assert main(["bench", "--model", "test_vit", "--set", "margin"]) == 2

@@ -98,13 +98,13 @@ def test_accumulation_keeps_the_masks_and_the_gradients(monkeypatch: pytest.Monk
     x, t = batch(8)
     seen: list[Tensor] = []
     wrapper = wrap()
-    stock = type(wrapper._selection).choose
+    stock = vtoken.AttentiveMasks.choose
 
     def watch(self: Any, *args: Any) -> Tensor:
         seen.append(stock(self, *args))
         return seen[-1]
 
-    monkeypatch.setattr(type(wrapper._selection), "choose", watch)
+    monkeypatch.setattr(vtoken.AttentiveMasks, "choose", watch)
     train(wrapper, ClipLoss(), [(x[:4], t[:4]), (x[4:], t[4:])], accum=2)
     assert len(seen) == 4
     assert torch.equal(seen[0], seen[2])

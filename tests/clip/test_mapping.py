@@ -66,13 +66,13 @@ def test_zeros_outside_are_the_published_way(seed: int) -> None:
     assert torch.equal(covered, map_scores(scores, (8, 8), boxes[1].unsqueeze(1), boxes[1]))
 
 
-def test_the_wrapper_keeps_no_patch_that_the_teacher_did_not_see() -> None:
+def test_the_wrapper_keeps_no_patch_that_the_teacher_did_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     """With zeros, as long as there are others; the setting changes between steps."""
     x, t = batch()
     seen: list[Tensor] = []
     wrapper = wrap(outside="zeros", keep_ratio=0.25)
-    stock = wrapper._selection.choose
-    object.__setattr__(wrapper._selection, "choose", lambda *args: seen.append(stock(*args)) or seen[-1])
+    stock = vtoken.AttentiveMasks.choose
+    monkeypatch.setattr(vtoken.AttentiveMasks, "choose", lambda *args: seen.append(stock(*args)) or seen[-1])
     boxes = {"view_boxes": torch.tensor([[[0, 0, 32, 32]]] * 4), "teacher_boxes": torch.tensor([[0, 16, 32, 16]] * 4)}
     wrapper(x, t, teacher_image=x, **boxes)
     assert bool((seen[0] % 8 >= 4).all())

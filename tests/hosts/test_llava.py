@@ -150,7 +150,7 @@ def _without_mm_outputs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The route of releases whose forward has no `mm_encoder_outputs`."""
     import inspect
 
-    from vtoken.hosts.llava import entry as llava_entry
+    from vtoken.prompts import family
 
     class Older:
         Parameter = inspect.Parameter
@@ -160,7 +160,7 @@ def _without_mm_outputs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             found = inspect.signature(function)
             return found.replace(parameters=[p for n, p in found.parameters.items() if n != "mm_encoder_outputs"])
 
-    monkeypatch.setattr(llava_entry, "inspect", Older)
+    monkeypatch.setattr(family, "inspect", Older)
 
 
 def test_missing_mask_is_made_where_rows_end_up_unequal() -> None:

@@ -23,16 +23,13 @@ def _refused() -> dict[str, Any]:
     text = t.LlamaConfig(**TEXT)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     pixtral = t.PixtralVisionConfig(**small, image_size=32, patch_size=8, head_dim=16)
-    qwen = t.Qwen2VLConfig(
-        text_config=TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-        vision_config={"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32},
-    )
+    smol = t.SmolVLMConfig(vision_config=small | {"image_size": 32, "patch_size": 8}, text_config=text)
     video = t.LlavaNextVideoConfig(vision_config=t.CLIPVisionConfig(**VISION), text_config=text)
     return {
         "PixtralVisionModel": lambda: t.LlavaForConditionalGeneration(
             t.LlavaConfig(vision_config=pixtral, text_config=text)
         ),
-        "three axes": lambda: t.Qwen2VLForConditionalGeneration(qwen),
+        "shuffles patches into channels": lambda: t.SmolVLMForConditionalGeneration(smol),
         "pooled before the projector": lambda: t.LlavaNextVideoForConditionalGeneration(video),
         "does not know its prompts": lambda: t.LlamaForCausalLM(text),
         "LlavaModel": lambda: build("llava").model,
@@ -205,7 +202,7 @@ def test_videos_run_unpruned_with_one_warning(kind: str) -> None:
 
 
 def test_text_only_calls_reach_the_library_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtoken.hosts.llava import entry as llava_entry
+    from vtoken.prompts import entry as llava_entry
 
     model, given = build("llava"), prompt([1, 5, 6])
     with torch.no_grad():
@@ -215,7 +212,7 @@ def test_text_only_calls_reach_the_library_at_once(monkeypatch: pytest.MonkeyPat
         def never(*_: Any, **__: Any) -> Any:
             raise AssertionError("a text-only call was looked at")
 
-        for name in ("prepare", "encode", "by_name", "shrink_inputs"):
+        for name in ("prepare", "by_name", "_eagerly"):
             monkeypatch.setattr(llava_entry, name, never)
         assert torch.equal(model(**given).logits, stock)
         assert torch.equal(model(given["input_ids"]).logits, stock)

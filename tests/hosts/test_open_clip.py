@@ -114,7 +114,7 @@ def test_packed_attention_is_multihead_attention() -> None:
     from vtoken.core.method import KeepAll
     from vtoken.core.state import TokenState
     from vtoken.core.tap import Tap
-    from vtoken.hosts.open_clip.adapter import packed_attention
+    from vtoken.hosts.open_clip.blocks import packed_attention
 
     torch.manual_seed(0)
     attn = nn.MultiheadAttention(24, 3, batch_first=True)

@@ -12,11 +12,43 @@ from torch import Tensor
 
 import vtoken
 from tests.hosts.llavas import plain_top
-from vtoken.core.method import FeatureMethod
+from vtoken.core.visual import Cell, Needs, Seen, TowerFacts, Visual, length_of
+from vtoken.prompts.engine import select
 
 
-def method(depth: int = 24, **options: Any) -> FeatureMethod:
-    return vtoken.VTCCLS(**options).build(depth)
+class Method:
+    """The pruning, asked about features as they lie in a prompt: patches first, -1 marks a newline."""
+
+    def __init__(self, depth: int, options: dict[str, Any]) -> None:
+        self.depth, self.built = depth, vtoken.VTCCLS(**options).build(depth)
+
+    def num_kept(self, patches: int) -> int:
+        return self.built.count(Visual("image", (Cell((1, patches)),)), {})
+
+    def needs(self, last: int, *, class_token: bool) -> Needs:
+        return self.built.needs(TowerFacts(self.depth, last, class_token))
+
+    def choose(self, scores: Tensor, overview: int) -> Tensor:
+        visual = laid_out(scores, overview)
+        seen = Seen(visual, self.built.count(visual, {}), attention=scores[visual.places()].unsqueeze(0))
+        return select(self.built, seen)[0]
+
+    def most(self, scores: Tensor, overview: int) -> int:
+        visual = laid_out(scores, overview)
+        return length_of(visual, self.built.count(visual, {}), self.built.newline)[0]
+
+
+def laid_out(scores: Tensor, overview: int) -> Visual:
+    lines = (scores < 0).nonzero()[:, 0].tolist()
+    detail = len(scores) - overview - len(lines)
+    cells = [Cell((1, overview), "overview")]
+    if len(scores) > overview + 1:  # an image of one crop is the row itself
+        cells.append(Cell((len(lines), detail // max(len(lines), 1)) if lines else (1, detail), "detail"))
+    return Visual("image", tuple(cells), tuple(lines))
+
+
+def method(depth: int = 24, **options: Any) -> Method:
+    return Method(depth, options)
 
 
 @pytest.mark.parametrize(
@@ -62,19 +94,23 @@ def test_budget(options: dict[str, Any], patches: int, kept: int) -> None:
 
 
 def test_layers_and_scorers() -> None:
-    assert method(num_tokens=1).layers(22, "cls") == range(16, 23)
-    assert method(27, num_tokens=1).layers(26, "received") == range(26, 27)
-    assert method(num_tokens=1, start_layer=-8).layers(22, "cls") == range(16, 23)
-    assert method(num_tokens=1, start_layer=20).layers(22, "received") == range(20, 23)
-    assert method(num_tokens=1).scorer(True) == "cls"
-    assert method(num_tokens=1).scorer(False) == "received"
-    assert method(num_tokens=1, scorer="received").scorer(True) == "received"
+    def layers(made: Method, last: int, *, class_token: bool = True) -> range:
+        found = made.needs(last, class_token=class_token).layers
+        return range(found[0], found[-1] + 1)
+
+    assert layers(method(num_tokens=1), 22) == range(16, 23)
+    assert layers(method(27, num_tokens=1), 26, class_token=False) == range(26, 27)
+    assert layers(method(num_tokens=1, start_layer=-8), 22) == range(16, 23)
+    assert layers(method(num_tokens=1, start_layer=20), 22, class_token=False) == range(20, 23)
+    assert method(num_tokens=1).needs(22, class_token=True).attention == "class"
+    assert method(num_tokens=1).needs(22, class_token=False).attention == "received"
+    assert method(num_tokens=1, scorer="received").needs(22, class_token=True).attention == "received"
     with pytest.raises(vtoken.ConfigError, match="no class token"):
-        method(num_tokens=1, scorer="cls").scorer(False)
+        method(num_tokens=1, scorer="cls").needs(22, class_token=False)
     with pytest.raises(vtoken.ConfigError, match="embeddings"):
-        method(num_tokens=1).layers(-1, "cls")
+        method(num_tokens=1).needs(-1, class_token=True)
     with pytest.raises(vtoken.ConfigError, match="0 to 22"):
-        method(num_tokens=1, start_layer=23).layers(22, "cls")
+        method(num_tokens=1, start_layer=23).needs(22, class_token=True)
 
 
 def grid(rows: int, columns: int, overview: int, seed: int = 0) -> Tensor:

@@ -11,8 +11,7 @@ from vtoken import checks
 from vtoken.accounting.prefill import Decoder, kv_cache_bytes, prefill_macs
 from vtoken.accounting.report import count_macs
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, is_applied, remove, resolve
-from vtoken.core.carried import config_tuple
+from vtoken.core.apply import Config, apply, given_or_carried, is_applied, remove
 from vtoken.core.counts import pixels
 from vtoken.core.host import find_adapter, host_of
 from vtoken.errors import ConfigError
@@ -128,14 +127,14 @@ def prompt_report(
     images = checks.whole("prompt_report", "images", images, 1)
     text_tokens = checks.whole("prompt_report", "text_tokens", text_tokens, 0)
     bytes_per_element = checks.whole("prompt_report", "bytes_per_element", bytes_per_element, 1)
-    configs = resolve(config, options) if config is not None else config_tuple(model)
+    configs = given_or_carried(model, config, options)
     if not any(c.part == "prompt" for c in configs):
         raise ConfigError("prompt_report needs a method that acts in the prompt, such as vtoken.VTCCLS(num_tokens=64)")
     adapter: Any = find_adapter(model, "prompt")
     size = adapter.image_size(model) if image_size is None else pixels(image_size)
     in_tower = tuple(c for c in configs if c.part == "tower")
     full, pruned = adapter.count(model, (), size), adapter.count(model, configs, size)
-    tower = tower_macs(model, in_tower, size)
+    tower = adapter.tower_macs(model, size) or tower_macs(model, in_tower, size)
     decoder = Decoder.of(model)
 
     def cost(tokens: int, tower_work: int, projected: int) -> PromptCost:
@@ -143,7 +142,7 @@ def prompt_report(
         return PromptCost(
             image_tokens=images * tokens,
             tower_macs=images * tower_work,
-            projector_macs=images * projected * _projector_macs(model),
+            projector_macs=images * projected * adapter.projector_macs(model),
             prefill_macs=prefill_macs(decoder, length),
             cache_bytes=kv_cache_bytes(decoder, length, bytes_per_element),
         )
@@ -177,9 +176,3 @@ def tower_macs(model: Any, configs: Config, size: tuple[int, int]) -> tuple[int,
         return before, before
     apply(shadow, configs)
     return before, count_macs(host, pixel_size)
-
-
-def _projector_macs(model: Any) -> int:
-    """Multiply-adds per token."""
-    linear = [m for m in model.model.multi_modal_projector.modules() if isinstance(m, nn.Linear)]
-    return sum(m.in_features * m.out_features for m in linear)

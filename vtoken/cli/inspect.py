@@ -13,7 +13,7 @@ import torch
 
 from vtoken.accounting.report import report
 from vtoken.cli.settings import key_values
-from vtoken.core.config import MethodConfig, example, make_config, methods
+from vtoken.core.config import MethodConfig, applicable, example, make_config
 from vtoken.core.counts import plan
 from vtoken.hosts.names import build_weightless, supported, why_not
 from vtoken.ops import explain
@@ -41,12 +41,12 @@ def show_info(args: argparse.Namespace) -> int:
 
 
 def show_methods(args: argparse.Namespace) -> int:
-    """Every method with its settings and their defaults."""
-    found = {name: example(name).to_dict() for name in methods()}
+    """Every method that the commands take, with its settings and their defaults."""
+    found = {name: example(name).to_dict() for name in applicable()}
     if args.json:
         print(json.dumps(found))
         return 0
-    for name in methods():
+    for name in applicable():
         config = example(name)
         line = ", ".join(f"{f.name}={getattr(config, f.name)!r}" for f in fields(config))
         print(f"{name}: {type(config).__name__}({line})")

@@ -52,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     _overlay(add("overlay", "overlay:run", about))
     _video(add("video", "video:run", "score the frames of a clip for a question, spread a token budget, draw both"))
     _json(add("info", "inspect:show_info", "versions and devices"))
-    listed = add("methods", "inspect:show_methods", "every method with its settings and their defaults")
+    about = "every method that commands take, with its settings and their defaults"
+    listed = add("methods", "inspect:show_methods", about)
     _load(listed)
     _json(listed)
     about = "supported timm names; with --why, the refused ones among the pattern and their reasons"

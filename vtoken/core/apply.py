@@ -27,6 +27,7 @@ from vtoken.core.patch import (
     unpatch_all,
     wraps_patched_forward,
 )
+from vtoken.core.wrapper import Wrapper, wrappers_in
 from vtoken.errors import AlreadyAppliedError, ConfigError, VTokenError, VTokenWarning
 
 Config = MethodConfig | str | Sequence[MethodConfig]
@@ -119,7 +120,8 @@ def enter(host: Host, configs: tuple[MethodConfig, ...], methods: dict[str, Meth
 def remove(model: M, method: str | None = None) -> M:
     """Give back exactly the model that came in: its classes restored, everything that was added deleted.
 
-    Works on a model or on any module that holds patched ones.
+    Works on a model or on any module that holds patched ones. A wrapper such as `vtoken.AttentiveMaskCLIP` is not
+    removed; its `unwrap()` gives the model.
 
     Args:
         method: name of the method to remove, such as "vtc_cls", if several are applied; None removes all.
@@ -135,7 +137,9 @@ def remove(model: M, method: str | None = None) -> M:
     """
     carriers = _carried(model) if method is None else _carriers_of(model, method)
     if not carriers:
-        raise VTokenError(f"nothing to remove: no method is applied to this {type(model).__name__}")
+        raise VTokenError(
+            f"nothing to remove: no method is applied to this {type(model).__name__}{_unwrap_hint(model)}"
+        )
     _leave(carriers)
     return model
 
@@ -163,7 +167,9 @@ def applied(model: M, config: Config, **options: Any) -> Iterator[M]:
 
 
 def is_applied(model: nn.Module) -> bool:
-    """Whether the model, or a module inside it, carries a method.
+    """Whether `apply` put a method into the model, or into a module inside it, so that `remove` has something to do.
+
+    Wrappers such as `vtoken.AttentiveMaskCLIP` have settings (`config_of`), but patch nothing.
 
     Settings that a config only names do not count, and are warned of: see `vtoken.restore`.
 
@@ -179,13 +185,15 @@ def is_applied(model: nn.Module) -> bool:
 def config_of(model: nn.Module) -> MethodConfig | tuple[MethodConfig, ...] | None:
     """The settings that the model carries: None, one, or a tuple if several methods are applied.
 
+    Those of a wrapper such as `vtoken.AttentiveMaskCLIP` count, too, and come first.
+
     Example:
         >>> import timm, vtoken
         >>> vtoken.config_of(vtoken.apply(timm.create_model("test_vit"), "tome", r=8)).r
         8
     """
     warn_of_unapplied(model)
-    configs = config_tuple(model)
+    configs = (*(wrapper._settings for wrapper in wrappers_in(model)), *config_tuple(model))
     return configs if len(configs) > 1 else configs[0] if configs else None
 
 
@@ -193,11 +201,12 @@ def configure(model: M, **changes: Any) -> M:
     """Change settings of the applied method without patching again; for sweeps.
 
     If several methods are applied, the one that has all the named settings is meant. The method is built anew from its
-    settings: what a method of your own had kept on itself is lost.
+    settings: what a method of your own had kept on itself is lost. Wrappers such as `vtoken.AttentiveMaskCLIP` change
+    theirs between steps.
 
     Raises:
         VTokenError: if nothing is applied, or it cannot be told which method is meant.
-        ConfigError: if a value is wrong; the old settings stay.
+        ConfigError: if a value is wrong, or a setting used up when a wrapper was built; the old settings stay.
 
     Example:
         >>> import timm, vtoken
@@ -205,13 +214,18 @@ def configure(model: M, **changes: Any) -> M:
         >>> vtoken.config_of(vtoken.configure(model, r=4)).r
         4
     """
-    configs = config_tuple(model)
-    meant = [c for c in configs if all(hasattr(c, name) for name in changes)] if len(configs) > 1 else list(configs)
+    held: list[tuple[Wrapper | None, MethodConfig]] = [(w, w._settings) for w in wrappers_in(model)]
+    held += [(None, config) for config in config_tuple(model)]
+    meant = [(w, c) for w, c in held if len(held) == 1 or all(hasattr(c, name) for name in changes)]
     if len(meant) != 1:
-        raise VTokenError(f"configure needs exactly one applied method, found {len(configs)}; use vtoken.apply")
-    owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and meant[0] in m.__dict__["_vtoken"].configs)
-    new = tuple(c.replace(**changes) if c is meant[0] else c for c in owner.__dict__["_vtoken"].configs)
-    host = host_of(owner, meant[0].part)
+        raise VTokenError(f"configure needs exactly one applied method, found {len(held)}; use vtoken.apply")
+    ((wrapper, old),) = meant
+    if wrapper is not None:
+        wrapper._change(changes)
+        return model
+    owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and old in m.__dict__["_vtoken"].configs)
+    new = tuple(c.replace(**changes) if c is old else c for c in owner.__dict__["_vtoken"].configs)
+    host = host_of(owner, old.part)
     applied = Applied(new, build_methods(host, new), owner.__dict__["_vtoken"].compiled)
     carriers = [m for m in owner.modules() if "_vtoken_method" in m.__dict__]
     attention = applied.methods.get("on_attention")
@@ -229,18 +243,35 @@ def configure(model: M, **changes: Any) -> M:
 
 
 def resolve(config: Config, options: dict[str, Any]) -> tuple[MethodConfig, ...]:
-    """Whatever `apply` accepts as one tuple of settings."""
-    if isinstance(config, str):
-        return (make_config(config, options),)
-    if options:
+    """Whatever `apply` accepts as one tuple of settings of methods in a model."""
+    if options and not isinstance(config, str):
         raise ConfigError(f"options {sorted(options)} go with a method's name, not with a settings object")
-    several = isinstance(config, Sequence)
-    configs = (config,) if isinstance(config, MethodConfig) else tuple(config) if several else ()
+    if isinstance(config, str):
+        configs: tuple[MethodConfig, ...] = (make_config(config, options),)
+    else:
+        several = isinstance(config, Sequence)
+        configs = (config,) if isinstance(config, MethodConfig) else tuple(config) if several else ()
     if not configs or not all(isinstance(c, MethodConfig) for c in configs):
         raise ConfigError(
             f"expected settings such as vtoken.PiToMe(ratio=0.9), a method name or a list, got {config!r}"
         )
+    for each in configs:
+        if each.part == "training":
+            each.build(0)  # raises, and says what to do instead
     return configs
+
+
+def given_or_carried(model: nn.Module, config: Config | None, options: dict[str, Any]) -> tuple[MethodConfig, ...]:
+    """The given settings, or else those of what is applied to the model.
+
+    Raises:
+        ConfigError: if they are of no method in a model, but of a wrapper around one.
+    """
+    if config is not None:
+        return resolve(config, options)
+    configs = config_tuple(model)
+    around = [wrapper._settings for wrapper in wrappers_in(model)]
+    return resolve(around, {}) if around and not configs else configs
 
 
 def build_methods(host: Host, configs: tuple[MethodConfig, ...]) -> dict[str, Method]:
@@ -315,8 +346,16 @@ def _carriers_of(model: nn.Module, method: str) -> list[tuple[nn.Module, str]]:
         raise VTokenError(f"{method} and {', '.join(others)} are patched together; remove both: vtoken.remove(model)")
     if not parts:
         names = ", ".join(c.method for c in config_tuple(model)) or "no method"
-        raise VTokenError(f"nothing to remove: {type(model).__name__} carries {names}, not {method}")
+        raise VTokenError(
+            f"nothing to remove: {type(model).__name__} carries {names}, not {method}{_unwrap_hint(model)}"
+        )
     return [(m, part) for m, part in _carried(model) if part in parts]
+
+
+def _unwrap_hint(model: nn.Module) -> str:
+    """What to do instead of removing a wrapper, if there is one; for messages."""
+    names = [type(wrapper).__name__ for wrapper in wrappers_in(model)]
+    return f"; {names[0]} patches nothing, its unwrap() gives the model" if names else ""
 
 
 def patched_modules(model: nn.Module) -> list[nn.Module]:

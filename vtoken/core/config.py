@@ -21,7 +21,9 @@ class MethodConfig:
     """What a method should do; knows nothing of models. Subclasses set `method` and implement `build`."""
 
     method: ClassVar[str] = ""
-    #: Which part of a model the method acts in: "tower" (vision transformer) or "prompt" (of a multimodal model).
+    #: Which part of a model the method acts in: "tower" (vision transformer) or "prompt" (of a multimodal model). Or
+    #: "training": in none, it trains a model. Then a wrapper such as `vtoken.AttentiveMaskCLIP` takes the settings, no
+    #: verb such as `vtoken.apply` does, and `build` raises a ConfigError that says so.
     part: ClassVar[str] = "tower"
 
     @classmethod
@@ -51,11 +53,16 @@ class MethodConfig:
 
 # Modules whose classes register themselves; imported when a method is first asked for by name.
 _BUILTIN = (
+    "vtoken.methods.attentive_clip.settings",
     "vtoken.methods.merging.baselines",
     "vtoken.methods.merging.pitome",
     "vtoken.methods.merging.threshold",
     "vtoken.methods.sparsifiner.settings",
     "vtoken.methods.vtc_cls",
+    "vtoken.methods.divprune",
+    "vtoken.methods.visionzip",
+    "vtoken.methods.cdpruner",
+    "vtoken.methods.controls",
 )
 _registry: dict[str, type[MethodConfig]] = {}
 
@@ -85,7 +92,7 @@ def register_method(config: type[MethodConfig]) -> type[MethodConfig]:
 
 
 def methods() -> list[str]:
-    """Names of the registered methods, as `vtoken.apply(model, "name", ...)` takes them.
+    """Names of the registered methods. `vtoken.apply(model, "name", ...)` takes all but those that train a model.
 
     Example:
         >>> import vtoken
@@ -93,6 +100,11 @@ def methods() -> list[str]:
         True
     """
     return sorted(_known())
+
+
+def applicable() -> list[str]:
+    """Names of the methods that `vtoken.apply` takes."""
+    return [name for name in methods() if _known()[name].part != "training"]
 
 
 def example(method: str) -> MethodConfig:
@@ -103,7 +115,11 @@ def example(method: str) -> MethodConfig:
 def make_config(method: str, options: Mapping[str, Any]) -> MethodConfig:
     """The settings of the method called `method`; unknown methods or options raise ConfigError with a suggestion."""
     if not isinstance(method, str) or method not in _known():
-        raise ConfigError(f"unknown method {method!r}{hint(method, methods())}; known methods: {', '.join(methods())}")
+        others = [name for name in methods() if name not in applicable()]
+        raise ConfigError(
+            f"unknown method {method!r}{hint(method, methods())}; known methods: {', '.join(applicable())}, and for "
+            f"training {', '.join(others)}"
+        )
     config = _known()[method]
     check_names(config.__name__, options, [f.name for f in fields(config)])
     return config(**options)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from vtoken import checks
-from vtoken.core.apply import Config, build_methods, resolve
-from vtoken.core.carried import config_tuple, unapplied
+from vtoken.core.apply import Config, build_methods, given_or_carried
+from vtoken.core.carried import unapplied
 from vtoken.core.config import MethodConfig
 from vtoken.core.host import Host, find_adapter, host_of
 from vtoken.core.method import BlockMethod, KeepAll, Method
@@ -60,7 +60,7 @@ def num_tokens(
         >>> vtoken.num_tokens(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.9))
         55
     """
-    configs = resolve(config, options) if config is not None else config_tuple(model)
+    configs = given_or_carried(model, config, options)
     if any(c.part == "prompt" for c in configs):
         shortening = find_adapter(model, "prompt")
         size = shortening.image_size(model) if img_size is None else pixels(img_size)
@@ -76,8 +76,8 @@ def chosen(
     model: nn.Module, config: Config | None, options: dict[str, Any]
 ) -> tuple[Host, tuple[MethodConfig, ...], dict[str, Method]]:
     """The model's tower, the given or else the applied settings, and the methods that these make there."""
+    configs = given_or_carried(model, config, options)
     host = host_of(model)
-    configs = resolve(config, options) if config is not None else config_tuple(model)
     if not configs:
         told = unapplied(model)
         raise ConfigError("no settings given and no method applied to this model" + (told and f"; {told}"))

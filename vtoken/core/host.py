@@ -115,6 +115,9 @@ _BUILTIN = (
     ("open_clip", "tower", "vtoken.hosts.open_clip.adapter", "OpenClipAdapter"),
     ("transformers", "tower", "vtoken.hosts.transformers.adapter", "HFAdapter"),
     ("transformers", "prompt", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
+    ("transformers", "prompt", "vtoken.hosts.qwen.family", "QwenVL"),
+    ("transformers", "prompt", "vtoken.hosts.internvl.family", "InternVL"),
+    ("transformers", "prompt", "vtoken.hosts.unserved", "UnservedPrompts"),
     ("transformers", "video", "vtoken.hosts.video.llava", "OnevisionVideo"),
     ("transformers", "video", "vtoken.hosts.video.llava", "NextVideo"),
     ("transformers", "video", "vtoken.hosts.video.qwen", "Qwen2Video"),
@@ -189,6 +192,11 @@ def register_adapter(adapter: type[HostAdapter]) -> type[HostAdapter]:
     if all(type(known) is not adapter for known in _registered):
         _registered.append(made)
     return adapter
+
+
+def forget_adapter(adapter: type[HostAdapter]) -> None:
+    """Undo `register_adapter`."""
+    _registered[:] = [known for known in _registered if type(known) is not adapter]
 
 
 def registered() -> tuple[HostAdapter, ...]:

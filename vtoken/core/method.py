@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from vtoken.core.slots import AttentionCall, Slot
 from vtoken.core.spec import HostSpec
+from vtoken.core.visual import Chosen, Needs, Seen, TowerFacts, Visual
 
 
 class Method:
@@ -80,44 +82,43 @@ class BlockMethod(Method):
         raise NotImplementedError
 
 
-class FeatureMethod(Method):
-    """A method that takes image features away between the tower and the language model.
+class PromptMethod(Method):
+    """A method that takes image or video tokens out of a multimodal prompt, between the tower and the language model.
+
+    It never sees a model: `count` is told the grid of a visual, `choose` what it asked for by `needs`. Counts follow
+    from grids and clues alone, so they are known before a pixel is encoded.
 
     Args:
-        ensemble: how the scores of several blocks become one.
-        positions: "compact" (text and kept tokens are renumbered) or "original" (they keep their places).
-        newline: which newlines of a detail grid stay, "row" (by content), "all" or "none".
+        positions: "compact" (text and kept tokens are renumbered), "original" (they keep their places) or "auto":
+            compact where a model counts along one axis, original where it counts along three.
+        newline: which separators of a grid stay, "row" (by content), "all" or "none".
     """
 
     hook: ClassVar[str] = "on_features"
-    ensemble: str
-    positions: str
-    newline: str
+    #: Names of settings that `vtoken.budget` may replace for one call.
+    budgets: ClassVar[frozenset[str]] = frozenset()
+    #: What a call may bring for it through `vtoken.budget`.
+    clues: ClassVar[frozenset[str]] = frozenset()
+    #: Whether rows may differ from the tokens' own.
+    replaces: ClassVar[bool] = False
+    positions: str = "auto"
+    newline: str = "row"
 
-    def scorer(self, has_class: bool) -> str:
-        """ "cls" or "received", for a tower with or without a class token; raises ConfigError if it must be "cls"."""
+    def needs(self, tower: TowerFacts) -> Needs:
+        """What `choose` must be shown; raises ConfigError if such a tower cannot serve it."""
+        return Needs()
+
+    def count(self, visual: Visual, clues: Mapping[str, Any]) -> int:
+        """How many content tokens stay, at least 1; needs no data."""
         raise NotImplementedError
 
-    def layers(self, last: int, scorer: str) -> range:
-        """Blocks whose attention is read when block `last` makes the features; raises ConfigError if there is none."""
+    def choose(self, seen: Seen) -> Tensor | Chosen:
+        """Content indices of what stays, exactly `seen.count` of them, ascending; or with rows in their place."""
         raise NotImplementedError
 
-    def num_kept(self, num_tokens: int) -> int:
-        """How many of the `num_tokens` patch tokens of one image or crop stay; needs no data."""
-        raise NotImplementedError
-
-    def choose(self, scores: Tensor, num_tokens: int) -> Tensor:
-        """Ascending indices of what stays of one image.
-
-        Args:
-            scores: of its features [n]: first `num_tokens` of the image or of its overview crop, then those of the
-                detail grid, row by row; -1 marks a newline.
-        """
-        raise NotImplementedError
-
-    def most(self, scores: Tensor, num_tokens: int) -> int:
-        """How many `choose` keeps at most, whatever the scores are; only their -1 are read."""
-        raise NotImplementedError
+    def scores(self, seen: Seen) -> Tensor | None:
+        """What the choice is made by, [n] float32, for the record of a trace; None if no number tells."""
+        return None
 
 
 class AttentionMethod(Method):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vtoken.core.visual import Visual
 from vtoken.errors import ShapeError
 
 
@@ -50,6 +51,7 @@ class PromptRecord:
         first_patch: patch that feature 0 is; -1 if it is the class token.
         anchors: of every image or overview crop the patch whose place each feature keeps, [n] int64, if the tower
             merges tokens; else None.
+        visuals: the grids of every image and video; see `vtoken.core.visual.Visual`.
     """
 
     kept: tuple[Tensor, ...]
@@ -63,6 +65,7 @@ class PromptRecord:
     grid: tuple[int, int] | None
     first_patch: int
     anchors: tuple[Tensor, ...] | None
+    visuals: tuple[Visual, ...] = ()
 
     def patches(self, image: int = 0) -> Tensor:
         """Kept patches of one image, [k] int64 in raster order from 0; of the overview crop, if it has several.
@@ -77,6 +80,8 @@ class PromptRecord:
         else:
             found = self.kept[image] + self.first_patch
         num_patches = self.grid[0] * self.grid[1] if self.grid else self.full_lengths[image]
+        if self.visuals and self.visuals[image].cells[0] != self.visuals[0].cells[0]:  # of another size
+            num_patches = self.visuals[image].cells[0].tokens
         return found[(found >= 0) & (found < num_patches)]
 
 

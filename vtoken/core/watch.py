@@ -29,13 +29,19 @@ class Watch:
     Args:
         layers: indices of the blocks.
         scorer: "cls" (attention of the first token to every token) or "received" (attention that every token gets).
+        keys: whether the keys of the last of them are kept, too.
         stop: whether blocks behind the last one that is read are left out; what the tower returns then means nothing.
     """
 
-    def __init__(self, layers: Collection[int], scorer: str = "cls", *, stop: bool = False) -> None:
+    def __init__(
+        self, layers: Collection[int], scorer: str = "cls", *, keys: bool = False, stop: bool = False
+    ) -> None:  # fmt: skip
         #: The blocks that are read.
         self.layers = sorted(layers)
         self.stop = stop
+        self._wants_keys = keys
+        #: Keys of the last of them in front of a rotation, mean over heads, [B, T, D].
+        self.keys: Tensor | None = None
         self._scorer = scorer
         self._rows: dict[int, Tensor] = {}
         #: Where every token went, if the tower merges tokens.
@@ -51,15 +57,17 @@ class Watch:
         Args:
             state: of the forward, in a patched tower.
         """
+        self._state = state
         if layer not in self.layers or layer in self._rows:
             return None
-        self._state = state
         sizes = None if state is None else state.bias(layer, torch.float32)
         return Row(self._scorer, None if sizes is None else sizes[:, 0], functools.partial(self._keep, layer))
 
-    def _keep(self, layer: int, row: Tensor, rotated: bool) -> None:
+    def _keep(self, layer: int, row: Tensor, keys: Tensor | None, rotated: bool) -> None:
         self._rows[layer] = row
         self.rotated |= rotated
+        if self._wants_keys and layer == self.layers[-1] and keys is not None:
+            self.keys = keys.mean(1)
 
     def scores(self, last: int, how: str) -> tuple[Tensor, Tensor | None]:
         """Scores of the rows that block `last` hands out, and the embedded row whose place each keeps.
@@ -70,11 +78,15 @@ class Watch:
         Returns:
             [B, T] float32, prefix tokens included; [B, T] int64, or None if no token was merged.
         """
+        rows, anchor = self.each(last)
+        return as_one([row.to(rows[-1].device) for row in rows], how), anchor
+
+    def each(self, last: int) -> tuple[list[Tensor], Tensor | None]:
+        """The same without becoming one: [B, T] for every block."""
         slot = Slot() if self._state is None else self._state.slots[last + 1]
         if slot.anchor is not None and self._state is not None and self._state.method.order == "raster":
             slot = slot.in_raster_order(slot.anchor.new_empty(*slot.anchor.shape, 0))[1]
-        rows = [self._carried(layer, slot) for layer in self.layers]
-        return as_one([row.to(rows[-1].device) for row in rows], how), slot.anchor
+        return [self._carried(layer, slot) for layer in self.layers], slot.anchor
 
     def _carried(self, layer: int, slot: Slot) -> Tensor:
         """One block's scores brought to the rows of `slot`: tokens that merged later pass on their sum."""
@@ -94,10 +106,11 @@ class Row:
     Args:
         scorer: as of `Watch`.
         bias: added to the logits of the keys, [B, 1, T].
-        keep: is given the row [B, T] float32 and whether queries and keys were rotated.
+        keep: is given the row [B, T] float32, the keys in front of a rotation (None where they are not shown) and
+            whether queries and keys were rotated.
     """
 
-    def __init__(self, scorer: str, bias: Tensor | None, keep: Callable[[Tensor, bool], None]) -> None:
+    def __init__(self, scorer: str, bias: Tensor | None, keep: Callable[[Tensor, Tensor | None, bool], None]) -> None:
         self._score = class_row if scorer == "cls" else received_row
         self._bias = bias
         self._keep = keep
@@ -123,7 +136,7 @@ class Row:
         """The row itself [B, T], where an attention shows neither queries nor keys."""
         if not self._done:
             self._done = True
-            self._keep(row, False)
+            self._keep(row, None, False)
 
     def _finish(self, scale: float) -> None:
         if self._q is None or self._k is None:
@@ -132,7 +145,7 @@ class Row:
         if k.shape[1] != q.shape[1]:  # grouped queries
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         q = q[:, :, 0] if self._score is class_row else q
-        self._keep(self._score(q, k, scale=scale, bias=self._bias), self.rotate is not None)
+        self._keep(self._score(q, k, scale=scale, bias=self._bias), self._k, self.rotate is not None)
         self._done = True
         self._q = self._k = self._bias = None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtoken.errors import InputError
 
-_CACHED = "_vtoken_placeholders"
+_CACHED, _OFFSET = "_vtoken_placeholders", "_vtoken_offset"
 
 
 def by_name(stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -83,22 +83,47 @@ def is_filled(cache: Any) -> bool:
     return cache is not None and cache.get_seq_length() > 0
 
 
-def mark(cache: Any, short: Tensor, token_id: int, *, goes_on: bool = False) -> None:
+def mark(
+    cache: Any,
+    short: Tensor,
+    token_id: int,
+    kind: str = "image",
+    *,
+    goes_on: bool = False,
+    offset: Tensor | None = None,
+) -> None:
     """Let the cache, which is the caller's, tell how many placeholders each row of its prompt has.
 
     Args:
         short: ids [B, L'] that were put into it; only the new ones if it `goes_on` from what it held.
+        kind: of the placeholders, "image" or "video".
+        offset: with which models of three axes number what follows, [B, 1].
     """
     if not hasattr(cache, "get_seq_length"):
         return
-    counts = (short == token_id).sum(1).tolist()
-    old = getattr(cache, _CACHED, []) if goes_on else []
-    setattr(cache, _CACHED, [a + b for a, b in zip(old, counts, strict=True)] if len(old) == len(counts) else counts)
+    counts, held = (short == token_id).sum(1).tolist(), getattr(cache, _CACHED, {})
+    old = held.get(kind, []) if goes_on else []
+    counts = [a + b for a, b in zip(old, counts, strict=True)] if len(old) == len(counts) else counts
+    setattr(cache, _CACHED, {**held, kind: counts})
+    if offset is not None:
+        setattr(cache, _OFFSET, offset)
+
+
+def offset_of(cache: Any) -> Tensor | None:
+    """The offset [B, 1] that a filled cache was marked with; what marks an emptied one is forgotten."""
+    if cache is None or not hasattr(cache, _CACHED):
+        return None
+    if is_filled(cache):
+        return getattr(cache, _OFFSET, None)
+    for name in (_CACHED, _OFFSET):
+        if hasattr(cache, name):
+            delattr(cache, name)
+    return None
 
 
 def check_cache(cache: Any, ids: Tensor | None, token_id: int, what: str = "image") -> None:
     """Refuse the full ids of a conversation whose cache was made from a shortened prompt."""
-    marked = getattr(cache, _CACHED, None)
+    marked = getattr(cache, _CACHED, {}).get(what)
     if marked is None or ids is None or not is_filled(cache):
         return
     counts = (ids == token_id).sum(1).tolist()

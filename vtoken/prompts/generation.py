@@ -41,6 +41,8 @@ class FullPrompt:
         self.mask = None if mask is None or bool((mask == 1).all()) else mask  # as generate keeps it
         self.more = ids.shape[1] - short
         self.shown: set[str] = set()  # what has been made to see it, of _MAKERS
+        #: Ids of placeholders by kind, of the visuals that enter as ready outputs.
+        self.token_ids: dict[str, int] = {}
 
     def ids_for(self, seen: Tensor) -> Tensor:
         """Ids [R, L' + n] of the decoding loop with the caller's prompt; R rows are so many copies of each of B."""
@@ -147,6 +149,13 @@ class _Criteria(StoppingCriteriaList):
         return None if longest is None else longest - self.full.more
 
 
+def spread(rows: Any, counts: list[int], copies: int) -> Any:
+    """Rows of a batch's visuals, `counts` of them a prompt row, for `copies` of every row; one entry a prompt row."""
+    flat = rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat([r.flatten(0, -2) for r in rows])
+    each = [part for part in flat.split(counts) for _ in range(copies)]
+    return torch.cat(each).unsqueeze(0) if isinstance(rows, Tensor) else type(rows)(each)
+
+
 class _Aliased:
     """The methods by which an alias differs from its model."""
 
@@ -175,6 +184,22 @@ class _Aliased:
         made.full = self._vtoken_full
         made.full.shown.add("_get_stopping_criteria")
         return made
+
+    def _expand_multimodal_outputs(
+        self, input_ids: Any, mm_encoder_output: Any, expand_size: int = 1, inputs_embeds: Any = None
+    ) -> Any:  # fmt: skip
+        """Ready outputs for several copies of every row; the library's own takes unequal counts for one row's."""
+        known = self._vtoken_full.token_ids
+        if input_ids is None or not input_ids.numel() or not set(mm_encoder_output) <= set(known):
+            stock: Any = super()._expand_multimodal_outputs  # type: ignore[misc]
+            return stock(input_ids, mm_encoder_output, expand_size=expand_size, inputs_embeds=inputs_embeds)
+        for kind, output in mm_encoder_output.items():
+            counts = (input_ids == known[kind]).sum(1).tolist()
+            output.pooler_output = spread(output.pooler_output, counts, expand_size)
+            levels = getattr(output, "deepstack_features", None)
+            if levels is not None:
+                output.deepstack_features = [spread(level, counts, expand_size) for level in levels]
+        return mm_encoder_output
 
     def _expanded_mask(self, given: dict[str, Any]) -> Tensor | None:
         """The caller's mask with a row for every row that is generated."""

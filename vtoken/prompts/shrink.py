@@ -8,7 +8,7 @@ and rows may hold several images or none. A video is an image of many frames, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -92,18 +92,35 @@ def shrink_inputs(
         "attention_mask": attention_mask, "labels": labels, "token_type_ids": token_type_ids,
         "mm_token_type_ids": mm_token_type_ids,
     }  # fmt: skip
+    return shrink_kinds(
+        input_ids, {token_id: (kept, lengths)}, along, position_ids, pad_token_id, padding_side, positions
+    )
+
+
+def shrink_kinds(
+    input_ids: Tensor,
+    kinds: Mapping[int, tuple[Sequence[Tensor], Sequence[int]]],
+    along: dict[str, Tensor | None],
+    position_ids: Tensor | None,
+    pad_token_id: int,
+    padding_side: str,
+    positions: str,
+) -> ShortPrompt:
+    """`shrink_inputs` for placeholders of several ids, each with its selections and lengths, in one go."""
     named: Any = (("padding_side", padding_side, SIDES), ("positions", positions, POSITIONS))
     for word, said, choices in named:
         if said not in choices:
             raise InputError(f"shrink_inputs({word}={said!r}): supported: {', '.join(choices)}")
     check_shapes(input_ids, along, position_ids)
-    counts = _counts(input_ids, kept, lengths, token_id)
+    counts = torch.ones_like(input_ids, dtype=torch.int64)
+    for token_id, (kept, lengths) in kinds.items():
+        _count(counts, input_ids, kept, lengths, token_id)
     if bool((counts == 1).all()):
         index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return ShortPrompt(input_ids=input_ids, position_ids=position_ids, index=index, **along)
-    index = _index(counts, attention_mask, padding_side)
+    index = _index(counts, along["attention_mask"], padding_side)
     short: dict[str, Any] = {name: _gather(value, index, _FILL[name]) for name, value in along.items()}
-    places = _positions(position_ids, attention_mask, index, compact=positions == "compact")
+    places = _positions(position_ids, along["attention_mask"], index, compact=positions == "compact")
     if short["attention_mask"] is None and (places is not None or bool((index < 0).any())):
         short["attention_mask"] = (index >= 0).long()
     if positions == "compact" and places is not None:  # the caller numbered unpadded tokens: so do we
@@ -139,14 +156,16 @@ def check_ids(input_ids: Tensor) -> None:
         )
 
 
-def placeholders_in(embeds: Tensor, table: Any, token_id: int) -> Tensor:
-    """Ids [B, L] of a prompt of embeddings [B, L, C]: `token_id` where they are that token's own, else -1."""
+def placeholders_in(embeds: Tensor, table: Any, *token_ids: int) -> Tensor:
+    """Ids [B, L] of a prompt of embeddings [B, L, C]: a placeholder's where they are that token's own, else -1."""
     if not isinstance(embeds, Tensor) or embeds.dim() != 3:
         got = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
         raise ShapeError(f"inputs_embeds must be [B, L, C], got {got}")
-    own = table(torch.full((), token_id, dtype=torch.int64, device=embeds.device)).to(embeds.device)
-    same = (embeds == own).all(-1)
-    return torch.where(same, token_id, -1)
+    ids = torch.full(embeds.shape[:2], -1, dtype=torch.int64, device=embeds.device)
+    for token_id in token_ids:
+        own = table(torch.full((), token_id, dtype=torch.int64, device=embeds.device)).to(embeds.device)
+        ids = torch.where((embeds == own).all(-1), token_id, ids)
+    return ids
 
 
 def rows_at(embeds: Tensor, index: Tensor, fill: Tensor) -> Tensor:
@@ -162,8 +181,10 @@ def default_positions(attention_mask: Tensor) -> Tensor:
     return counted.masked_fill(attention_mask == 0, 0)
 
 
-def _counts(input_ids: Tensor, kept: Sequence[Tensor], lengths: Sequence[int], token_id: int) -> Tensor:
-    """How often every position is there in the new prompt, [B, L] int64: 1 for text."""
+def _count(
+    counts: Tensor, input_ids: Tensor, kept: Sequence[Tensor], lengths: Sequence[int], token_id: int
+) -> None:  # fmt: skip
+    """Write into counts [B, L] int64 how often every placeholder of one id is there in the new prompt."""
     placeholder = input_ids == token_id
     total = int(placeholder.sum())
     if len(kept) != len(lengths) or total != sum(lengths):
@@ -182,9 +203,7 @@ def _counts(input_ids: Tensor, kept: Sequence[Tensor], lengths: Sequence[int], t
             wrong = int(chosen.min()) if int(chosen.min()) < 0 else int(chosen.max())
             raise ShapeError(f"image {image} has tokens 0 to {length - 1}, its selection reaches {wrong}")
         found.append(torch.bincount(chosen.to(input_ids.device), minlength=length))
-    counts = torch.ones_like(input_ids, dtype=torch.int64)
     counts[placeholder] = torch.cat(found) if found else counts.new_zeros(0)
-    return counts
 
 
 def _index(counts: Tensor, mask: Tensor | None, padding_side: str) -> Tensor:

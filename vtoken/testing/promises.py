@@ -116,6 +116,42 @@ def undone(model: nn.Module, config: MethodConfig) -> None:
     _same("vtoken.remove undoes everything", "the output", stock, again)
 
 
+def sizes(model: nn.Module, config: MethodConfig) -> None:
+    """A token that stands for several patches counts as that many keys, where `prop_attn` says so."""
+    if plan(model, config).removed.count(0) == len(plan(model, config).removed):
+        return
+    x, found = images_for(model, 2), []
+    for prop_attn in (True, False):
+        with applied(model, config.replace(prop_attn=prop_attn)), torch.no_grad():
+            found.append(outputs(model, x))
+    if all(torch.equal(a, b) for a, b in zip(*found, strict=True)):
+        broken("sizes enter attention", f"prop_attn changes nothing in any output with {config}")
+
+
+def hooks(model: nn.Module, config: MethodConfig) -> None:
+    """Every module that runs in the model runs with the method, and its hooks are given that very module."""
+    promise, x = f"hooks are those of the model's own modules with {config}", images_for(model, 1)
+    names = {id(module): name for name, module in model.named_modules()}
+    seen: list[int] = []
+    handles = [m.register_forward_hook(lambda module, *_: seen.append(id(module))) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            outputs(model, x)
+            stock = set(seen)
+            seen.clear()
+            with applied(model, config):
+                outputs(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    strangers = [i for i in seen if i not in names]
+    if strangers:
+        broken(promise, "a hook was given a module that is not in the model: a part was called on a copy")
+    missing = sorted(names[i] or "the model" for i in stock - set(seen))
+    if missing:
+        broken(promise, f"{', '.join(missing)} ran before and does not run now: call submodules, not their weights")
+
+
 def parameters(model: nn.Module, config: MethodConfig) -> None:
     """State-dict keys, parameters, train or eval mode are the model's own while the method is applied."""
     keys, own = list(model.state_dict()), [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]

@@ -154,7 +154,7 @@ class QuotaVideoModel(nn.Module):
         target, call = self.adapter.handed_over(self._core, dict(prepared))
         ids = call.pop("input_ids") if "inputs_embeds" in call else call["input_ids"]
         out = (self.model if target is self._core else target)(**call)
-        calls.mark(calls.cache_of(out), ids, self.adapter.placeholder_id(self._core))
+        calls.mark(calls.cache_of(out), ids, self.adapter.placeholder_id(self._core), "video")
         return out
 
     @torch.no_grad()
@@ -197,7 +197,7 @@ class QuotaVideoModel(nn.Module):
         full = FullPrompt(target, ids, given.get("attention_mask"), short.shape[1])
         out = generate_on(target.generate, call, full)
         returned = calls.cache_of(out)
-        calls.mark(calls.cache_of(call) if returned is None else returned, short, token_id)
+        calls.mark(calls.cache_of(call) if returned is None else returned, short, token_id, "video")
         return calls.with_prompt(out, ids, short.shape[1])
 
     def prepare(

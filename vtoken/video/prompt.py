@@ -60,6 +60,11 @@ def check_call(adapter: VideoAdapter, model: Any, given: dict[str, Any]) -> None
     if isinstance(given.get("logits_to_keep"), Tensor):
         raise InputError("logits_to_keep names positions of the full prompt; pass how many of the last ones to keep")
     pruning = _pruning(model)
+    if pruning is not None and given.get("pixel_values") is not None and model._vtoken_family.axes == 3:
+        raise ConfigError(
+            f"{type(pruning).__name__} shortens prompts of {type(model).__name__} along three axes, which cannot be "
+            "combined with a video budget in one call: ask about images and videos in calls of their own"
+        )
     if pruning is not None and given.get("pixel_values") is not None and pruning.positions == "original":
         raise ConfigError(
             "VTCCLS(positions='original') numbers tokens by the full prompt, which a video with a budget does not "
@@ -142,16 +147,16 @@ def _encode_images(adapter: VideoAdapter, model: Any, given: dict[str, Any], sid
         return _Images(given)
     if _pruning(model) is None:
         return _Images(given, adapter.images(model, given))
-    from vtoken.hosts.llava.entry import prepare  # only with a model of transformers
+    from vtoken.prompts.engine import prepare
 
     videos = {name: value for name, value in given.items() if name in VISION_SIDE and "video" in name}
     with contextlib.ExitStack() as stack:
         record = current_trace(model) or stack.enter_context(tracing(model))
-        prepared = prepare(model, _without(given, videos), padding_side=side)
+        prepared = prepare(model, _without(given, videos), generating=side == "left")
     if prepared is None or record.prompt is None:
         raise InputError("pixel_values came without image placeholders in the prompt")
-    call = prepared[0]
-    return _Images(_without(call, {"features": None}) | videos, call["features"], record.prompt.index)
+    call = prepared.call
+    return _Images(_without(call, {"features": None}) | videos, call["features"]["image"], record.prompt.index)
 
 
 def _pruning(model: Any) -> Any:

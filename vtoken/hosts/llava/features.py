@@ -1,4 +1,4 @@
-"""Image features of the LLaVA family, a score for every one, and which of them stay.
+"""Image features of the LLaVA family: how its visuals lie, and what the tower says of their tokens.
 
 Source: docs/methods/vtc_cls.md 2, 3, 5, 8.
 """
@@ -8,18 +8,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.core.bound import changed
-from vtoken.core.method import FeatureMethod
 from vtoken.core.patch import is_patched, view
+from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.core.watch import Watch
+from vtoken.errors import ConfigError, ShapeError
 from vtoken.hosts.transformers.entry import num_prefix
-from vtoken.prompts.calls import chosen
 
 #: Where transformers keeps the image tower inside the inner model.
 TOWER_NAMES = ("vision_tower", "image_tower")
@@ -27,48 +26,10 @@ TOWER_NAMES = ("vision_tower", "image_tower")
 PIXELS = ("pixel_values", "pixel_values_images")
 LAYER_NAMES = ("vision_feature_layer", "vision_feature_layers")
 #: Arguments that say how images are encoded; they go once images have become features.
-_IMAGE_SIDE = (
+IMAGE_SIDE = (
     *PIXELS, *LAYER_NAMES, "image_sizes", "batch_num_images", "vision_feature_select_strategy", "vision_aspect_ratio",
     "interpolate_pos_encoding",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class ImageFeatures:
-    """Features of all images of one call and what stays of them.
-
-    Args:
-        output: what the model's own `get_image_features` returned.
-        scores, kept: of every image, [n] float32 and [k] int64.
-        scorer, layers: how the scores were made.
-        first_patch, anchors: see PromptRecord.
-    """
-
-    output: Any
-    scores: tuple[Tensor, ...]
-    kept: tuple[Tensor, ...]
-    scorer: str
-    layers: tuple[int, ...]
-    first_patch: int
-    anchors: tuple[Tensor, ...] | None
-
-    @property
-    def full_lengths(self) -> tuple[int, ...]:
-        """Features of every image."""
-        return tuple(len(s) for s in self.scores)
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """What stays of them."""
-        return tuple(len(k) for k in self.kept)
-
-    def pruned(self) -> Any:
-        """The model's output object with the features that stay, in the container that they came in."""
-        features = self.output.pooler_output
-        if self.lengths != self.full_lengths:
-            rows = [f.index_select(0, k.to(f.device)) for f, k in zip(features, self.kept, strict=True)]
-            features = torch.stack(rows) if isinstance(features, Tensor) else rows
-        return chosen(type(self.output)(**{**self.output, "pooler_output": features}))
 
 
 def tower_of(model: Any) -> tuple[str, Any]:
@@ -95,52 +56,70 @@ def drops_first(model: Any, given: dict[str, Any] | None = None) -> bool:
 def image_arguments(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Of a call's arguments those that the model's `get_image_features` takes, by name or for its tower."""
     takes = {*inspect.signature(model.model.get_image_features).parameters, "interpolate_pos_encoding"}
-    return {name: value for name, value in given.items() if name in takes and value is not None and name in _IMAGE_SIDE}
+    return {name: value for name, value in given.items() if name in takes and value is not None and name in IMAGE_SIDE}
 
 
-def without_images(given: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments without those that say how images are encoded."""
-    return {name: value for name, value in given.items() if name not in _IMAGE_SIDE}
-
-
-def encode(model: Any, method: FeatureMethod, given: dict[str, Any]) -> ImageFeatures:
-    """Run the tower and the projector as the model would, and choose what stays.
+def encode(model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: Needs) -> Encoded:
+    """Run the tower and the projector as the model would, and note what a method needs on the way.
 
     Args:
         model: the top-level model, whose `model` owns tower and projector.
-        method: chooses.
         given: the arguments of the call, by name.
     """
     name, tower = tower_of(model)
-    last = feature_layer(model, given)
-    scorer = method.scorer(num_prefix(tower) > 0)
-    layers = method.layers(last, scorer)
-    rows, packing = Watch(layers, scorer), _Packing(model.model)
+    last, wants_keys = feature_layer(model, given), "keys" in needs.features
+    rows = Watch(needs.layers, "cls" if needs.attention == "class" else "received", keys=wants_keys)
+    packing, seen = Packing(model.model), _Input(model.model.multi_modal_projector)
     if not is_patched(tower):
         raise changed("the image tower", tower)
     parts: dict[str, Any] = {name: functools.partial(tower, vtoken_rows=rows)}
-    if hasattr(model.model, "pack_image_features"):
+    if "before" in needs.features:
+        parts["multi_modal_projector"] = seen
+    packs = hasattr(model.model, "pack_image_features")
+    if packs:
         parts["pack_image_features"] = packing.watch
     output = view(model.model, **parts).get_image_features(**image_arguments(model, given))
-    first = int(drops_first(model, given))
-    found, anchors = rows.scores(last, method.ensemble)
-    crops, always = found[:, first:], num_prefix(tower) - first
-    scores = packing.scores(crops) if "pack_image_features" in parts else list(crops)
-    device = output.pooler_output[0].device
-    scores = [s.to(device) for s in scores]
-    kept = tuple(_chosen(method, s, max(always, 0), crops.shape[1]) for s in scores)
-    places = None if anchors is None else tuple((anchors[:, first:] - num_prefix(tower)).to(device))
-    return ImageFeatures(output, tuple(scores), kept, scorer, tuple(layers), -always, places)
+    first, prefix = int(drops_first(model, given)), num_prefix(tower)
+    each, anchors = rows.each(last)
+    features = list(output.pooler_output)
+    device = features[0].device
+    fixed = visuals[0].fixed
+
+    def laid_out(values: Tensor, blank: float, skip: int = 0) -> list[Tensor]:
+        """Values [crops, T, c] in the order of an image's placeholders; without separators and `skip` fixed ones."""
+        found = packing.packed(values, blank) if packs else list(values)
+        found = [value.to(device) for value in found]
+        places = [v.places().to(device) for v in visuals]
+        if packs:
+            return [value.index_select(0, at) for value, at in zip(found, places, strict=True)]
+        return [value[skip:] for value in found]
+
+    attention = keys = before = None
+    if each:
+        stacked = torch.stack([row.to(each[-1].device) for row in each], dim=-1)[:, first:]
+        attention = [row.T for row in laid_out(stacked, -1.0)]
+    if rows.keys is not None:
+        keys = laid_out(rows.keys[:, first:].to(rows.keys), 0.0, fixed)
+    if seen.rows is not None:
+        before = laid_out(seen.rows, 0.0, fixed)
+    places = None if anchors is None else tuple((anchors[:, first:] - prefix).to(device))
+    return Encoded({"image": output}, [features], attention, before, keys, places, first - prefix)
 
 
-def _chosen(method: FeatureMethod, scores: Tensor, always: int, rows: int) -> Tensor:
-    """Ascending indices of what stays; the first `always` features, a class token, do in any case."""
-    best = method.choose(scores[always:], rows - always) + always
-    return torch.cat([torch.arange(always, device=best.device), best])
+class _Input:
+    """Stands where the projector stood, and keeps what it is given."""
+
+    def __init__(self, projector: Any) -> None:
+        self._projector = projector
+        self.rows: Tensor | None = None
+
+    def __call__(self, rows: Tensor) -> Any:
+        self.rows = rows
+        return self._projector(rows)
 
 
-class _Packing:
-    """Notes how the model packs the crops of its images, so that scores can be packed in the very same way."""
+class Packing:
+    """Notes how the model packs the crops of its images, so that anything can be packed in the very same way."""
 
     def __init__(self, inner: Any) -> None:
         self._pack = inner.pack_image_features if hasattr(inner, "pack_image_features") else None
@@ -155,8 +134,33 @@ class _Packing:
         self._call = functools.partial(self._pack, **{k: v for k, v in kwargs.items() if k != "image_newline"})
         return self._pack(image_features, **kwargs)
 
-    def scores(self, rows: Tensor) -> list[Tensor]:
-        """Scores [crops, N] as one-channel features: of every image [n], newlines -1."""
-        crops = rows.unsqueeze(-1).split(self._crops)
-        packed, _ = self._call(crops, image_newline=rows.new_tensor([-1.0]))
-        return [p[:, 0] for p in packed]
+    def packed(self, rows: Tensor, blank: float) -> list[Tensor]:
+        """Rows [crops, N, c] as features of c channels: of every image [n, c], newlines `blank`."""
+        packed, _ = self._call(rows.split(self._crops), image_newline=rows.new_full((rows.shape[2],), blank))
+        return list(packed)
+
+
+def packed_visual(model: Any, patches: int, crops: int, size: Sequence[int], aspect: Any = None) -> Visual:
+    """One image that is cut into crops, as the model packs it: an overview, and a grid with newlines."""
+    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    if patches != side * side:
+        raise ShapeError(f"{patches} tokens of a crop cannot be packed on a grid of {side} x {side}")
+    # The two classes name different options; what is not given has the default of the configuration.
+    options: dict[str, Any] = {"vision_feature_select_strategy": "full"}
+    if hasattr(model.config, "vision_aspect_ratio"):
+        options = {"vision_aspect_ratio": model.config.vision_aspect_ratio if aspect is None else aspect}
+    packed, _ = model.model.pack_image_features(
+        [torch.zeros(crops, patches, 1)], [list(size)], image_newline=torch.tensor([-1.0]), **options
+    )
+    lines = (packed[0][:, 0] < 0).nonzero()[:, 0].tolist()
+    content = len(packed[0]) - len(lines)
+    if crops == 1:
+        return Visual("image", (Cell((side, side)),), tuple(lines))
+    detail = content - patches
+    rows = len(lines)
+    if rows and detail % rows:
+        raise ConfigError(f"a detail grid of {detail} tokens in {rows} rows is not understood")
+    cells = [Cell((side, side), "overview")]
+    if rows or detail:
+        cells.append(Cell((rows, detail // rows) if rows else (1, detail), "detail"))
+    return Visual("image", tuple(cells), tuple(lines))

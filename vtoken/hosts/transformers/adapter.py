@@ -15,7 +15,14 @@ from vtoken.core.spec import HostSpec, Plan
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.tower import block_targets
-from vtoken.hosts.transformers.blocks import LAYERS, AttentionMixin, MasklessDinoLayerMixin, attention_of, refuse_flash
+from vtoken.hosts.transformers.blocks import (
+    LAYERS,
+    AttentionMixin,
+    MasklessDinoLayerMixin,
+    NestedAttentionMixin,
+    attention_of,
+    refuse_flash,
+)
 from vtoken.hosts.transformers.entry import (
     ClipTowerMixin,
     DinoBackboneMixin,
@@ -241,7 +248,8 @@ def _layer_mixin(layer: Any) -> type:
 
 def _parts(layer: Any) -> tuple[type, Any, type]:
     """The mixin of a layer, its attention and the mixin of that."""
-    return _layer_mixin(layer), attention_of(layer), AttentionMixin
+    attn = attention_of(layer)
+    return _layer_mixin(layer), attn, NestedAttentionMixin if hasattr(attn, "attention") else AttentionMixin
 
 
 def _own_forward(module: nn.Module, table: dict[Key, Any]) -> str | None:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from vtoken.core.blocks import merged_block
-from vtoken.core.bound import alone
+from vtoken.core.bound import alone, changed
+from vtoken.core.calling import call
 from vtoken.core.patch import forward_with
 from vtoken.core.state import TokenState
 from vtoken.core.tap import Tap, TappedMixin
@@ -119,13 +120,39 @@ class MasklessDinoLayerMixin(DinoLayerMixin):
     def _vtoken_attend(
         self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:  # fmt: skip
-        attn = self.attention.attention
-        heads = (attn.num_attention_heads, attn.attention_head_size)
-        q, k, v = (part(x).unflatten(2, heads).transpose(1, 2) for part in (attn.query, attn.key, attn.value))
-        tap.keys = k
-        dropout = attn.dropout_prob if attn.training else 0.0
-        out = masked_attention(q, k, v, attn_mask, dropout_p=dropout)
-        return self.attention.output(out.transpose(1, 2).flatten(2), x)
+        if not getattr(self.attention, "_vtoken_takes_tap", False):
+            raise changed(f"the attention of block {self._vtoken_index}", self.attention)
+        out: Tensor = self.attention(x, vtoken_tap=tap, vtoken_mask=attn_mask)
+        return out
+
+
+class NestedAttentionMixin:
+    """The attention of a maskless layer: it holds one that projects, and takes no mask."""
+
+    _vtoken_takes_tap = True
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        *args: Any,
+        vtoken_tap: Tap | None = None,
+        vtoken_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        if vtoken_tap is None:
+            return super().forward(hidden_states, *args, **options)  # type: ignore[misc]
+        inner = self.attention
+        core = functools.partial(call, inner, functools.partial(_nested, inner, vtoken_tap, vtoken_mask))
+        return forward_with(self, {"attention": core}, hidden_states)
+
+
+def _nested(attn: Any, tap: Tap, mask: Tensor | None, x: Tensor) -> tuple[Tensor, None]:
+    """The inner attention of a maskless layer with a mask; its keys go to the tap."""
+    heads = (attn.num_attention_heads, attn.attention_head_size)
+    q, k, v = (part(x).unflatten(2, heads).transpose(1, 2) for part in (attn.query, attn.key, attn.value))
+    tap.keys = k
+    out = masked_attention(q, k, v, mask, dropout_p=attn.dropout_prob if attn.training else 0.0)
+    return out.transpose(1, 2).flatten(2), None
 
 
 def attention_of(layer: Any) -> Any:

@@ -6,13 +6,11 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vtoken.errors import InputError
+from vtoken.hosts.qwen.positions import places
 from vtoken.hosts.video.grid import GridVideo, split_levels
 from vtoken.hosts.video.qwen_old import encoded
-from vtoken.prompts.shrink import default_positions
 
 
 class Qwen2Video(GridVideo):
@@ -25,20 +23,7 @@ class Qwen2Video(GridVideo):
 
     def positions(self, model: Any, given: dict[str, Any], *, generating: bool) -> tuple[Tensor, Tensor | None]:
         """By the model's own `get_rope_index`; where it is not told token types, as the model does without them."""
-        ids, mask, own = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
-        if own is not None:
-            return (own[-3:] if own.dim() == 3 else own.expand(3, *ids.shape)), None
-        if given.get("mm_token_type_ids") is None:
-            if not generating and not self.one_axis:
-                raise InputError(f"{type(model).__name__} needs mm_token_type_ids; pass all that the processor returns")
-            line = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            if mask is not None and generating:
-                line = default_positions(mask)
-            return line.expand(3, -1, -1), None
-        takes = inspect.signature(model.model.get_rope_index).parameters
-        named = {name: given[name] for name in takes if given.get(name) is not None}
-        positions, deltas = model.model.get_rope_index(**named)
-        return positions, deltas
+        return places(model, given, generating=generating, one_axis=self.one_axis)
 
     def go_on(self, model: Any, deltas: Tensor) -> None:
         """Where the model itself leaves it in every call with a video."""
@@ -66,7 +51,7 @@ class Qwen3Video(Qwen2Video):
         """Older releases encode in their forward; there a stand-in is called whose encoding is done already."""
         if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
             return model, call
-        return encoded(model, call, self.placeholder_id(model), self.image_id(model))
+        return encoded(model, call, {"video": self.placeholder_id(model), "image": self.image_id(model)})
 
     def outputs(self, model: Any, levels: Sequence[Sequence[Tensor]]) -> Any:
         """In the output class of the model's own tower."""

@@ -14,18 +14,16 @@ from vtoken.core.patch import view
 from vtoken.hosts.video.adapter import rows_of
 
 
-def encoded(model: Any, call: dict[str, Any], video_id: int, image_id: int) -> tuple[Any, dict[str, Any]]:
+def encoded(model: Any, call: dict[str, Any], token_ids: dict[str, int]) -> tuple[Any, dict[str, Any]]:
     """A stand-in for the model whose towers hand out `mm_encoder_outputs`, and the call for it.
 
     The model itself is not written to. The pixels of the call are empty: they only say that there are some.
     """
     outputs = call["mm_encoder_outputs"]
     rest = {name: value for name, value in call.items() if name != "mm_encoder_outputs"}
-    towers = {"video": _Encoded(outputs["video"], video_id)}
-    rest["pixel_values_videos"] = torch.empty(0)
-    if "image" in outputs:
-        towers["image"] = _Encoded(outputs["image"], image_id)
-        rest["pixel_values"] = torch.empty(0)
+    towers = {kind: _Encoded(output, token_ids[kind]) for kind, output in outputs.items()}
+    names = {"image": "pixel_values", "video": "pixel_values_videos"}
+    rest |= {names[kind]: torch.empty(0) for kind in outputs}
 
     def expand(
         expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any

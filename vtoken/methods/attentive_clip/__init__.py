@@ -1,7 +1,8 @@
-"""Attentive-mask training of CLIP models (arXiv 2212.08653): the wrapper, its losses and its crops."""
+"""Attentive-mask training of CLIP models (arXiv 2212.08653): the wrapper, its settings, its losses and its crops."""
 
 from vtoken.methods.attentive_clip.crop import MultiViewCrop
 from vtoken.methods.attentive_clip.loss import AttentiveMaskLoss
 from vtoken.methods.attentive_clip.model import AttentiveMaskCLIP
+from vtoken.methods.attentive_clip.settings import AttentiveMasks
 
-__all__ = ["AttentiveMaskCLIP", "AttentiveMaskLoss", "MultiViewCrop"]
+__all__ = ["AttentiveMaskCLIP", "AttentiveMaskLoss", "AttentiveMasks", "MultiViewCrop"]

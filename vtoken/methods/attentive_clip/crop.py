@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
-from vtoken.methods.attentive_clip.settings import check_counts, is_number, is_whole
 
 Box = tuple[int, int, int, int]
+_OWNER = "MultiViewCrop"
 
 
 class MultiViewCrop:
@@ -58,19 +59,14 @@ class MultiViewCrop:
         student_transform: Callable[[Any], Any] | None = None,
         teacher_transform: Callable[[Any], Any] | None = None,
     ) -> None:
-        check_counts(views=views)
-        if not _is_range(scale) or scale[1] > 1:
-            raise ConfigError(f"scale={scale!r} must be a range in (0, 1]: the smallest and the largest share")
-        if not _is_range(ratio):
-            raise ConfigError(f"ratio={ratio!r} must be a range of positive numbers: the smallest and the largest")
+        self.views = checks.whole(_OWNER, "views", views, 1)
+        self.scale = _range("scale", scale, most=1)
+        self.ratio = _range("ratio", ratio)
         for name, transform in (("student_transform", student_transform), ("teacher_transform", teacher_transform)):
             if transform is not None and not callable(transform):
                 raise ConfigError(f"{name}={transform!r} must be something to call with a crop, or None")
-        self.size = _pair(size)
-        self.views = views
-        self.scale = scale
-        self.ratio = ratio
-        self.teacher_size = self.size if teacher_size is None else _pair(teacher_size)
+        self.size = _sides("size", size)
+        self.teacher_size = self.size if teacher_size is None else _sides("teacher_size", teacher_size)
         self.student_transform = student_transform
         self.teacher_transform = teacher_transform
 
@@ -117,20 +113,24 @@ def _picture(image: Any) -> Any:
         raise InputError(f"Pillow cannot make a picture of mode {image.mode!r} RGB: {error}") from error
 
 
-def _is_range(pair: Any) -> bool:
-    ends = tuple(pair) if isinstance(pair, Sequence) else ()
-    return len(ends) == 2 and all(is_number(end) for end in ends) and 0 < ends[0] <= ends[1]
+def _range(name: str, value: Any, most: float | None = None) -> tuple[float, float]:
+    """The ends of a range of positive numbers."""
+    ends = [checks.number(_OWNER, name, end, above=0, most=most) for end in checks.several(value) or ()]
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise ConfigError(f"{_OWNER}({name}={value!r}): must be a range, its smallest and its largest number")
+    return ends[0], ends[1]
 
 
 def _up_to(last: int) -> int:
     return int(torch.randint(last + 1, ()))
 
 
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
-    if len(sides) != 2 or not all(is_whole(side) and side >= 1 for side in sides):
-        raise ConfigError(f"size={size!r} must be positive: pixels of both sides, or (height, width)")
-    return int(sides[0]), int(sides[1])
+def _sides(name: str, value: Any) -> tuple[int, int]:
+    """Height and width in pixels."""
+    sides = [checks.whole(_OWNER, name, side, 1) for side in checks.several(value) or (value, value)]
+    if len(sides) != 2:
+        raise ConfigError(f"{_OWNER}({name}={value!r}): must be pixels of both sides, or (height, width)")
+    return sides[0], sides[1]
 
 
 def _crop(image: Any, box: Box, size: tuple[int, int], transform: Callable[[Any], Any] | None) -> Tensor:

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vtoken.errors import ConfigError, VTokenError
-from vtoken.methods.attentive_clip.settings import is_number
 
 
-def momentum_after(n: int, start: float, total_steps: int | None) -> float:
+def momentum_after(n: int, start: float, total_steps: float | None) -> float:
     """Weight of the old average after optimiser step n: from `start` to 1 by a half cosine, constant without a total.
 
     Source: docs/methods/attentive_clip.md 8.
@@ -104,14 +103,6 @@ def _frozen(part: Any) -> Any:
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
     return copied
-
-
-def check_schedule(momentum: float, total_steps: int | None) -> None:
-    """Raise ConfigError for a momentum outside of [0, 1] or a total below 1."""
-    if not is_number(momentum) or not 0 <= momentum <= 1:
-        raise ConfigError(f"momentum={momentum!r} must be in [0, 1]; 0.996 is the published start")
-    if total_steps is not None and not (is_number(total_steps) and total_steps >= 1):
-        raise ConfigError(f"total_steps={total_steps!r} is the number of optimiser steps planned: from 1 on, or None")
 
 
 def attach(

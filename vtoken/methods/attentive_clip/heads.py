@@ -7,15 +7,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from vtoken.errors import ConfigError
-
 NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
-
-
-def check_norm(norm: str) -> None:
-    """Raise ConfigError for a norm other than "batch" and "layer"."""
-    if not isinstance(norm, str) or norm not in NORMS:
-        raise ConfigError(f"head_norm={norm!r} must be one of {', '.join(NORMS)}")
 
 
 def mlp(*widths: int, bias: bool, norm: str) -> nn.Sequential:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
-from vtoken.methods.attentive_clip.settings import check_counts, check_least, is_number, is_whole
 from vtoken.ops.rows import full_precision
 
 
@@ -53,18 +53,13 @@ class AttentiveMaskLoss(nn.Module):
         super().__init__()
         if contrastive is not None and not callable(contrastive):
             raise ConfigError(f"contrastive={contrastive!r} must be a loss that can be called, or None")
-        check_least(0, simclr_weight=simclr_weight, byol_weight=byol_weight)
-        if not is_number(temperature) or not temperature > 0:
-            raise ConfigError(f"temperature={temperature!r} must be a positive number")
-        check_counts(world_size=world_size)
-        if not is_whole(rank) or not 0 <= rank < world_size:
-            raise ConfigError(f"rank={rank!r} must be in 0 to world_size - 1 = {world_size - 1}")
+        owner = type(self).__name__
         self.contrastive = contrastive
-        self.simclr_weight = simclr_weight
-        self.byol_weight = byol_weight
-        self.temperature = temperature
-        self.rank = rank
-        self.world_size = world_size
+        self.simclr_weight = checks.number(owner, "simclr_weight", simclr_weight, 0)
+        self.byol_weight = checks.number(owner, "byol_weight", byol_weight, 0)
+        self.temperature = checks.number(owner, "temperature", temperature, above=0)
+        self.world_size = checks.whole(owner, "world_size", world_size, 1)
+        self.rank = checks.whole(owner, "rank", rank, 0, self.world_size - 1, what="the number of this process, ")
 
     def forward(
         self,

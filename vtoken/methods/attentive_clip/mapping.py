@@ -27,12 +27,6 @@ def check_boxes(view_boxes: Tensor | None, teacher_boxes: Tensor | None, batch: 
         )
 
 
-def check_outside(outside: str) -> None:
-    """Raise ConfigError for another way to score what the teacher's image does not show."""
-    if outside not in OUTSIDE:
-        raise ConfigError(f"outside={outside!r} must be one of {', '.join(OUTSIDE)}")
-
-
 def map_scores(
     scores: Tensor,
     grid: tuple[int, int],

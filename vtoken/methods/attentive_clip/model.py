@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -12,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vtoken.core.options import checked, fixed, held
+from vtoken import checks
 from vtoken.core.watch import Watch
+from vtoken.core.wrapper import Wrapper, setting
 from vtoken.errors import ConfigError, ShapeError
-from vtoken.methods.attentive_clip import cost, heads, settings
-from vtoken.methods.attentive_clip.ema import EmaTeacher, attach, check_schedule, momentum_after
+from vtoken.methods.attentive_clip import cost, fit, heads
+from vtoken.methods.attentive_clip.ema import EmaTeacher, attach, momentum_after
 from vtoken.methods.attentive_clip.follow import StepWatch
-from vtoken.methods.attentive_clip.mapping import check_outside
 from vtoken.methods.attentive_clip.masking import by_view, scores_of_units, shrunk, token_rows
-from vtoken.methods.attentive_clip.select import Selection, patches_of
-from vtoken.methods.attentive_clip.settings import Image, Layers
+from vtoken.methods.attentive_clip.select import patches_of
+from vtoken.methods.attentive_clip.settings import AttentiveMasks
 
 
-class AttentiveMaskCLIP(nn.Module):
+class AttentiveMaskCLIP(Wrapper):
     """A CLIP whose image tower is trained on the patches that an averaged copy of it attends to.
 
     In train mode each image is looked at by the teacher, a moving average of the image tower; the class token's
@@ -33,8 +32,11 @@ class AttentiveMaskCLIP(nn.Module):
     training script of others, the teacher follows by itself: weights that changed after a backward pass are one step,
     taken over when the next training forward, or anything else, needs the teacher (with a compiled forward at the next
     backward, so that masks lag one step behind). An optimiser that runs several backward passes in a step, as LBFGS
-    does, must be attached. Wrap first, then DDP or compile. Unknown attributes are those of the wrapped model. Settings
-    up to `total_steps`, `outside` and the generator may be changed between steps; the others refuse.
+    does, must be attached. Wrap first, then DDP or compile. Unknown attributes are those of the wrapped model.
+
+    Every setting is an attribute; `vtoken.config_of` gives them all, `vtoken.configure` changes several at once. Those
+    that shape the heads and the teacher (`simclr_weight`, `byol_weight`, `hidden_dim`, `out_dim`, `head_norm`,
+    `ema_text`) and `freeze_patch_embed` stay as they were built; the others may change between steps.
 
     On cluttered images, trained from scratch, the attention of the first steps means nothing and "topk" can lock in on
     the background: give `warmup_steps`, or use mode "mix".
@@ -42,34 +44,14 @@ class AttentiveMaskCLIP(nn.Module):
     Args:
         model: an open_clip CLIP or CustomTextCLIP, not copied, that stays usable on its own. Image towers: open_clip's
             VisionTransformer and timm VisionTransformer trunks, with a class token.
-        keep_ratio: share of the patches that the student sees, in (0, 1]; of n units ceil(n * keep_ratio) are kept.
-            1 masks nothing and runs no teacher (unless `byol_weight` needs it).
-        mode: "topk" keeps the most attended units; "random" any; "sample" draws them with probability ~
-            score^(1/temperature); "mix" keeps the best `top_fraction` of those kept and any others; "lowest" keeps the
-            least attended, for ablations.
-        block: side in patches of the square units that are kept or masked; "auto": 32 pixels, or 1 patch where that
-            does not divide the grid.
-        layers: blocks of the teacher whose attention counts, with equal weight: "all", "last" or indices, negative
-            ones too.
-        top_fraction: of mode "mix", in (0, 1].
-        temperature: of mode "sample", above 0.
-        warmup_steps: optimiser steps without masking at the start.
-        teacher_scale: factor on the sides of the teacher's image; 0.5 is the efficient variant.
-        momentum: of the average after the first steps; grows to 1 by a half cosine over `total_steps`.
-        total_steps: optimiser steps planned; None: constant momentum.
-        simclr_weight: above 0 makes the head of the SimCLR loss between two views. The factor on the loss itself is
-            that of `AttentiveMaskLoss`.
-        byol_weight: the same for the loss between student and teacher.
-        hidden_dim, out_dim, head_norm: widths of the heads, and "batch" or "layer" for their norm.
-        ema_text: average the text tower too, for `unwrap(ema=True)`.
-        freeze_patch_embed: do not train the patch embedding, as published.
-        generator: of the random modes; None is torch's own, which is also the one that compiles.
-        outside: score of a patch whose centre the teacher's image does not show: "border" takes the nearest score,
-            "zeros" takes 0 as the published code does. Only for boxes of your own: `MultiViewCrop` covers every view.
+        config: the settings.
+        generator: of the random modes; None is torch's own, which is also the one that compiles. An attribute that may
+            change, and no setting.
+        settings: instead of `config`, settings of `AttentiveMasks` by name, such as `keep_ratio=0.5`.
 
     Raises:
         UnsupportedModelError: if the model is not understood, with the reason.
-        ConfigError: for values out of range or that do not fit the model.
+        ConfigError: for values out of range or that do not fit the model, and for both ways to give settings at once.
 
     Example:
         >>> import open_clip, torch, vtoken
@@ -77,8 +59,8 @@ class AttentiveMaskCLIP(nn.Module):
         >>> model = open_clip.CLIP(32, tower, dict(layers=1, width=64, heads=2), output_dict=True)
         >>> clip = vtoken.AttentiveMaskCLIP(model, keep_ratio=0.5).train()
         >>> out = clip(torch.randn(2, 3, 64, 64), open_clip.tokenize(["a shoe", "a bag"]))
-        >>> clip.unwrap() is model
-        True
+        >>> clip.unwrap() is model, vtoken.config_of(clip) == vtoken.AttentiveMasks(keep_ratio=0.5)
+        (True, True)
 
     Source: arXiv 2212.08653.
     """
@@ -86,109 +68,78 @@ class AttentiveMaskCLIP(nn.Module):
     ema_step: Tensor
     teacher: Any
 
-    keep_ratio = held("_selection", "keep_ratio", lambda self, how: self._check_units(how))
-    mode = held("_selection", "mode")
-    block = held("_selection", "block", lambda self, how: self._check_units(how))
-    top_fraction = held("_selection", "top_fraction")
-    temperature = held("_selection", "temperature")
-    teacher_scale = checked(
-        "teacher_scale", lambda self, value: settings.check_scale(value, self._image_size, self._patch_size)
+    _settings: AttentiveMasks
+    _fixed = frozenset(
+        {"simclr_weight", "byol_weight", "hidden_dim", "out_dim", "head_norm", "ema_text", "freeze_patch_embed"}
     )
-    momentum = checked("momentum", lambda _, value: check_schedule(value, None))
-    total_steps = checked("total_steps", lambda _, value: check_schedule(1.0, value))
-    outside = checked("outside", lambda _, value: check_outside(value))
-    generator = checked("generator", lambda _, value: settings.check_generator(value))
-    simclr_weight, byol_weight = fixed("simclr_weight"), fixed("byol_weight")
-    hidden_dim, out_dim, head_norm = fixed("hidden_dim"), fixed("out_dim"), fixed("head_norm")
-    ema_text, freeze_patch_embed = fixed("ema_text"), fixed("freeze_patch_embed")
+
+    keep_ratio, mode, block = setting("keep_ratio"), setting("mode"), setting("block")
+    top_fraction, temperature, warmup_steps = setting("top_fraction"), setting("temperature"), setting("warmup_steps")
+    teacher_scale, momentum, total_steps = setting("teacher_scale"), setting("momentum"), setting("total_steps")
+    simclr_weight, byol_weight, outside = setting("simclr_weight"), setting("byol_weight"), setting("outside")
+    hidden_dim, out_dim, head_norm = setting("hidden_dim"), setting("out_dim"), setting("head_norm")
+    ema_text, freeze_patch_embed = setting("ema_text"), setting("freeze_patch_embed")
 
     def __init__(
         self,
         model: nn.Module,
+        config: AttentiveMasks | None = None,
         *,
-        keep_ratio: float = 0.5,
-        mode: str = "topk",
-        block: int | str = "auto",
-        layers: Layers = "all",
-        top_fraction: float = 0.5,
-        temperature: float = 1.0,
-        warmup_steps: int = 0,
-        teacher_scale: float = 1.0,
-        momentum: float = 0.996,
-        total_steps: int | None = None,
-        simclr_weight: float = 0.0,
-        byol_weight: float = 0.0,
-        hidden_dim: int = 4096,
-        out_dim: int = 256,
-        head_norm: str = "batch",
-        ema_text: bool = False,
-        freeze_patch_embed: bool = False,
         generator: torch.Generator | None = None,
-        outside: str = "border",
+        **settings: Any,
     ) -> None:
         super().__init__()
         from vtoken.methods.attentive_clip.towers import tower_of
 
+        config = _settings_of(config, settings)
+        self.generator = generator
         self._host, self._spec, self._patches = tower_of(model)
-        self._selection = Selection(
-            keep_ratio=keep_ratio, mode=mode, block=block, top_fraction=top_fraction, temperature=temperature
-        )
-        settings.check_least(0, simclr_weight=simclr_weight, byol_weight=byol_weight)
-        settings.check_counts(hidden_dim=hidden_dim, out_dim=out_dim)
-        settings.check_switches(ema_text=ema_text, freeze_patch_embed=freeze_patch_embed)
-        heads.check_norm(head_norm)
-        self._fixed = {
-            "simclr_weight": simclr_weight, "byol_weight": byol_weight, "hidden_dim": hidden_dim, "out_dim": out_dim,
-            "head_norm": head_norm, "ema_text": ema_text, "freeze_patch_embed": freeze_patch_embed,
-        }  # fmt: skip
         visual: Any = model.visual
         self._patch_size, self._image_size = self._patches.size, self._patches.image_size
-        self._check_units(self._selection)
         self._steps = 0
-        self.layers = layers
-        self.warmup_steps = warmup_steps
-        self.teacher_scale = teacher_scale
-        self.momentum = momentum
-        self.total_steps = total_steps
-        self.generator = generator
-        self.outside = outside
+        self._adopt(config)
 
         like = next(visual.parameters())
-        sizes: dict[str, Any] = {"hidden": hidden_dim, "out": out_dim, "norm": head_norm}
+        sizes: dict[str, Any] = {"hidden": config.hidden_dim, "out": config.out_dim, "norm": config.head_norm}
         width, made = self._patches.features, {"device": like.device, "dtype": like.dtype}
         self.model: Any = model
-        self.simclr_head = heads.simclr_head(width, **sizes).to(**made) if simclr_weight else None
-        self.byol_projector = heads.byol_projector(width, **sizes).to(**made) if byol_weight else None
-        self.byol_predictor = heads.byol_predictor(**sizes).to(**made) if byol_weight else None
+        self.simclr_head = heads.simclr_head(width, **sizes).to(**made) if config.simclr_weight else None
+        self.byol_projector = heads.byol_projector(width, **sizes).to(**made) if config.byol_weight else None
+        self.byol_predictor = heads.byol_predictor(**sizes).to(**made) if config.byol_weight else None
         self.teacher = EmaTeacher(**self._averaged())
         self.register_buffer("ema_step", torch.zeros((), dtype=torch.int64, device=like.device))
         self._freeze()
         self._watch_steps()
 
-    def _check_units(self, how: Selection) -> None:
-        """Raise ConfigError if the units do not fit the patches of a tower that takes one size only."""
-        if self._image_size is not None:
-            how.block_of(self._spec.grid, max(self._patch_size))
-
-    @property
-    def warmup_steps(self) -> int:
-        """Optimiser steps without masking at the start; a change counts from the step that has been reached."""
-        return self._warmup_steps
-
-    @warmup_steps.setter
-    def warmup_steps(self, value: int) -> None:
-        settings.check_least(0, warmup_steps=value)
-        self._warmup_steps = value
-        self._count_steps(self._steps)
+    def _adopt(self, settings: AttentiveMasks) -> None:
+        """Make these the settings; raises ConfigError, nothing changed, where they do not fit the tower."""
+        if self._image_size is not None:  # else units are those of a call
+            settings.block_of(self._spec.grid, max(self._patch_size))
+        fit.check_scale(settings.teacher_scale, self._image_size, self._patch_size)
+        layers = fit.chosen_layers(settings.layers, self._spec.depth)
+        super()._adopt(settings)
+        self._layers = layers
+        self._count_steps(self._steps)  # another warm-up counts from the step that has been reached
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Blocks of the teacher whose attention counts."""
+        """Blocks of the teacher whose attention counts, by number; set as the setting is given."""
         return self._layers
 
     @layers.setter
-    def layers(self, value: Layers) -> None:
-        self._layers = settings.resolve_layers(value, self._spec.depth)
+    def layers(self, value: Any) -> None:
+        self._change({"layers": value})
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Of the random modes; None is torch's own."""
+        return self._generator
+
+    @generator.setter
+    def generator(self, value: torch.Generator | None) -> None:
+        if value is not None and not isinstance(value, torch.Generator):
+            raise ConfigError(f"generator={value!r} must be a torch.Generator, or None for torch's own")
+        self._generator = value
 
     @property
     def output_dict(self) -> bool:
@@ -211,7 +162,7 @@ class AttentiveMaskCLIP(nn.Module):
 
     def forward(
         self,
-        image: Image | None = None,
+        image: fit.Image | None = None,
         text: Tensor | None = None,
         *,
         teacher_image: Tensor | None = None,
@@ -238,11 +189,11 @@ class AttentiveMaskCLIP(nn.Module):
             ShapeError, ConfigError: if views, teacher image and boxes do not fit each other or the settings.
         """
         if image is None or not self.training:
-            return self.model(settings.single(image), text)
+            return self.model(fit.single(image), text)
         self._follow()
         views = [image] if isinstance(image, Tensor) else list(image)
-        settings.check_views(views, self._image_size, self._patch_size)
-        settings.check_teacher(views, teacher_image, view_boxes, teacher_boxes)
+        fit.check_views(views, self._image_size, self._patch_size)
+        fit.check_teacher(views, teacher_image, view_boxes, teacher_boxes)
         if self.simclr_head is not None and len(views) != 2:
             raise ConfigError(f"simclr_weight > 0 compares two views, but {len(views)} were given")
         rows, target = self._look(views, teacher_image, view_boxes, teacher_boxes)
@@ -294,13 +245,13 @@ class AttentiveMaskCLIP(nn.Module):
             units = torch.empty(len(views) * len(views[0]), grid[0] * grid[1] // block**2, device=views[0].device)
         else:
             units = scores_of_units(scores, grid, block, len(views), view_boxes, teacher_boxes, self.outside)
-        return token_rows(self._selection.choose(units, self.generator), grid, block, self._spec.num_prefix), target
+        return token_rows(self._settings.choose(units, self.generator), grid, block, self._spec.num_prefix), target
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         return images.shape[2] // self._patch_size[0], images.shape[3] // self._patch_size[1]
 
     def _block_of(self, grid: tuple[int, int]) -> int:
-        return self._selection.block_of(grid, max(self._patch_size))
+        return self._settings.block_of(grid, max(self._patch_size))
 
     def _teach(self, image: Tensor, layers: Collection[int], *, stop: bool) -> tuple[Tensor | None, Tensor]:
         """Relevance [B, h, w] of the patches that the teacher sees, and its pooled features."""
@@ -329,7 +280,7 @@ class AttentiveMaskCLIP(nn.Module):
             raise ShapeError(f"expected relevance maps [B, h, w], got {tuple(scores.shape)}")
         grid = self._spec.grid if self._image_size is not None else (scores.shape[1], scores.shape[2])
         block = self._block_of(grid)
-        return patches_of(self._selection.choose(scores_of_units(scores, grid, block), self.generator), grid, block)
+        return patches_of(self._settings.choose(scores_of_units(scores, grid, block), self.generator), grid, block)
 
     def encode_image(self, image: Tensor, normalize: bool = False, *, ema: bool = False) -> Tensor:
         """Image features [B, E], nothing masked: of the wrapped model, or of the teacher without gradient."""
@@ -439,17 +390,14 @@ class AttentiveMaskCLIP(nn.Module):
 
         Source: docs/methods/attentive_clip.md 12.
         """
-        settings.check_counts(batch=batch, views=views)
-        if teacher_scale is not None:
-            settings.check_scale(teacher_scale, None, self._patch_size)
-        how = self._selection if keep_ratio is None else replace(self._selection, keep_ratio=keep_ratio)
-        how = how if mode is None else replace(how, mode=mode)
-        scale = self.teacher_scale if teacher_scale is None else teacher_scale
+        batch, views = checks.whole("step_macs", "batch", batch, 1), checks.whole("step_macs", "views", views, 1)
+        others = {"keep_ratio": keep_ratio, "mode": mode, "teacher_scale": teacher_scale}
+        how = self._settings.replace(**{name: value for name, value in others.items() if value is not None})
         teacher = self.byol_projector is not None or (how.keep_ratio < 1 and how.mode != "random")
         kept = how.num_kept(self._spec.grid, max(self._patch_size))
         image = cost.image_macs(
             [block for _, block in self._host.blocks(self.model.visual)], self._patch_embed(), self._spec.grid,
-            self._spec.num_prefix, views=views, kept=kept, teacher_scale=scale if teacher else None,
+            self._spec.num_prefix, views=views, kept=kept, teacher_scale=how.teacher_scale if teacher else None,
         )  # fmt: skip
         return batch * (image + 3 * cost.text_macs(self.model))
 
@@ -491,3 +439,17 @@ class AttentiveMaskCLIP(nn.Module):
         if self._watch is not None:
             self._watch.forget()
         self._count_steps(int(self.ema_step))
+
+
+def _settings_of(config: AttentiveMasks | None, settings: dict[str, Any]) -> AttentiveMasks:
+    """Settings that were given as one object or by name."""
+    if config is None:
+        return AttentiveMasks().replace(**settings)
+    if not isinstance(config, AttentiveMasks):
+        raise ConfigError(f"AttentiveMaskCLIP(config={config!r}): must be settings, vtoken.AttentiveMasks(...)")
+    if settings:
+        raise ConfigError(
+            f"AttentiveMaskCLIP takes vtoken.AttentiveMasks or settings by name, not both: {', '.join(settings)}; "
+            "config.replace(...) makes a copy with some changed"
+        )
+    return config

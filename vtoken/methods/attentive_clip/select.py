@@ -18,7 +18,7 @@ _UNIT_PIXELS = 32  # the published unit: 2 x 2 patches of 16 pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """How patches are chosen; see `AttentiveMaskCLIP` for the settings.
+    """How patches are chosen: the first of the settings of `AttentiveMasks`, which says what they are.
 
     Raises:
         ConfigError: for values out of range.
@@ -31,14 +31,16 @@ class Selection:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        owner = "AttentiveMaskCLIP"
-        checks.share(owner, "keep_ratio", self.keep_ratio, what="the share of patches kept, ")
+        owner = type(self).__name__
+        what = "the share of patches kept, "
+        object.__setattr__(self, "keep_ratio", checks.share(owner, "keep_ratio", self.keep_ratio, what=what))
         checks.choice(owner, "mode", self.mode, MODES)
-        if self.block != "auto" and not (type(self.block) is int and self.block >= 1):
-            raise ConfigError(f'block={self.block!r} is the side of a unit in patches: an integer from 1 on, or "auto"')
+        if not (isinstance(self.block, str) and self.block == "auto"):
+            what = 'the side of a unit in patches (or "auto"), '
+            object.__setattr__(self, "block", checks.whole(owner, "block", self.block, 1, what=what))
         what = 'the share of the best units among those kept (mode="random" keeps any), '
-        checks.share(owner, "top_fraction", self.top_fraction, what=what)
-        checks.number(owner, "temperature", self.temperature, above=0)
+        object.__setattr__(self, "top_fraction", checks.share(owner, "top_fraction", self.top_fraction, what=what))
+        object.__setattr__(self, "temperature", checks.number(owner, "temperature", self.temperature, above=0))
 
     def block_of(self, grid: tuple[int, int], patch_size: int) -> int:
         """Side of the units on a patch grid.

@@ -1,0 +1,94 @@
+"""`vtoken.testing.check_host` passes an adapter that keeps its promises, and names the promise of one that does not."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch.nn.functional as F
+
+import vtoken
+from vtoken.core import host
+from vtoken.hosts.timm.adapter import TimmAdapter
+from vtoken.testing import check_host
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/extend/host.md"
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    """The model and the adapter of docs/extend/host.md, as a module of their own."""
+    module: Any = types.ModuleType("docs_extend_host")
+    sys.modules[module.__name__] = module  # pickle finds classes by their module
+    for program in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(compile(program, str(PAGE), "exec"), module.__dict__)
+    host.forget_adapter(module.MyAdapter)
+    yield module
+    del sys.modules[module.__name__]
+
+
+def broken_by(page: Any, part: str, body: dict[str, Any]) -> type[vtoken.HostAdapter]:
+    """The page's adapter with one of its mixins changed."""
+    changed = type("Changed", (getattr(page, part),), body)
+
+    class Adapter(page.MyAdapter):  # type: ignore[misc, name-defined]
+        def targets(self, model: Any, methods: Any) -> Any:
+            return [(m, changed if mixin is getattr(page, part) else mixin, attributes)
+                    for m, mixin, attributes in super().targets(model, methods)]  # fmt: skip
+
+    return Adapter
+
+
+def test_adapters_that_keep_their_promises_pass(page: Any) -> None:
+    assert len(check_host(page.MyAdapter, page.MyViT().eval())) == 6
+    assert not any(type(known) is page.MyAdapter for known in host.registered())
+    assert check_host(TimmAdapter, timm.create_model("test_vit").eval(), configs=[vtoken.ToMe(r=4)])
+
+
+def _deaf(self: Any, x: Any, tap: Any, **mask: Any) -> Any:
+    return super(type(self).__mro__[1], self)._vtoken_attn(x, tap)
+
+
+def _by_weights(self: Any, x: Any) -> Any:
+    first, _, second = self.mlp
+    return F.linear(F.gelu(F.linear(self.norm2(x), first.weight, first.bias)), second.weight, second.bias)
+
+
+def _as_it_was(self: Any, images: Any) -> Any:
+    return type(self)._vtoken_base.forward(self, images)
+
+
+@pytest.mark.parametrize(
+    ("part", "body", "promise"),
+    [
+        ("BlockMixin", {"_vtoken_attn": _deaf}, "sizes enter attention"),
+        ("BlockMixin", {"_vtoken_mlp": _by_weights}, "hooks are those of the model's own modules"),
+        ("ModelMixin", {"forward": _as_it_was}, "nothing was recorded|planned counts are kept"),
+    ],
+)
+def test_a_mixin_that_does_not_is_named(page: Any, part: str, body: dict[str, Any], promise: str) -> None:
+    with pytest.raises((AssertionError, vtoken.VTokenError), match=promise):
+        check_host(broken_by(page, part, body), page.MyViT().eval())
+
+
+def test_measures_that_are_not_the_models(page: Any) -> None:
+    class Deeper(page.MyAdapter):  # type: ignore[misc, name-defined]
+        def spec(self, model: Any) -> Any:
+            spec = super().spec(model)
+            return type(spec)(**{**vars(spec), "depth": spec.depth + 1})
+
+    with pytest.raises(AssertionError, match="the measures fit the model: spec says 5 blocks, blocks\\(\\) gives 4"):
+        check_host(Deeper, page.MyViT().eval())
+
+
+def test_wrong_calls(page: Any) -> None:
+    with pytest.raises(vtoken.ConfigError, match="must be in eval mode"):
+        check_host(page.MyAdapter, page.MyViT())
+    with pytest.raises(vtoken.ConfigError, match="lacks spec, grid, blocks, targets"):
+        check_host(vtoken.HostAdapter, page.MyViT().eval())

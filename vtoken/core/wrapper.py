@@ -1,0 +1,56 @@
+"""Modules of vtoken's own around a model: they hold their settings, as no model is patched that could carry them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from vtoken.core.config import MethodConfig
+from vtoken.errors import ConfigError
+
+
+class Wrapper(nn.Module):
+    """A module that holds a model, and the settings of its method.
+
+    `vtoken.config_of` finds them and `vtoken.configure` changes them; each is an attribute, too, see `setting`.
+    """
+
+    #: Names of the settings that are used up when the wrapper is built.
+    _fixed: ClassVar[frozenset[str]] = frozenset()
+    _settings: MethodConfig
+
+    def _adopt(self, settings: Any) -> None:
+        """Make these its settings; subclasses raise ConfigError, nothing changed, where they do not fit the model."""
+        self._settings = settings
+
+    def _change(self, changes: dict[str, Any]) -> None:
+        """Change settings, all of them or, where one cannot be, none.
+
+        Raises:
+            ConfigError: for a setting that is fixed or unknown, and for a value that is wrong or does not fit.
+        """
+        for name in changes:
+            if name in self._fixed:
+                raise ConfigError(
+                    f"{name} is used when {type(self).__name__} is built and cannot be changed later: wrap the model "
+                    f"again with {name}={changes[name]!r}"
+                )
+        self._adopt(self._settings.replace(**changes))
+
+
+def setting(name: str) -> Any:
+    """A property of a wrapper that is one of its settings; who sets it changes this one by `Wrapper._change`."""
+
+    def get(self: Any) -> Any:
+        return getattr(self._settings, name)
+
+    def set_(self: Any, value: Any) -> None:
+        self._change({name: value})
+
+    return property(get, set_)
+
+
+def wrappers_in(model: nn.Module) -> list[Wrapper]:
+    """The wrappers in a model, itself included."""
+    return [module for module in model.modules() if isinstance(module, Wrapper)]

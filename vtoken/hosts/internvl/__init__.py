@@ -1,0 +1,1 @@
+"""transformers' InternVL models: tiles whose patches are joined two by two before the projector."""
