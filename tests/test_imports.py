@@ -36,8 +36,8 @@ FAMILIES: dict[str, set[str]] = {
     "transformers": set(),
     "llava": {"transformers"},
     "internvl": {"transformers", "llava"},
-    "qwen": {"video"},
-    "video": {"transformers", "llava"},
+    "qwen": set(),
+    "video": {"transformers", "llava", "qwen"},
 }
 #: Files in hosts/ that stand above the families: what is asked last names all that are served.
 ABOVE = {"unserved"}

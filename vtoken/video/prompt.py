@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vtoken.core.trace import current_trace, tracing
 from vtoken.errors import ConfigError, InputError, ShapeError
-from vtoken.hosts.video.adapter import VISION_SIDE, VideoAdapter, VideoFeatures, VideoLayout, embed, rows_of
+from vtoken.hosts.video.adapter import VISION_SIDE, VideoAdapter, VideoFeatures, VideoLayout, embed
 from vtoken.prompts.calls import cache_of, chosen, is_filled
+from vtoken.prompts.family import rows_of
 from vtoken.prompts.shrink import ShortPrompt, check_ids, check_shapes, default_positions, shrink_inputs
 from vtoken.video.tokens import VideoTokens, placeholders, with_separators
 

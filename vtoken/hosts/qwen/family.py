@@ -195,7 +195,7 @@ class QwenVL(Family):
         """Deeper levels of features cannot enter as embeddings; older releases encode in their forward."""
         deep = any(getattr(out, "deepstack_features", None) is not None for out in call["features"].values())
         if deep and not takes_outputs(model):
-            from vtoken.hosts.video.qwen_old import encoded
+            from vtoken.hosts.qwen.old import encoded
 
             features = call.pop("features")
             return encoded(model, call | {"mm_encoder_outputs": features}, self.token_ids(model))

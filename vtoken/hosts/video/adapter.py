@@ -165,12 +165,6 @@ class VideoAdapter(HostAdapter):
         return model.model.get_image_features(**named, return_dict=True)
 
 
-def rows_of(features: Any) -> Tensor:
-    """Tokens [N, C] of all images or videos of an output, one after the other."""
-    rows = features.pooler_output
-    return rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(list(rows))
-
-
 def embed(model: Any, ids: Tensor, tokens: Sequence[tuple[int, Tensor]]) -> Tensor:
     """Embeddings [B, L, C] of ids [B, L] with the placeholders of some ids replaced by rows [N, C] in order."""
     embeds: Tensor = model.get_input_embeddings()(ids)

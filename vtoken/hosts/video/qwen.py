@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from vtoken.hosts.qwen.old import encoded
 from vtoken.hosts.qwen.positions import places
 from vtoken.hosts.video.grid import GridVideo, split_levels
-from vtoken.hosts.video.qwen_old import encoded
 
 
 class Qwen2Video(GridVideo):

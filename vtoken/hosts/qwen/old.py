@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtoken.core.patch import view
-from vtoken.hosts.video.adapter import rows_of
+from vtoken.prompts.family import rows_of
 
 
 def encoded(model: Any, call: dict[str, Any], token_ids: dict[str, int]) -> tuple[Any, dict[str, Any]]:
