@@ -187,3 +187,21 @@ def test_nothing_is_written_where_writing_fails(tmp_path: Path, monkeypatch: pyt
         vtoken.save_settings(model, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["vtoken.json"]
     assert path.read_text() == before
+
+
+def test_settings_of_a_wrapper_are_compared_as_it_is_built_with_them(tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+
+    def wrapped(ratio: float) -> Any:
+        vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+        text = {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1}
+        return vtoken.AttentiveMaskCLIP(open_clip.CLIP(16, vision, text), keep_ratio=ratio, block=1)
+
+    model = wrapped(0.5)
+    path = vtoken.save_settings(model, tmp_path)
+    assert [place["at"] for place in json.loads(path.read_text())["places"]] == [""]
+    again = wrapped(0.5)
+    assert vtoken.load_settings(again, tmp_path) is again
+    for other in (wrapped(0.25), small()):
+        with pytest.raises(vtoken.ConfigError, match="is not applied but built: make the wrapper with these settings"):
+            vtoken.load_settings(other, tmp_path)

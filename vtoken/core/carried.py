@@ -10,6 +10,7 @@ from torch import nn
 
 from vtoken.core.config import MethodConfig
 from vtoken.core.patch import PREDICTOR, base_of, is_patched, view
+from vtoken.core.wrapper import Wrapper
 
 #: Of the form below; `config_from_dict` has a version of its own.
 VERSION = 1
@@ -29,9 +30,12 @@ def settings_of(model: nn.Module) -> dict[str, Any] | None:
 
     Each of the "places" is a module ("at", its name in `model`), what is applied there ("methods", as
     `MethodConfig.to_dict` writes them) and the modules that hold learned parts ("learned", names in the place). Their
-    weights are not settings: they come with the state dict.
+    weights are not settings: they come with the state dict. Wrappers (`vtoken.AttentiveMaskCLIP`) are places, too.
     """
-    places = []
+    wrappers = [(name, module) for name, module in model.named_modules() if isinstance(module, Wrapper)]
+    places: list[dict[str, Any]] = [
+        {"at": name, "methods": [wrapper._settings.to_dict()], "learned": []} for name, wrapper in wrappers
+    ]
     for name, module in outermost(model, is_patched):
         configs = config_tuple(module)
         if configs:

@@ -16,6 +16,7 @@ from vtoken.core.apply import apply, unchanged_on_error
 from vtoken.core.carried import ENTRY, VERSION, entry_of, forget, learned, outermost, settings_of, unapplied
 from vtoken.core.config import MethodConfig, check_names, config_from_dict
 from vtoken.core.host import refuse_wrappers
+from vtoken.core.wrapper import Wrapper
 from vtoken.errors import ConfigError, VTokenError, VTokenWarning
 
 M = TypeVar("M", bound=nn.Module)
@@ -158,15 +159,23 @@ def _adapted(model: Any) -> nn.Module:
 
 
 def _apply(model: nn.Module, places: Places, where: str, replace: bool) -> None:
-    modules = {}
+    modules: dict[str, Any] = {}
     for at in places:
         try:
             modules[at] = model.get_submodule(at)
         except AttributeError as error:
             raise ConfigError(f"{where}: settings are for {at!r}, which this {type(model).__name__} lacks") from error
+    built = {at: configs for at, configs in places.items() if any(c.part == "training" for c in configs)}
+    for at, configs in built.items():
+        if not isinstance(modules[at], Wrapper) or configs != [modules[at]._settings]:
+            raise ConfigError(
+                f"{where}: {configs[0].method} is not applied but built: make the wrapper with these settings "
+                "(vtoken.config_from_dict reads them), then load the rest"
+            )
     with unchanged_on_error(model):
         for at, configs in places.items():
-            apply(modules[at], configs, replace=replace)
+            if at not in built:
+                apply(modules[at], configs, replace=replace)
     new = [".".join(filter(None, (at, name))) for at in places for name in learned(modules[at])]
     if new:
         warnings.warn(
