@@ -16,6 +16,7 @@ from vtoken.core.counts import num_tokens, plan
 from vtoken.core.host import HostAdapter, register_adapter
 from vtoken.core.spec import HostSpec, Plan
 from vtoken.core.trace import Trace, trace, tracing, unmerge
+from vtoken.core.travel import load_settings, restore, save_settings
 from vtoken.errors import (
     AlreadyAppliedError,
     ConfigError,
@@ -97,6 +98,7 @@ __all__ = [
     "encode_images",
     "is_applied",
     "kv_cache_bytes",
+    "load_settings",
     "methods",
     "nn",
     "num_tokens",
@@ -108,8 +110,10 @@ __all__ = [
     "register_method",
     "remove",
     "report",
+    "restore",
     "retained_count",
     "retention_mask",
+    "save_settings",
     "select_tokens",
     "shrink_inputs",
     "supported",

@@ -26,6 +26,7 @@ CALLS = {
     "models": [],
     "info": [],
     "methods": [],
+    "run": ["--method", "tome", "r=2"],
 }
 # Any text is a question; a tag of weights is looked up only beside --model, a device of this machine only in a run.
 TEXT = {"--question", "--pretrained"}

@@ -495,7 +495,8 @@ def test_copies_and_saved_models(tmp_path: Any) -> None:
         assert vtoken.config_of(loaded) == vtoken.VTCCLS(num_tokens=6)
         model.save_pretrained(tmp_path / "hub")
         plain = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hub")
-        assert not vtoken.is_applied(plain)
+        with pytest.warns(vtoken.VTokenWarning, match="not applied"):
+            assert not vtoken.is_applied(plain)
         vtoken.apply(plain.eval(), "vtc_cls", num_tokens=6)
         assert_close("loaded", expected, plain(**given).logits, 1e-6)
 

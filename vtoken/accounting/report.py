@@ -22,6 +22,10 @@ from vtoken.core.patch import PREDICTOR
 from vtoken.core.spec import HostSpec, Plan
 from vtoken.errors import ConfigError, ShapeError, VTokenError
 
+#: Multiply-adds that a CPU core does in the time of one merge step of one image, whatever the model: its small
+#: operations take about 0.2 ms there (docs/performance.md 3.7).
+STEP_MACS = 8_000_000
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -109,6 +113,25 @@ class Report:
         """Tokens before block 0 and after every block."""
         return (self.layers[0].tokens_in, *(layer.tokens_out for layer in self.layers))
 
+    @property
+    def note(self) -> str:
+        """What the counts say against the method on this model; empty if nothing.
+
+        Counts are no time. That a model is small says what a block that loses tokens saves beside what such a block
+        spends on small operations, on a CPU core and for a single image: larger batches save more for the same.
+        """
+        narrowed = sum(layer.tokens_out < layer.tokens_in for layer in self.layers)
+        saved = self.macs_before - self.macs_after
+        if saved <= 0 and (narrowed or self.attention is not None):
+            return "nothing can be won: the method spends as many multiply-adds as it saves, or more"
+        if narrowed and saved < narrowed * STEP_MACS:
+            return (
+                f"small: a block that loses tokens saves {saved / narrowed / 1e6:.1f} MMACs an image; below about "
+                f"{STEP_MACS / 1e6:.0f}, a single image is likely to take longer with the method than without. This is "
+                "told by counts: `python -m vtoken bench` measures from which batch on time is won"
+            )
+        return ""
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, totals included, JSON-ready."""
         names = (
@@ -120,6 +143,7 @@ class Report:
             "flops_after",
             "flops_factor",
             "tokens",
+            "note",
         )
         totals = {name: getattr(self, name) for name in names}
         return asdict(self) | totals | {"tokens": list(self.tokens), "input_size": list(self.input_size)}
@@ -149,6 +173,8 @@ class Report:
                 f"attention core {a.dense / 1e6:.1f} MMACs -> {a.core / 1e6:.1f}, predictor {a.predictor / 1e6:.1f} + "
                 f"{a.up / 1e6:.1f} (up-projection); projections not included"
             )
+        if self.note:
+            rows.append(self.note)
         return "\n".join(rows)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtoken.accounting import compare
+from vtoken.accounting.break_even import break_even, is_slower, told
 from vtoken.cli import weights
 from vtoken.cli.settings import sweep
 from vtoken.core.config import MethodConfig
@@ -39,7 +41,13 @@ def run(args: argparse.Namespace) -> int:
     batch = min(args.batch, len(images))
     print(f"\n{args.model}, {source}{note}, {inputs}, batch {batch}, {args.threads} thread(s), {args.device}")
     print(compare.table(rows))
+    found = {}
+    for config, row in zip(configs, rows[1:], strict=True):
+        if is_slower(row):
+            found[row.name] = break_even(model, config, images[: args.batch], rounds=min(args.rounds, 5))
+            print(told(row, batch, found[row.name]))
     about = {"command": "bench", "arguments": vars(args), "environment": compare.environment(images.device)}
+    about["break_even"] = {name: asdict(each) for name, each in found.items()}
     written = compare.write(rows, args.out, args.model, about)
     title = f"{args.model}, {source}: agreement with the unpatched model"
     written.append(plot_pareto(rows, args.out / f"{args.model}.png", quality="feature cosine", title=title))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vtoken.cli.settings import add_sweep
-from vtoken.cli.values import new_folder, new_picture, number, path, share, whole, word
+from vtoken.cli.values import new_file, new_folder, new_picture, number, path, share, whole, word
 from vtoken.errors import ConfigError
 
 #: As vtoken.video has them, which needs torch; the tests compare.
@@ -23,6 +23,17 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # One line like every other error, without the list of options that argparse puts above it.
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """What stands behind -- of `run` is another program's, options included."""
+        words, behind = list(sys.argv[1:] if args is None else args), []
+        if words[:1] == ["run"] and "--" in words:
+            at = words.index("--")
+            words, behind = words[:at], words[at + 1 :]
+        found = super().parse_args(words, namespace)
+        if found.command == "run":
+            found.script = behind
+        return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
         _method(command)
         command.add_argument("--img-size", type=whole(1), help="side of the input in pixels")
         _json(command)
+    about = "a program as it is, with a method applied to the models that it gets from timm, open_clip or transformers"
+    _run(add("run", "run:run", about))
     return top
 
 
@@ -132,6 +145,17 @@ def _overlay(command: argparse.ArgumentParser) -> None:
     about = "tokens after this block, counted from 0 (default: after the last)"
     command.add_argument("--layer", type=whole(), help=about)
     command.add_argument("--out", type=new_picture(".gif", ".bmp"), default=Path("out/overlay.png"), help="the picture")
+
+
+def _run(command: argparse.ArgumentParser) -> None:
+    command.usage = (
+        "%(prog)s [options] --method NAME [KEY=VALUE ...] -- PROGRAM.py [ARGUMENT ...] (or -- -m MODULE ...)"
+    )
+    about = "a method and its settings, e.g. pitome ratio=0.9; see `methods`"
+    command.add_argument("--method", type=word, nargs="+", required=True, metavar="WORD", help=about)
+    _load(command)
+    about = "a JSON file to write: every model that the program got, patched or why not"
+    command.add_argument("--manifest", type=new_file, metavar="FILE.json", help=about)
 
 
 def _video(command: argparse.ArgumentParser) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import nn
 
+from vtoken.core.carried import SavesSettings, config_tuple, is_saved_with_config, unapplied
 from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.host import Host, host_of, refuse_compiled
@@ -26,7 +28,7 @@ from vtoken.core.patch import (
     wraps_patched_forward,
 )
 from vtoken.core.wrapper import Wrapper, wrappers_in
-from vtoken.errors import AlreadyAppliedError, ConfigError, VTokenError
+from vtoken.errors import AlreadyAppliedError, ConfigError, VTokenError, VTokenWarning
 
 Config = MethodConfig | str | Sequence[MethodConfig]
 M = TypeVar("M", bound=nn.Module)
@@ -85,24 +87,33 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
             f"{type(model).__name__} already carries {names or 'a method on a submodule'}; "
             "call vtoken.remove(model) first, use vtoken.configure to change settings, or pass replace=True"
         )
-    previous = remembered(patched_modules(model))
-    try:
+    with unchanged_on_error(model):
         for module, part in carriers:
             unpatch(module, part)
         for (host, group), methods in zip(parts, built, strict=True):
             enter(host, group, methods)
+    return model
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Whatever was patched or unpatched in the model inside the block is undone if the block raises."""
+    previous = remembered(patched_modules(model))
+    try:
+        yield
     except BaseException:
         for module in patched_modules(model):
             unpatch(module)
         restore(previous)
         raise
-    return model
 
 
 def enter(host: Host, configs: tuple[MethodConfig, ...], methods: dict[str, Method]) -> None:
     """Patch one part of a model that carries nothing there, with methods that were built for it."""
     targets = host.targets(methods)
     targets[0][2]["_vtoken"] = Applied(configs, methods)
+    if is_saved_with_config(host.model) and all(module is not host.model for module, _, _ in targets):
+        targets.append((host.model, SavesSettings, {}))  # a holder, which is saved with what its tower carries
     patch(targets, host.adapter.part)
 
 
@@ -160,11 +171,14 @@ def is_applied(model: nn.Module) -> bool:
 
     Wrappers such as `vtoken.AttentiveMaskCLIP` have settings (`config_of`), but patch nothing.
 
+    Settings that a config only names do not count, and are warned of: see `vtoken.restore`.
+
     Example:
         >>> import timm, vtoken
         >>> vtoken.is_applied(vtoken.apply(timm.create_model("test_vit"), "tome", r=8))
         True
     """
+    warn_of_unapplied(model)
     return bool(_carried(model))
 
 
@@ -178,6 +192,7 @@ def config_of(model: nn.Module) -> MethodConfig | tuple[MethodConfig, ...] | Non
         >>> vtoken.config_of(vtoken.apply(timm.create_model("test_vit"), "tome", r=8)).r
         8
     """
+    warn_of_unapplied(model)
     configs = (*(wrapper._settings for wrapper in wrappers_in(model)), *config_tuple(model))
     return configs if len(configs) > 1 else configs[0] if configs else None
 
@@ -287,11 +302,11 @@ def _made(methods: Method | tuple[Method, ...]) -> tuple[Method, ...]:
     return methods if isinstance(methods, tuple) else (methods,)
 
 
-def config_tuple(model: nn.Module) -> tuple[MethodConfig, ...]:
-    """The settings of every method applied to the model or inside it; those in the tower, where images come first."""
-    found = [m.__dict__["_vtoken"] for m in model.modules() if "_vtoken" in m.__dict__]
-    configs = [config for carried in found for config in carried.configs]
-    return tuple(sorted(configs, key=lambda config: config.part != "tower"))
+def warn_of_unapplied(model: nn.Module) -> None:
+    """A VTokenWarning at the caller of a verb if the model's config names settings that are not applied."""
+    told = unapplied(model)
+    if told:
+        warnings.warn(told, VTokenWarning, stacklevel=3)
 
 
 def _by_part(configs: tuple[MethodConfig, ...]) -> dict[str, tuple[MethodConfig, ...]]:
@@ -318,7 +333,9 @@ def _carried(model: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _own_part(module: nn.Module) -> str:
-    return getattr(mixin_of(type(module)), "_vtoken_part", "tower")
+    mixin = mixin_of(type(module))
+    # A holder whose tower is patched no more serves nothing by itself.
+    return "" if mixin is SavesSettings else getattr(mixin, "_vtoken_part", "tower")
 
 
 def _carriers_of(model: nn.Module, method: str) -> list[tuple[nn.Module, str]]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from vtoken import checks
 from vtoken.core.apply import Config, build_methods, given_or_carried
+from vtoken.core.carried import unapplied
 from vtoken.core.config import MethodConfig
 from vtoken.core.host import Host, find_adapter, host_of
 from vtoken.core.method import BlockMethod, KeepAll, Method
@@ -78,7 +79,8 @@ def chosen(
     configs = given_or_carried(model, config, options)
     host = host_of(model)
     if not configs:
-        raise ConfigError("no settings given and no method applied to this model")
+        told = unapplied(model)
+        raise ConfigError("no settings given and no method applied to this model" + (told and f"; {told}"))
     in_tower = tuple(c for c in configs if c.part == "tower")
     if not in_tower:
         find_adapter(model, "prompt")  # or says why no prompt of the model can be shortened

@@ -169,32 +169,40 @@ def wraps_patched_forward(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     if not callable(forward) or not forward_is_replaced(module):
         return False  # the class's own and hooks around it follow the class
-    return inspect.unwrap(forward) is type(module).forward
+    patched: Any = type(module).forward
+    return inspect.unwrap(forward) is patched and patched is not base_of(type(module)).forward  # type: ignore[attr-defined]
 
 
 def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]], part: str = "tower") -> None:
     """Give every module its mixin, `_vtoken*` attributes and learned part; all of them or, if one fails, none.
 
-    A module that another part of the model patched with the same mixin keeps what it has.
+    A module that is patched for another part of the model, too, gets the mixin that derives from the other's.
     """
     targets = list(targets)
     before = remembered(module for module, _, _ in targets)
     try:
         for module, mixin, attributes in targets:
-            parts = parts_of(module)
-            if not parts:
-                _become(module, derive(type(module), mixin))
-            elif mixin_of(type(module)) is not mixin:
-                raise TypeError(f"{type(module).__name__} is patched for {', '.join(parts)} already")
-            _add(module, {**attributes, _PARTS: {**parts, part: tuple(attributes)}})
+            parts = {**parts_of(module), part: (mixin, tuple(attributes))}
+            _serve(module, parts)
+            _add(module, {**attributes, _PARTS: parts})
     except BaseException:
         restore(before)
         raise
 
 
-def parts_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The parts (see MethodConfig.part) for which a module is patched, and the attributes that each of them brought."""
-    found: dict[str, tuple[str, ...]] = module.__dict__.get(_PARTS, {})
+def _serve(module: nn.Module, parts: dict[str, tuple[type, tuple[str, ...]]]) -> None:
+    """Give a module, of the mixins of its parts, the one that derives from all others."""
+    mixins = [mixin for mixin, _ in parts.values()]
+    mixin = next((m for m in mixins if all(issubclass(m, other) for other in mixins)), None)
+    if mixin is None:
+        raise TypeError(f"{type(module).__name__} cannot be patched for {' and '.join(parts)} at once")
+    if not is_patched(module) or mixin_of(type(module)) is not mixin:
+        _become(module, derive(base_of(type(module)), mixin))
+
+
+def parts_of(module: nn.Module) -> dict[str, tuple[type, tuple[str, ...]]]:
+    """The parts (see MethodConfig.part) for which a module is patched, with the mixin and attributes of each."""
+    found: dict[str, tuple[type, tuple[str, ...]]] = module.__dict__.get(_PARTS, {})
     return found
 
 
@@ -206,10 +214,11 @@ def unpatch(module: nn.Module, part: str | None = None) -> None:
     parts = parts_of(module)
     left = {} if part is None else {other: names for other, names in parts.items() if other != part}
     if left:
-        kept = {name for names in left.values() for name in names}
-        for name in set(parts.get(part or "", ())) - kept:
+        kept = {name for _, names in left.values() for name in names}
+        for name in {name for _, names in parts.values() for name in names} - kept:
             _drop(module, name)
         module.__dict__[_PARTS] = left
+        _serve(module, left)
         return
     for name in additions(module):
         _drop(module, name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken import checks
+from vtoken.core.carried import unapplied
 from vtoken.core.records import AttentionRecord, PromptRecord, VideoRecord
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
@@ -204,7 +205,8 @@ def tracing(model: nn.Module, maps: Collection[str] = ()) -> Iterator[Trace]:
     traced = [m for m in model.modules() if _is_traced(m)]
     if not traced:
         raise VTokenError(
-            f"nothing to trace: no method is applied to this {type(model).__name__}; vtoken.apply it first"
+            f"nothing to trace: no method is applied to this {type(model).__name__}; "
+            f"{unapplied(model) or 'vtoken.apply it first'}"
         )
     if isinstance(maps, str):
         maps = (maps,)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vtoken.core.carried import SavesSettings
 from vtoken.errors import InputError, VTokenWarning
 from vtoken.prompts.calls import (
     as_it_is,
@@ -32,7 +33,7 @@ from vtoken.prompts.engine import Prepared, prepare
 IMAGES, VIDEOS = ("pixel_values", "pixel_values_images"), ("pixel_values_videos",)
 
 
-class PromptMixin:
+class PromptMixin(SavesSettings):
     """A multimodal model that hands fewer image tokens to its language model.
 
     `forward` returns logits of the shortened prompt [B, L', V]; `vtoken.trace(model, ...)` tells which position is
@@ -98,7 +99,7 @@ class PromptMixin:
         return out
 
 
-class InnerMixin:
+class InnerMixin(SavesSettings):
     """The model inside, which has no place to shorten the labels and the ids that its caller holds."""
 
     _vtoken_part: ClassVar[str] = "prompt"

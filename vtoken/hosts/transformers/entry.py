@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtoken.core.bound import BoundBlocks, bound, changed
+from vtoken.core.carried import SavesSettings
 from vtoken.core.forward import block_method, forward_of
 from vtoken.core.patch import base_of, forward_with, is_patched, view
 from vtoken.core.slots import Slot
@@ -21,7 +22,7 @@ from vtoken.ops import size_bias
 from vtoken.ops.rows import take_rows
 
 
-class TowerMixin:
+class TowerMixin(SavesSettings):
     """A model whose forward embeds an image and runs the layers."""
 
     _vtoken: Any
@@ -126,7 +127,7 @@ class DinoBackboneMixin(DinoTowerMixin):
         return out
 
 
-class MeanHeadMixin:
+class MeanHeadMixin(SavesSettings):
     """An image classifier that averages the tower's tokens: each must count as the patches it stands for."""
 
     #: The attribute that holds the tower.

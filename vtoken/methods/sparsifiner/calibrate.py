@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken import checks
-from vtoken.core.apply import config_tuple, configure
+from vtoken.core.apply import configure
+from vtoken.core.carried import config_tuple
 from vtoken.core.patch import PREDICTOR
 from vtoken.core.trace import tracing
 from vtoken.errors import ShapeError, VTokenError

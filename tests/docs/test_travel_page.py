@@ -1,0 +1,28 @@
+"""The programs of docs/travel.md run, one after the other, and its file is one that can be loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+
+import vtoken
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "travel.md").read_text()
+
+
+def test_its_programs_run() -> None:
+    pytest.importorskip("transformers")
+    names: dict[str, object] = {}
+    for program in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
+        exec(compile(program, "docs/travel.md", "exec"), names)
+    assert vtoken.config_of(names["again"]) == vtoken.ToMe(r=8)  # type: ignore[arg-type]
+
+
+def test_its_file_is_read() -> None:
+    (text,) = re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)
+    model = vtoken.load_settings(timm.create_model("test_vit"), json.loads(text))
+    assert vtoken.config_of(model) == vtoken.ToMe(r=8)
