@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -49,6 +50,24 @@ def test_the_graph_computes_what_the_eager_model_computes(host: Host, method: Me
     assert before.dest is not None
     assert after.dest is not None
     assert torch.equal(before.dest, after.dest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneLess(vtoken.ScheduledMergeConfig):
+    """Merges one token less than it says."""
+
+    def match(
+        self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
+    ) -> vtoken.ops.MergePlan:
+        return vtoken.ops.plan_tome(metric, r - 1, num_prefix=num_prefix)
+
+
+def test_a_wrong_count_is_an_error_in_the_graph_too() -> None:
+    eager, compiled = _two(host_row("vit_token"), OneLess(r=5))
+    x = host_row("vit_token").images()
+    for model in (eager, compiled):
+        with torch.no_grad(), pytest.raises(vtoken.VTokenError, match=r"block 0.*vtoken.plan would be wrong"):
+            model(x)
 
 
 def _sweep(model: Any, backend: Counting, changes: list[dict[str, Any]]) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
+import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -301,6 +303,97 @@ def test_deleted_blocks_are_numbered_by_their_place() -> None:
                 amounts = settings.amounts(4)
                 assert [a - b for a, b in zip(trace.tokens, trace.tokens[1:], strict=False)] == list(amounts[:3])
                 assert trace.size.sum(1).tolist() == [65.0, 65.0]
+                assert vtoken.plan(model).tokens == vtoken.report(model).tokens == tuple(trace.tokens)
+                assert vtoken.num_tokens(model) == trace.tokens[-1]
+
+
+def test_costs_behind_deleted_blocks_are_those_of_the_amounts_that_are_left() -> None:
+    model, _ = small_vit()
+    vtoken.apply(model, vtoken.ToMe(r=(9, -1)))
+    del model.blocks[1]
+    found = vtoken.report(model)
+    removed = [a - b for a, b in zip(found.tokens, found.tokens[1:], strict=False)]
+    vtoken.remove(model)
+    assert found.layers == vtoken.report(model, vtoken.ToMe(r=removed)).layers
+
+
+def _sliced(model: Any) -> None:
+    model.blocks = model.blocks[1:3]
+
+
+def _pruned(model: Any) -> None:
+    model.prune_intermediate_layers([1])
+
+
+@pytest.mark.parametrize("cut", [_sliced, _pruned])
+def test_a_slice_of_the_blocks_may_take_their_place(cut: Callable[[Any], None]) -> None:
+    model, x = small_vit()
+    vtoken.apply(model, TOME)
+    cut(model)
+    heard: list[nn.Module] = []
+    handle = model.blocks.register_forward_hook(lambda module, args, out: heard.append(module))
+    _, trace = vtoken.trace(model, x)
+    handle.remove()
+    assert heard == [model.blocks]
+    assert trace.tokens == [65, 56, 47]
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert_same("a copy", model(x), copied(x))
+    vtoken.apply(model, vtoken.ToMe(r=2), replace=True)
+    assert vtoken.trace(model, x)[1].tokens == [65, 63, 61]
+    vtoken.remove(model)
+    assert type(model.blocks) is nn.Sequential
+    assert not [name for m in model.modules() for name in vars(m) if "vtoken" in name]
+    vtoken.remove(vtoken.apply(model, TOME))
+
+
+class OwnOrder(timm.models.VisionTransformer):
+    """A tower that runs its blocks as it likes."""
+
+    order: tuple[int, ...] = (0, 1, 2, 3)
+
+    def forward_features(self, x: Tensor, **_: Any) -> Tensor:
+        x = self._pos_embed(self.patch_embed(x))
+        for place in self.order:
+            x = self.blocks[place](x)
+        return self.norm(x)
+
+
+def own_order(*order: int) -> tuple[Any, Tensor]:
+    model, x = small_vit()
+    twin = OwnOrder(img_size=32, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=5).eval()
+    twin.load_state_dict(model.state_dict())
+    twin.order = order
+    return twin, x
+
+
+@pytest.mark.parametrize("order", [(0, 2, 3), (1, 3), (0,), (3, 1, 0, 2), (0, 1, 2, 3, 0, 1), (2, 2)])
+def test_blocks_in_any_order_change_no_bit_where_nothing_is_removed(order: tuple[int, ...]) -> None:
+    model, x = own_order(*order)
+    before = model(x)
+    assert_same("no-op", before, vtoken.apply(model, vtoken.ToMe(r=0))(x))
+
+
+def test_a_forward_may_leave_blocks_out() -> None:
+    model, x = own_order(0, 2, 3)
+    _, trace = vtoken.trace(vtoken.apply(model, vtoken.ToMe(r=[9, 5, 2, 1])), x)
+    cut, _ = own_order(0, 1, 2)
+    del cut.blocks[1]
+    expected, wanted = vtoken.trace(vtoken.apply(cut, vtoken.ToMe(r=[9, 2, 1])), x)
+    assert_same("blocks left out", expected, model(x))
+    assert_same("sizes", wanted.size, trace.size)
+    assert_same("group map", wanted.dest, trace.dest)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 0), (3, 2, 1, 0), (0, 2, 1, 3), (1, 1)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_forward_in_another_order_is_refused_where_tokens_are_removed(order: tuple[int, ...], traced: bool) -> None:
+    # Sizes and positions are those of a place in the list: other tokens would be weighed by them.
+    model, x = own_order(*order)
+    vtoken.apply(model, TOME)
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"another order.*or twice.*vtoken.remove\(model\)"):
+        vtoken.trace(model, x) if traced else model(x)
+    model.order = (0, 1, 2, 3)
+    assert vtoken.trace(model, x)[1].tokens == [65, 56, 47, 38, 29]
 
 
 def _identity(block: nn.Module) -> nn.Module:

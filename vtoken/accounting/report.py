@@ -240,7 +240,7 @@ def costs(
     # Kept keys are data, which a counter of shapes cannot see: attention cores are counted dense, then exchanged.
     # The model takes the images, so whatever is raised now is the method's own.
     spec, method, counted = host.spec, removing(methods), tuple(c.counted() for c in configs)
-    entered = build_methods(shadow, counted)
+    entered = dict(methods) if counted == configs else build_methods(shadow, counted)
     matching, unseen = _matching_macs(method, spec, tokens), [0] * spec.depth
     if not method.exact:  # there are no images here that could decide anything
         entered["on_block"], unseen = Narrowing(counts.removed, method.insert), matching

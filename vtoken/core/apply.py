@@ -41,11 +41,13 @@ class Applied:
     Args:
         configs: the settings.
         methods: built from them, by the hook they serve.
+        depth: for how many blocks; some may have been deleted since.
         compiled: the graphs of its blocks, after `vtoken.compile`.
     """
 
     configs: tuple[MethodConfig, ...]
     methods: dict[str, Method]
+    depth: int
     compiled: CompiledBlocks | None = None
 
 
@@ -111,7 +113,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 def enter(host: Host, configs: tuple[MethodConfig, ...], methods: dict[str, Method]) -> None:
     """Patch one part of a model that carries nothing there, with methods that were built for it."""
     targets = host.targets(methods)
-    targets[0][2]["_vtoken"] = Applied(configs, methods)
+    targets[0][2]["_vtoken"] = Applied(configs, methods, host.spec.depth)
     if is_saved_with_config(host.model) and all(module is not host.model for module, _, _ in targets):
         targets.append((host.model, SavesSettings, {}))  # a holder, which is saved with what its tower carries
     patch(targets, host.adapter.part)
@@ -226,7 +228,7 @@ def configure(model: M, **changes: Any) -> M:
     owner = next(m for m in model.modules() if "_vtoken" in m.__dict__ and old in m.__dict__["_vtoken"].configs)
     new = tuple(c.replace(**changes) if c is old else c for c in owner.__dict__["_vtoken"].configs)
     host = host_of(owner, old.part)
-    applied = Applied(new, build_methods(host, new), owner.__dict__["_vtoken"].compiled)
+    applied = Applied(new, build_methods(host, new), host.spec.depth, owner.__dict__["_vtoken"].compiled)
     carriers = [m for m in owner.modules() if "_vtoken_method" in m.__dict__]
     attention = applied.methods.get("on_attention")
     if isinstance(attention, AttentionMethod):
@@ -274,11 +276,15 @@ def given_or_carried(model: nn.Module, config: Config | None, options: dict[str,
     return resolve(around, {}) if around and not configs else configs
 
 
-def build_methods(host: Host, configs: tuple[MethodConfig, ...]) -> dict[str, Method]:
-    """The methods by the hook they serve, checked against the model; nothing is changed."""
+def build_methods(host: Host, configs: tuple[MethodConfig, ...], depth: int | None = None) -> dict[str, Method]:
+    """The methods by the hook they serve, checked against the model; nothing is changed.
+
+    Args:
+        depth: blocks that they are for; None means those that there are.
+    """
     spec, adapter = host.spec, host.adapter
     built: dict[str, Method] = {}
-    made = [(config, method) for config in configs for method in _made(config.build(spec.depth))]
+    made = [(config, method) for config in configs for method in _made(config.build(depth or spec.depth))]
     for config, method in made:
         if method.hook in built:
             raise ConfigError(
@@ -307,6 +313,12 @@ def warn_of_unapplied(model: nn.Module) -> None:
     told = unapplied(model)
     if told:
         warnings.warn(told, VTokenWarning, stacklevel=3)
+
+
+def carrier_of(model: nn.Module, configs: tuple[MethodConfig, ...]) -> Applied | None:
+    """What was applied with these settings to the model or inside it."""
+    found: Iterator[Applied] = (m.__dict__["_vtoken"] for m in model.modules() if "_vtoken" in m.__dict__)
+    return next((carried for carried in found if carried.configs == configs), None)
 
 
 def _by_part(configs: tuple[MethodConfig, ...]) -> dict[str, tuple[MethodConfig, ...]]:

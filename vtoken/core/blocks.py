@@ -15,7 +15,7 @@ from vtoken.core.compiled import CompiledBlocks, mark
 from vtoken.core.method import BlockMethod
 from vtoken.core.state import TokenState
 from vtoken.core.tap import Tap
-from vtoken.errors import InputError
+from vtoken.errors import InputError, VTokenError
 
 
 def _refuse_mask(attention: dict[str, Any]) -> None:
@@ -108,7 +108,13 @@ def compiled_block(
     # torch makes constants of the numbers 0 and 1, but not of an argument that is never one of them.
     settings = {k: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v
                 for k, v in method.layer_settings(layer).items()}  # fmt: skip
+    left = x.shape[1] - r
     x, *after = compiled(_reduced, case, block, fixed, x, tensors, attention, layer + 2, r + 2, settings)
+    if x.shape[1] != left:  # nobody could look at the plan inside the graph
+        raise VTokenError(
+            f"{type(method).__name__} left {x.shape[1]} tokens in block {layer}, where {left} were to be left: "
+            "vtoken.plan would be wrong"
+        )
     size, anchor, dest, protect = after
     state.slots[layer + 1] = replace(slot, size=size, anchor=anchor, dest=dest, protect=protect)
     return x

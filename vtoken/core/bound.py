@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.core.calling import call, is_heard
+from vtoken.core.patch import additions
 from vtoken.core.state import TokenState
 from vtoken.errors import UnsupportedModelError, VTokenWarning
 
@@ -149,3 +150,9 @@ class ContainerMixin:
         if vtoken_blocks is None:
             return super().forward(input)  # type: ignore[misc]
         return vtoken_blocks.run(input)
+
+    def __getitem__(self: Any, idx: Any) -> Any:
+        found = super().__getitem__(idx)  # type: ignore[misc]
+        if isinstance(idx, slice):  # of the class of the whole, which may take its place: `remove` must find it
+            found.__dict__.update(additions(self))
+        return found

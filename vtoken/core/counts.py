@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vtoken import checks
-from vtoken.core.apply import Config, build_methods, given_or_carried
+from vtoken.core.apply import Config, build_methods, carrier_of, given_or_carried
 from vtoken.core.carried import unapplied
 from vtoken.core.config import MethodConfig
 from vtoken.core.host import Host, find_adapter, host_of
@@ -75,7 +75,10 @@ def num_tokens(
 def chosen(
     model: nn.Module, config: Config | None, options: dict[str, Any]
 ) -> tuple[Host, tuple[MethodConfig, ...], dict[str, Method]]:
-    """The model's tower, the given or else the applied settings, and the methods that these make there."""
+    """The model's tower, the given or else the applied settings, and the methods that these make there.
+
+    What is applied was built for as many blocks as there were then: some may have been deleted since.
+    """
     configs = given_or_carried(model, config, options)
     host = host_of(model)
     if not configs:
@@ -84,7 +87,8 @@ def chosen(
     in_tower = tuple(c for c in configs if c.part == "tower")
     if not in_tower:
         find_adapter(model, "prompt")  # or says why no prompt of the model can be shortened
-    return host, configs, build_methods(host, in_tower)
+    carried = None if config is not None else carrier_of(model, in_tower)
+    return host, configs, build_methods(host, in_tower, None if carried is None else carried.depth)
 
 
 def removing(methods: dict[str, Method]) -> BlockMethod:

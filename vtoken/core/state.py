@@ -17,6 +17,7 @@ from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.method import AttentionMethod, BlockMethod
 from vtoken.core.records import AttentionRecord
 from vtoken.core.slots import AttentionCall, Slot
+from vtoken.errors import UnsupportedModelError
 from vtoken.ops.merging.plan import log_sizes
 
 
@@ -81,13 +82,39 @@ class TokenState:
         return self.slots[max(self.slots)]
 
     def enter(self, layer: int, x: Tensor) -> None:
-        """Block `layer` is about to read its slot; the first block to do so is given the embedded tokens [B, T, C]."""
+        """Block `layer` is about to read its slot; the first block to do so is given the embedded tokens [B, T, C].
+
+        Raises:
+            UnsupportedModelError: if the slot is not that of these tokens: blocks run in another order, or again.
+        """
         if self.embedded is None:
             self.embedded = (x.shape[0], x.shape[1], x.device)
             self.first = replace(self.first, embedded=x.shape[1])
             if self.compiled is not None:
                 self.first = self._written_out(x)
             self.slots = {layer: self.first}  # not 0 if the blocks before it were cut off
+            return
+        if layer not in self.slots:
+            # Blocks were left out: what was known in front of them is known behind.
+            ran = [place for place in self.slots if place < layer]
+            self.slots[layer] = self.slots[max(ran)] if ran else self.first
+        if not torch.compiler.is_compiling():
+            self._check_order(layer, x.shape[1])
+
+    def _check_order(self, layer: int, num_tokens: int) -> None:
+        """Raise UnsupportedModelError unless slot `layer` can be that of `num_tokens` tokens."""
+        slot = self.slots[layer]
+        known = slot.anchor if slot.size is None else slot.size
+        if known is not None:
+            expected = known.shape[1]
+        else:  # a method that drops tokens need not say so; in front of the first block none were
+            expected = self.first.embedded if layer == min(self.slots) else num_tokens
+        if num_tokens != expected:
+            raise UnsupportedModelError(
+                f"block {layer} was given {num_tokens} tokens in a place where there are {expected}: this forward runs "
+                "blocks in another order than that of their list, or twice. Tokens can only be removed where each runs "
+                "once, in order; some may be left out. Use vtoken.remove(model)"
+            )
 
     def _written_out(self, x: Tensor) -> Slot:
         """What is known of embedded tokens as tensors, so that the first block runs the same graph as the others."""
