@@ -18,7 +18,7 @@ MODULES = [m.name for m in pkgutil.walk_packages(vtoken.__path__, "vtoken.") if 
 #: Public, but handed to users, who neither make nor call them; or what users inherit from.
 GIVEN = {
     "Assigned", "Choice", "Connections", "Decoupler", "HostAdapter", "HostSpec", "MethodConfig", "Plan", "PromptReport",
-    "PooledTokens", "RandomTokens", "ScheduledMergeConfig", "UniformTokens",
+    "ScheduledMergeConfig",
     "QuotaReport", "Report", "Scorer", "TeacherOutput", "Trace", "VideoInfo", "register_adapter", "register_method",
 }  # fmt: skip
 #: Their example needs more than a few lines: run from a page or a test of its own.
