@@ -25,7 +25,7 @@ import vtoken.hosts.video
 from vtoken.core.config import example
 from vtoken.hosts.llava.adapter import MODELS
 from vtoken.hosts.names import build_weightless
-from vtoken.hosts.transformers.adapter import HOLDERS, TOWERS
+from vtoken.hosts.transformers.families import classes
 from vtoken.hosts.video import VideoAdapter
 
 PAGE = Path(__file__).with_name("models.md")
@@ -84,7 +84,7 @@ def transformers_models() -> Iterable[tuple[str, nn.Module]]:
     for found in pkgutil.iter_modules(vtoken.hosts.video.__path__, "vtoken.hosts.video."):
         importlib.import_module(found.name)
     videos = {key for adapter in _subclasses(VideoAdapter) for key in adapter.models}
-    for _, name in sorted({*TOWERS, *HOLDERS, *MODELS, *videos}):
+    for name in sorted({*classes(), *(name for _, name in (*MODELS, *videos))}):
         cls = getattr(transformers, name, None)
         if cls is not None:  # older releases lack some
             with torch.device("meta"):

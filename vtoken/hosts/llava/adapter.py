@@ -19,8 +19,8 @@ from vtoken.core.spec import HostSpec, ImageTokens
 from vtoken.errors import ShapeError, UnsupportedModelError
 from vtoken.hosts.llava.entry import InnerMixin, PromptMixin
 from vtoken.hosts.llava.features import drops_first, feature_layer, tower_of
-from vtoken.hosts.transformers.adapter import HFAdapter, keys_of
-from vtoken.hosts.transformers.entry import grid_of, num_prefix
+from vtoken.hosts.transformers.adapter import HFAdapter
+from vtoken.hosts.transformers.families import grid_of, keys_of, num_prefix
 
 MODELS = {
     ("llava", "LlavaForConditionalGeneration"),

@@ -16,7 +16,8 @@ from vtoken.core.records import PromptRecord
 from vtoken.core.trace import current_trace
 from vtoken.errors import InputError, ShapeError, VTokenWarning
 from vtoken.hosts.llava.features import PIXELS, ImageFeatures, encode, tower_of, without_images
-from vtoken.hosts.transformers.entry import grid_of, pair
+from vtoken.hosts.transformers.families import grid_of
+from vtoken.hosts.transformers.images import pair
 from vtoken.prompts.calls import (
     as_it_is,
     by_name,

@@ -18,7 +18,7 @@ from vtoken.core.bound import changed
 from vtoken.core.method import FeatureMethod
 from vtoken.core.patch import is_patched, view
 from vtoken.core.watch import Watch
-from vtoken.hosts.transformers.entry import num_prefix
+from vtoken.hosts.transformers.families import num_prefix
 from vtoken.prompts.calls import chosen
 
 #: Where transformers keeps the image tower inside the inner model.

@@ -141,15 +141,3 @@ def refuse_flash(config: Any) -> None:
             f"token sizes enter attention as a bias on the logits, which {name!r} does not take; use "
             "model.set_attn_implementation('sdpa') or settings with prop_attn=False"
         )
-
-
-#: Mixin of every supported layer, by the module of transformers.models and the class name.
-LAYERS: dict[tuple[str, str], type] = {
-    ("clip", "CLIPEncoderLayer"): ClipLayerMixin,
-    ("siglip", "SiglipEncoderLayer"): ClipLayerMixin,
-    ("siglip2", "Siglip2EncoderLayer"): ClipLayerMixin,
-    ("vit", "ViTLayer"): ViTLayerMixin,
-    ("deit", "DeiTLayer"): ViTLayerMixin,
-    ("dinov2", "Dinov2Layer"): DinoLayerMixin,
-    ("dinov2_with_registers", "Dinov2WithRegistersLayer"): DinoLayerMixin,
-}

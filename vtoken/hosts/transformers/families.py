@@ -1,0 +1,231 @@
+"""transformers' families of image models, a record each: where their layers are, what holds them, or why not.
+
+The name of a family is its module in `transformers.models`. A tower whose layer is one of those in blocks.py is a
+record here and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vtoken.hosts.transformers.blocks import ClipLayerMixin, DinoLayerMixin, LayerMixin, ViTLayerMixin
+from vtoken.hosts.transformers.images import Grid, PatchRows, Pixels, patches
+
+
+def no_prefix(config: Any) -> int:
+    """No class token."""
+    return 0
+
+
+def class_and_registers(config: Any) -> int:
+    """A class token, and register tokens where the configuration has some."""
+    return 1 + int(getattr(config, "num_register_tokens", 0))
+
+
+def class_and_distillation(config: Any) -> int:
+    """DeiT's two."""
+    return 2
+
+
+PIXELS = Pixels()
+
+
+@dataclass(frozen=True)
+class Family:
+    """What vtoken knows of the classes of one module of `transformers.models`.
+
+    Args:
+        layer: class of the tower's layers.
+        mixin: of the layers.
+        path: attributes that lead from a tower to the list of its layers.
+        towers: classes that embed images and run the layers.
+        backbones: the same for those that hand out maps, and must be given a value for every patch.
+        holders: classes that hold a tower, and where.
+        averaging: those of the holders that average the tower's tokens.
+        prefix: number of class, register and distillation tokens, by the tower's configuration.
+        images: how the towers take their images.
+        why: classes that are refused and the reason; under "", that of all which are not named.
+    """
+
+    layer: str = ""
+    mixin: type = LayerMixin
+    path: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
+    backbones: tuple[str, ...] = ()
+    holders: Mapping[str, str] = field(default_factory=dict)
+    averaging: tuple[str, ...] = ()
+    prefix: Callable[[Any], int] = class_and_registers
+    images: Pixels = PIXELS
+    why: Mapping[str, str] = field(default_factory=dict)
+
+
+_CLIP: dict[str, Any] = {"mixin": ClipLayerMixin, "path": ("encoder", "layers")}
+_VIT: dict[str, Any] = {"mixin": ViTLayerMixin, "path": ("layers",)}
+_DINO: dict[str, Any] = {"mixin": DinoLayerMixin, "path": ("encoder", "layer"), "images": Pixels(resize="")}
+_TABLE = {"": "its attention adds a table of position biases, whose rows tokens would lose"}
+_WINDOWS = {"": "its attention works inside windows, so tokens cannot be removed"}
+_STAGES = {"": "it reshapes tokens to a grid between stages, so tokens cannot be removed"}
+_TILES = {"": "it packs several tiles of an image on a grid, which merged tokens no longer have"}
+
+FAMILIES: dict[str, Family] = {
+    "clip": Family(
+        **_CLIP,
+        layer="CLIPEncoderLayer",
+        towers=("CLIPVisionModel",),
+        holders={
+            "CLIPModel": "vision_model",
+            "CLIPVisionModelWithProjection": "vision_model",
+            "CLIPForImageClassification": "vision_model",
+        },
+        averaging=("CLIPForImageClassification",),
+    ),
+    "siglip": Family(
+        **_CLIP,
+        layer="SiglipEncoderLayer",
+        towers=("SiglipVisionModel",),
+        holders={"SiglipModel": "vision_model", "SiglipForImageClassification": "vision_model"},
+        averaging=("SiglipForImageClassification",),
+        prefix=no_prefix,
+    ),
+    "siglip2": Family(
+        **_CLIP,
+        layer="Siglip2EncoderLayer",
+        towers=("Siglip2VisionModel",),
+        holders={"Siglip2Model": "vision_model", "Siglip2ForImageClassification": "vision_model"},
+        averaging=("Siglip2ForImageClassification",),
+        prefix=no_prefix,
+        images=PatchRows(),
+    ),
+    "vit": Family(**_VIT, layer="ViTLayer", towers=("ViTModel",), holders={"ViTForImageClassification": "vit"}),
+    "deit": Family(
+        **_VIT,
+        layer="DeiTLayer",
+        towers=("DeiTModel",),
+        holders={"DeiTForImageClassification": "deit", "DeiTForImageClassificationWithTeacher": "deit"},
+        prefix=class_and_distillation,
+    ),
+    "dinov2": Family(
+        **_DINO,
+        layer="Dinov2Layer",
+        towers=("Dinov2Model",),
+        backbones=("Dinov2Backbone",),
+        holders={"Dinov2ForImageClassification": "dinov2"},
+        averaging=("Dinov2ForImageClassification",),
+    ),
+    "dinov2_with_registers": Family(
+        **_DINO,
+        layer="Dinov2WithRegistersLayer",
+        towers=("Dinov2WithRegistersModel",),
+        backbones=("Dinov2WithRegistersBackbone",),
+        holders={"Dinov2WithRegistersForImageClassification": "dinov2_with_registers"},
+        averaging=("Dinov2WithRegistersForImageClassification",),
+    ),
+    "llava": Family(holders={"LlavaModel": "vision_tower", "LlavaForConditionalGeneration": "model.vision_tower"}),
+    "beit": Family(why=_TABLE),
+    "data2vec": Family(why=_TABLE),
+    "swin": Family(why=_WINDOWS),
+    "swinv2": Family(why=_WINDOWS),
+    "hiera": Family(why={"": "it pools tokens on a grid between stages, so tokens cannot be removed"}),
+    "pvt": Family(why=_STAGES),
+    "segformer": Family(why=_STAGES),
+    "timm_wrapper": Family(why={"": "it is a door to a timm model; use vtoken.apply(model.timm_model, ...)"}),
+    "llava_next": Family(why=_TILES),
+    "llava_onevision": Family(why=_TILES),
+}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A class that its family's record names, or a subclass of one.
+
+    Args:
+        module: name of the family.
+        name: the class that is named.
+    """
+
+    module: str
+    name: str
+
+    @property
+    def family(self) -> Family:
+        """The record."""
+        return FAMILIES[self.module]
+
+
+def keys_of(cls: type) -> list[tuple[str, str]]:
+    """Module of `transformers.models` and name of a class and its bases."""
+    found = []
+    for base in cls.__mro__:
+        parts = base.__module__.split(".")
+        if parts[:2] == ["transformers", "models"] and len(parts) == 4:
+            found.append((parts[2], base.__name__))
+    return found
+
+
+def _named(cls: type, *fields: str) -> Known | None:
+    for module, name in keys_of(cls):
+        family = FAMILIES.get(module)
+        if family is not None and any(name in getattr(family, found) for found in fields):
+            return Known(module, name)
+    return None
+
+
+def tower_known(cls: type) -> Known | None:
+    """What a class of towers or backbones is known as."""
+    return _named(cls, "towers", "backbones")
+
+
+def holder_known(cls: type) -> Known | None:
+    """What a class that holds a tower is known as."""
+    return _named(cls, "holders")
+
+
+def layer_known(cls: type) -> Known | None:
+    """What a class of layers is known as."""
+    for module, name in keys_of(cls):
+        family = FAMILIES.get(module)
+        if family is not None and name == family.layer:
+            return Known(module, name)
+    return None
+
+
+def classes() -> list[str]:
+    """Names of all classes that are supported."""
+    return sorted({n for f in FAMILIES.values() for n in (*f.towers, *f.backbones, *f.holders)})
+
+
+def why_not(cls: type) -> str:
+    """The reason for which a class that is not supported is refused; "" if there is none beside that."""
+    for module, name in keys_of(cls):
+        why = FAMILIES[module].why if module in FAMILIES else {}
+        if name in why or "" in why:
+            return why[name if name in why else ""]
+    return ""
+
+
+def family_of(tower: Any) -> Family:
+    """The record of a tower's family."""
+    module = tower.__dict__.get("_vtoken_family")  # of a patched one
+    if module is None:
+        known = tower_known(type(tower))
+        assert known is not None
+        module = known.module
+    return FAMILIES[module]
+
+
+def layers_of(tower: Any) -> Any:
+    """The list of a tower's layers."""
+    return functools.reduce(getattr, family_of(tower).path, tower)
+
+
+def num_prefix(tower: Any) -> int:
+    """Class, distillation and register tokens of a tower."""
+    return family_of(tower).prefix(tower.config)
+
+
+def grid_of(tower: Any, img_size: tuple[int, int]) -> Grid:
+    """Patch rows and columns of an image of `img_size` (height, width) pixels."""
+    return patches(tower.config, img_size)
