@@ -54,6 +54,10 @@ class LlavaAdapter(HostAdapter):
     hooks = frozenset({"on_features"})
     part = "prompt"
 
+    def supported(self) -> str:
+        """Its classes."""
+        return f"transformers {_known()}"
+
     def spec(self, model: nn.Module) -> HostSpec:
         """The measures of the image tower; raises UnsupportedModelError unless all that is needed is understood."""
         self._refuse_unknown(model)
@@ -171,9 +175,12 @@ def _packed(model: Any, patches: int, crops: int, size: tuple[int, int]) -> torc
     return rows
 
 
+def _known() -> str:
+    return ", ".join(sorted(name for _, name in MODELS))
+
+
 def _refusal(model: nn.Module, why: str, hint: str = "") -> str:
-    known = ", ".join(sorted(name for _, name in MODELS))
     return (
-        f"cannot shorten the prompts of transformers {type(model).__name__}: {why}. Supported: {known}, with a CLIP or "
+        f"cannot shorten the prompts of transformers {type(model).__name__}: {why}. Supported: {_known()}, with a CLIP or "
         f"SigLIP image tower.{hint} The model was left as it was."
     )

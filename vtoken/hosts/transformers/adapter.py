@@ -1,4 +1,4 @@
-"""transformers: ViT, DeiT, CLIP, SigLIP, SigLIP 2 and DINOv2 image models, and the tower inside a LLaVA."""
+"""transformers: the image models of families.py, and the towers inside what holds them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from vtoken.hosts.transformers.families import (
     layers_of,
     num_prefix,
     tower_known,
+    towers,
     why_not,
 )
 from vtoken.hosts.transformers.watched import watched_tower
@@ -33,9 +34,13 @@ from vtoken.hosts.transformers.watched import watched_tower
 class HFAdapter(HostAdapter):
     """transformers' plain-attention image models, recognised by module and class, never by their configuration."""
 
-    name = "transformers ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2 and LLaVA towers"
+    name = "transformers image towers"
     package = "transformers"
     hooks = frozenset({"on_block"})
+
+    def supported(self) -> str:
+        """Its towers by their class."""
+        return f"transformers {', '.join(towers())}, and models that hold one"
 
     def tower(self, model: nn.Module) -> Any:
         """The module that runs the image layers."""
@@ -61,8 +66,11 @@ class HFAdapter(HostAdapter):
             problem = _layer_problem(layer)
             if problem:
                 raise UnsupportedModelError(_refusal(model, f"{name} is {problem}"))
+        if getattr(tower, "pooler", None) is not None and not num_prefix(tower):
+            why = "its pooler reads the first patch, which may have merged with others; build it with"
+            raise UnsupportedModelError(_refusal(model, f"{why} add_pooling_layer=False"))
         _check_feature_layer(model)
-        config = tower.config
+        config, family = tower.config, family_of(tower)
         heads = int(config.num_attention_heads)
         return HostSpec(
             name=type(model).__name__,
@@ -73,8 +81,8 @@ class HFAdapter(HostAdapter):
             num_prefix=num_prefix(tower),
             grid=self.grid(model, self.image_size(model)),
             pooling="map" if getattr(tower, "use_head", False) else "token" if num_prefix(tower) else "",
-            position="absolute",
-            fixed_size=False,
+            position="rotary" if family.rotary else "absolute",
+            fixed_size=family.images.fixed(config),
         )
 
     def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:

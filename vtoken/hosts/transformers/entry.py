@@ -18,7 +18,6 @@ from vtoken.core.state import TokenState
 from vtoken.core.watch import Watch
 from vtoken.errors import InputError
 from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, tower_known
-from vtoken.ops import size_bias
 from vtoken.ops.rows import take_rows
 
 
@@ -50,7 +49,7 @@ class BackboneMixin:
         encoder = getattr(self, name)
         maybe_install_capturing_hooks(encoder)
         grid = functools.partial(family.images.grid, self.config, given)
-        with forward_of(self, num_prefix(self), grid, dest=True) as state:
+        with forward_of(self, num_prefix(self), grid, anchor=family.rotary, dest=True) as state:
             bound_encoder = _encoder(encoder, state, _masked(given))
             stand_in = view(self, **{name: functools.partial(_dense_encoder, bound_encoder, state)})
             out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
@@ -121,7 +120,7 @@ def run_tower(
     if attentions or _asked(tower, given, "output_hidden_states"):
         _install_hooks(tower, family.path[0])
     grid = functools.partial(family.images.grid, tower.config, given)
-    with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched, dest=watched) as state:
+    with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched or family.rotary, dest=watched) as state:
         state.watch = rows
         stand_in = _bind(tower, family.path, state, _masked(given))
         if getattr(tower, "use_head", False):
@@ -208,18 +207,6 @@ class EncoderMixin:
         return forward_with(self, {self._vtoken_list: layers}, *args, **kwargs)
 
 
-class SizedHeadMixin:
-    """SigLIP's attention pool over tokens that merged."""
-
-    def forward(self: Any, hidden_state: Tensor, *args: Any, vtoken_size: Tensor | None = None) -> Any:
-        if vtoken_size is None:
-            return super().forward(hidden_state, *args)  # type: ignore[misc]
-        # A float key_padding_mask [B, T] is added to the logits of the keys.
-        bias = size_bias(vtoken_size, hidden_state.dtype)[:, 0, 0]
-        attention = functools.partial(self.attention, key_padding_mask=bias)
-        return forward_with(self, {"attention": attention}, hidden_state, *args)
-
-
 def tower_targets(tower: Any) -> list[tuple[Any, type, dict[str, Any]]]:
     """What `patch` needs for the tower itself and the modules around its layers."""
     known = tower_known(type(tower))
@@ -230,12 +217,12 @@ def tower_targets(tower: Any) -> list[tuple[Any, type, dict[str, Any]]]:
     if len(family.path) > 1:
         found.append((getattr(tower, family.path[0]), EncoderMixin, {"_vtoken_list": family.path[-1]}))
     if getattr(tower, "use_head", False):
-        found.append((tower.head, SizedHeadMixin, {}))
+        found.append((tower.head, family.pool, {}))
     return found
 
 
 def _sized(head: Any, state: TokenState, x: Tensor, *args: Any) -> Tensor:
-    """SigLIP's attention pool, told the sizes."""
+    """An attention pool, told the sizes."""
     size = state.last.size
     return head(x, *args) if size is None else head(x, *args, vtoken_size=size)
 

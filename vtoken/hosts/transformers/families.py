@@ -11,8 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vtoken.hosts.transformers.blocks import ClipLayerMixin, DinoLayerMixin, LayerMixin, ViTLayerMixin
-from vtoken.hosts.transformers.images import Grid, PatchRows, Pixels, patches
+from vtoken.hosts.transformers.blocks import (
+    Aimv2LayerMixin,
+    ClipLayerMixin,
+    DinoLayerMixin,
+    LayerMixin,
+    PixioLayerMixin,
+    RotaryDinoLayerMixin,
+    ViTLayerMixin,
+)
+from vtoken.hosts.transformers.heads import Aimv2HeadMixin, SizedHeadMixin
+from vtoken.hosts.transformers.images import Grid, NativePixels, PatchRows, Pixels, patches
 
 
 def no_prefix(config: Any) -> int:
@@ -33,6 +42,11 @@ def class_and_distillation(config: Any) -> int:
 PIXELS = Pixels()
 
 
+def class_tokens(config: Any) -> int:
+    """Pixio has several."""
+    return int(config.n_cls_tokens)
+
+
 @dataclass(frozen=True)
 class Family:
     """What vtoken knows of the classes of one module of `transformers.models`.
@@ -47,6 +61,8 @@ class Family:
         averaging: those of the holders that average the tower's tokens.
         prefix: number of class, register and distillation tokens, by the tower's configuration.
         images: how the towers take their images.
+        pool: mixin of the attention pool `head`, where a tower has one.
+        rotary: whether attention turns queries and keys by positions.
         why: classes that are refused and the reason; under "", that of all which are not named.
     """
 
@@ -59,6 +75,8 @@ class Family:
     averaging: tuple[str, ...] = ()
     prefix: Callable[[Any], int] = class_and_registers
     images: Pixels = PIXELS
+    pool: type = SizedHeadMixin
+    rotary: bool = False
     why: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -122,6 +140,75 @@ FAMILIES: dict[str, Family] = {
         backbones=("Dinov2WithRegistersBackbone",),
         holders={"Dinov2WithRegistersForImageClassification": "dinov2_with_registers"},
         averaging=("Dinov2WithRegistersForImageClassification",),
+    ),
+    "metaclip_2": Family(
+        **_CLIP,
+        layer="MetaClip2EncoderLayer",
+        towers=("MetaClip2VisionModel",),
+        holders={
+            "MetaClip2Model": "vision_model",
+            "MetaClip2VisionModelWithProjection": "vision_model",
+            "MetaClip2ForImageClassification": "vision_model",
+        },
+        averaging=("MetaClip2ForImageClassification",),
+    ),
+    "altclip": Family(
+        **_CLIP,
+        layer="AltCLIPEncoderLayer",
+        towers=("AltCLIPVisionModel",),
+        holders={"AltCLIPModel": "vision_model"},
+    ),
+    "chinese_clip": Family(
+        **_CLIP,
+        layer="ChineseCLIPVisionLayer",
+        towers=("ChineseCLIPVisionModel",),
+        holders={"ChineseCLIPModel": "vision_model"},
+    ),
+    "vit_msn": Family(
+        **_VIT, layer="ViTMSNLayer", towers=("ViTMSNModel",), holders={"ViTMSNForImageClassification": "vit"}
+    ),
+    "ijepa": Family(
+        **_VIT,
+        layer="IJepaLayer",
+        towers=("IJepaModel",),
+        holders={"IJepaForImageClassification": "ijepa"},
+        averaging=("IJepaForImageClassification",),
+        prefix=no_prefix,
+    ),
+    "aimv2": Family(
+        layer="Aimv2EncoderLayer",
+        mixin=Aimv2LayerMixin,
+        path=("encoder", "layers"),
+        towers=("Aimv2VisionModel",),
+        holders={"Aimv2Model": "vision_model"},
+        prefix=no_prefix,
+        images=NativePixels(),
+        pool=Aimv2HeadMixin,
+    ),
+    "pixio": Family(
+        layer="PixioLayer",
+        mixin=PixioLayerMixin,
+        path=("layers",),
+        towers=("PixioModel",),
+        prefix=class_tokens,
+        images=Pixels(resize=""),
+        why={"PixioBackbone": "it cuts maps out of the hidden states of its tower, which merged tokens no longer are"},
+    ),
+    "tipsv2": Family(
+        **_DINO,
+        layer="Tipsv2VisionLayer",
+        towers=("Tipsv2VisionModel",),
+        backbones=("Tipsv2VisionBackbone",),
+        holders={"Tipsv2Model": "vision_model"},
+    ),
+    "dinov3_vit": Family(
+        layer="DINOv3ViTLayer",
+        mixin=RotaryDinoLayerMixin,
+        path=("model", "layer"),
+        towers=("DINOv3ViTModel",),
+        backbones=("DINOv3ViTBackbone",),
+        images=Pixels(resize=""),
+        rotary=True,
     ),
     "llava": Family(holders={"LlavaModel": "vision_tower", "LlavaForConditionalGeneration": "model.vision_tower"}),
     "beit": Family(why=_TABLE),
@@ -190,6 +277,11 @@ def layer_known(cls: type) -> Known | None:
         if family is not None and name == family.layer:
             return Known(module, name)
     return None
+
+
+def towers() -> list[str]:
+    """Names of the classes that are towers."""
+    return sorted({name for family in FAMILIES.values() for name in family.towers})
 
 
 def classes() -> list[str]:

@@ -25,6 +25,10 @@ class Pixels:
     resize: str | None = "interpolate_pos_encoding"
     padded: bool = False
 
+    def fixed(self, config: Any) -> bool:
+        """Whether the tower takes images of one size only."""
+        return self.resize is None
+
     def size(self, config: Any) -> Grid:
         """Height and width in pixels that the tower was built for."""
         return pair(config.image_size)
@@ -38,6 +42,17 @@ class Pixels:
         """A tower's arguments for images [B, C, H, W]."""
         fits = (image.shape[2], image.shape[3]) == self.size(config)
         return {"pixel_values": image} | ({self.resize: True} if self.resize and not fits else {})
+
+
+@dataclass(frozen=True)
+class NativePixels(Pixels):
+    """AIMv2: learned positions fit one size, computed ones ("native" towers) any."""
+
+    resize: str | None = ""
+
+    def fixed(self, config: Any) -> bool:
+        """Whether positions are learned."""
+        return not config.is_native
 
 
 @dataclass(frozen=True)
