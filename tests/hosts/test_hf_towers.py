@@ -32,13 +32,14 @@ def outputs(model: Any, x: Tensor, **options: Any) -> dict[str, Any]:
 
 @every_tower
 def test_nothing_changes_where_nothing_is_removed_and_everything_is_undone(name: str) -> None:
-    _, model, x = made(name)
+    tower, model, x = made(name)
     stock, before = outputs(model, x), snapshot(model)
     with vtoken.applied(model, vtoken.PiToMe(ratio=1.0)):
         assert_same(f"{name} without reduction", stock, outputs(model, x))
     with vtoken.applied(model, PITOME):
         reduced = outputs(model, x)
     assert reduced.keys() == stock.keys()
+    assert (reduced["hidden_states"][-1].shape == stock["hidden_states"][-1].shape) is tower.dense
     last, full = reduced["hidden_states"][-1], stock["hidden_states"][-1]
     assert last.shape != full.shape or not torch.allclose(last, full, rtol=1e-3, atol=1e-3)
     if "feature_maps" in stock:
@@ -71,8 +72,7 @@ def test_counts_are_those_planned_and_costs_those_counted(name: str) -> None:
     assert trace.tokens[0] == 64 + tower.prefix
     assert trace.grid == (8, 8)
     hidden = outputs(model, x)["hidden_states"]
-    dense = "feature_maps" in outputs(model, x)
-    assert [h.shape[1] for h in hidden] == ([trace.tokens[0]] * 4 if dense else trace.tokens)
+    assert [h.shape[1] for h in hidden] == ([trace.tokens[0]] * 4 if tower.dense else trace.tokens)
 
 
 @every_tower
@@ -174,3 +174,27 @@ def test_a_pooler_that_reads_the_first_patch_is_refused() -> None:
     config = hf.IJepaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
     with pytest.raises(vtoken.UnsupportedModelError, match=r"first patch.*add_pooling_layer=False"):
         vtoken.apply(hf.IJepaModel(config, add_pooling_layer=True), PITOME)
+
+
+def test_two_towers_of_any_family() -> None:
+    """The image tower of a VisionTextDualEncoderModel may be any that is known, and is refused where it is not."""
+    text = hf.BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4}
+
+    def made(vision: Any) -> Any:
+        config = hf.VisionTextDualEncoderConfig(vision_config=vision.to_dict(), text_config=text.to_dict())
+        return randomise_(hf.VisionTextDualEncoderModel(config), 0).eval()
+
+    model, x = made(hf.ViTConfig(**small, intermediate_size=32)), images((3, 32, 32), 2, 0, torch.float32)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with torch.no_grad():
+        stock = model(input_ids=ids, pixel_values=x)
+        with vtoken.applied(model, PITOME):
+            reduced = model(input_ids=ids, pixel_values=x)
+            assert vtoken.num_tokens(model) == vtoken.plan(model).tokens[-1] == 37
+        assert torch.equal(stock.text_embeds, reduced.text_embeds)
+        assert float((stock.image_embeds - reduced.image_embeds).abs().max()) > 1e-3
+        assert torch.equal(model(input_ids=ids, pixel_values=x).logits_per_image, stock.logits_per_image)
+    swin = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"its image tower is a SwinModel; .*windows"):
+        vtoken.apply(made(swin), PITOME)

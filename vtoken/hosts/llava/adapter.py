@@ -181,6 +181,6 @@ def _known() -> str:
 
 def _refusal(model: nn.Module, why: str, hint: str = "") -> str:
     return (
-        f"cannot shorten the prompts of transformers {type(model).__name__}: {why}. Supported: {_known()}, with a CLIP or "
-        f"SigLIP image tower.{hint} The model was left as it was."
+        f"cannot shorten the prompts of transformers {type(model).__name__}: {why}. Supported: {_known()}, with a "
+        f"CLIP or SigLIP image tower.{hint} The model was left as it was."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,9 +50,10 @@ class HFAdapter(HostAdapter):
         held = holder_known(type(model))
         if held is None:
             raise UnsupportedModelError(_refusal(model, _reason(model)))
-        tower = model.get_submodule(held.family.holders[held.name])
+        tower = functools.reduce(getattr, held.family.holders[held.name].split("."), model)  # None: it has no such part
         if tower_known(type(tower)) is None:
-            raise UnsupportedModelError(_refusal(model, f"its image tower is a {type(tower).__qualname__}"))
+            why = why_not(type(tower)) or why_not(type(model)) or "which vtoken does not know"
+            raise UnsupportedModelError(_refusal(model, f"its image tower is a {type(tower).__qualname__}; {why}"))
         return tower
 
     def spec(self, model: nn.Module) -> HostSpec:

@@ -83,10 +83,46 @@ class Family:
 _CLIP: dict[str, Any] = {"mixin": ClipLayerMixin, "path": ("encoder", "layers")}
 _VIT: dict[str, Any] = {"mixin": ViTLayerMixin, "path": ("layers",)}
 _DINO: dict[str, Any] = {"mixin": DinoLayerMixin, "path": ("encoder", "layer"), "images": Pixels(resize="")}
-_TABLE = {"": "its attention adds a table of position biases, whose rows tokens would lose"}
-_WINDOWS = {"": "its attention works inside windows, so tokens cannot be removed"}
-_STAGES = {"": "it reshapes tokens to a grid between stages, so tokens cannot be removed"}
-_TILES = {"": "it packs several tiles of an image on a grid, which merged tokens no longer have"}
+#: Why whole families are refused, which have no other record.
+_REFUSED = {
+    "its attention adds a table of position biases, whose rows tokens would lose": "beit data2vec levit",
+    "its attention works inside windows, so tokens cannot be removed": (
+        "swin swinv2 swin2sr donut dinat lw_detr rf_detr"
+    ),
+    "its attention works inside windows and adds positions of the grid, so tokens cannot be removed": (
+        "sam sam_hq vitdet"
+    ),
+    "its image encoder works in windows or stages on the grid of patches, and masks are read off that grid": (
+        "sam2 sam2_video sam3 sam3_lite_text sam3_tracker sam3_tracker_video sam3_video edgetam edgetam_video"
+    ),
+    "it pools tokens on a grid between stages, so tokens cannot be removed": "hiera",
+    "it reshapes tokens to a grid between stages, so tokens cannot be removed": "pvt pvt_v2 segformer glpn cvt",
+    "it mixes patches on their grid without attention between all of them, so tokens cannot be removed": (
+        "poolformer focalnet mobilevit mobilevitv2 swiftformer"
+    ),
+    "it is a convolutional network, whose maps are no tokens": (
+        "align bit convnext convnextv2 dinov3_convnext efficientnet hgnet_v2 mobilenet_v1 mobilenet_v2 pp_lcnet "
+        "pp_lcnet_v3 pp_lcnet_v4 regnet resnet textnet uvdoc"
+    ),
+    "it detects on the maps of a backbone, at whose places every layer looks": (
+        "conditional_detr d_fine dab_detr deformable_detr deimv2 detr rt_detr rt_detr_v2 table_transformer"
+    ),
+    "its detection tokens stand behind the patches, where they would merge with them": "yolos",
+    "it puts queries among the patches half way and reads masks off the patch grid": "eomt eomt_dinov3 videomt",
+    "its attention is causal, so a token's place in the row is a part of the mask": "imagegpt",
+    "it drops a random part of the patches and shuffles the rest, so neither counts nor places are known; load its "
+    "weights into a ViTModel": "vit_mae",
+    "its tokens are tubes over several frames, which vtoken does not merge yet": "videomae vivit vjepa2",
+    "its attention goes over time and space in turns, on the grid of every frame": "timesformer",
+    "its attention goes over space first and then over time, on the grid of every frame": "videoprism",
+    "it packs several tiles of an image on a grid, which merged tokens no longer have": "llava_next llava_onevision",
+    "its tower packs the patches of all images into one row and joins neighbours on their grid behind its layers": (
+        "qwen2_vl qwen2_5_vl qwen2_5_omni qwen3_vl qwen3_vl_moe glm4v glm4v_moe video_llama_3"
+    ),
+    "it shuffles patches into channels by their places on the grid": "idefics3 smolvlm internvl",
+    "it pools patches on their grid before the projector": "gemma3 shieldgemma2",
+    "its language model reads images by cross-attention, not from the prompt": "idefics",
+}
 
 FAMILIES: dict[str, Family] = {
     "clip": Family(
@@ -211,16 +247,38 @@ FAMILIES: dict[str, Family] = {
         rotary=True,
     ),
     "llava": Family(holders={"LlavaModel": "vision_tower", "LlavaForConditionalGeneration": "model.vision_tower"}),
-    "beit": Family(why=_TABLE),
-    "data2vec": Family(why=_TABLE),
-    "swin": Family(why=_WINDOWS),
-    "swinv2": Family(why=_WINDOWS),
-    "hiera": Family(why={"": "it pools tokens on a grid between stages, so tokens cannot be removed"}),
-    "pvt": Family(why=_STAGES),
-    "segformer": Family(why=_STAGES),
+    # A backbone's maps show a value for every patch, so whatever reads them need not know of merging.
+    "depth_anything": Family(holders={"DepthAnythingForDepthEstimation": "backbone"}),
+    "prompt_depth_anything": Family(holders={"PromptDepthAnythingForDepthEstimation": "backbone"}),
+    "chmv2": Family(holders={"CHMv2ForDepthEstimation": "backbone"}),
+    "tipsv2_dpt": Family(
+        holders={
+            "Tipsv2DptForDensePrediction": "backbone",
+            "Tipsv2DptForDepthEstimation": "backbone",
+            "Tipsv2DptForNormalEstimation": "backbone",
+            "Tipsv2DptForSemanticSegmentation": "backbone",
+        }
+    ),
+    "upernet": Family(holders={"UperNetForSemanticSegmentation": "backbone"}),
+    "dpt": Family(
+        holders={"DPTForDepthEstimation": "backbone"},
+        why={
+            "": "a neck puts the hidden states of its own layers on the patch grid, which merged tokens no longer "
+            "have; DPTForDepthEstimation over a plain backbone (backbone_config) is supported"
+        },
+    ),
+    "vision_text_dual_encoder": Family(holders={"VisionTextDualEncoderModel": "vision_model"}),
+    "vision_encoder_decoder": Family(
+        why={"": "its decoder reads image tokens by cross-attention and is not told how many patches each stands for"}
+    ),
     "timm_wrapper": Family(why={"": "it is a door to a timm model; use vtoken.apply(model.timm_model, ...)"}),
-    "llava_next": Family(why=_TILES),
-    "llava_onevision": Family(why=_TILES),
+    "maskformer": Family(
+        why=dict.fromkeys(
+            ("MaskFormerSwinModel", "MaskFormerSwinBackbone"),
+            "its attention works inside windows, so tokens cannot be removed",
+        )
+    ),
+    **{name: Family(why={"": why}) for why, names in _REFUSED.items() for name in names.split()},
 }
 
 
