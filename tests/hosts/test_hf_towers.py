@@ -198,3 +198,44 @@ def test_two_towers_of_any_family() -> None:
     swin = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
     with pytest.raises(vtoken.UnsupportedModelError, match=r"its image tower is a SwinModel; .*windows"):
         vtoken.apply(made(swin), PITOME)
+
+
+def _wrapper(cls: str, name: str, **model_args: Any) -> Any:
+    config = hf.TimmWrapperConfig(architecture=name, num_labels=7, model_args=model_args, do_pooling=True)
+    return randomise_(getattr(hf, cls)(config), 0).eval()
+
+
+@pytest.mark.parametrize("cls", ["TimmWrapperModel", "TimmWrapperForImageClassification"])
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_a_timm_model_behind_its_door(cls: str, pool: str) -> None:
+    small = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
+    model = _wrapper(cls, "vit_tiny_patch16_224", **small, global_pool=pool, class_token=True)
+    x = images((3, 32, 32), 2, 0, torch.float32)
+    result = "logits" if cls.endswith("Classification") else "pooler_output"
+    with torch.no_grad():
+        stock = model(x)
+        with vtoken.applied(model, vtoken.PiToMe(ratio=1.0)):
+            assert torch.equal(model(x)[result], stock[result])
+        vtoken.apply(model, PITOME)
+        out, trace = vtoken.trace(model, x)
+        assert_planned(vtoken.plan(model), trace)
+        assert trace.tokens == [65, 49, 37, 28]
+        # By the timm model itself, which weighs by sizes.
+        inner = model.timm_model(x) if result == "logits" else model.timm_model.forward_head(
+            model.timm_model.forward_features(x))  # fmt: skip
+        assert torch.equal(out[result], inner)
+        assert not torch.allclose(out[result], stock[result], rtol=1e-3, atol=1e-3)
+        with counted() as counter:
+            model(x[:1])
+        cost, spec = vtoken.report(model), find_adapter(model).spec(model)
+        averaging = sum(2 * (a - b) * (b - 1) * spec.width for a, b in zip(cost.tokens, cost.tokens[1:], strict=False))
+        assert 0.99 * counter.get_total_flops() <= cost.flops_after <= 1.01 * counter.get_total_flops() + averaging
+        vtoken.remove(model)
+        assert torch.equal(model(x)[result], stock[result])
+        with vtoken.applied(model, vtoken.Sparsifiner(keep_ratio=1.0)):
+            assert torch.equal(model(x)[result], stock[result])
+
+
+def test_a_timm_model_that_keeps_a_grid_is_refused_behind_its_door_too() -> None:
+    with pytest.raises(vtoken.UnsupportedModelError, match="plain-attention"):
+        vtoken.apply(_wrapper("TimmWrapperModel", "resnet18"), PITOME)

@@ -118,6 +118,7 @@ class HostAdapter:
 _BUILTIN = (
     ("timm", "tower", "vtoken.hosts.timm.adapter", "TimmAdapter"),
     ("open_clip", "tower", "vtoken.hosts.open_clip.adapter", "OpenClipAdapter"),
+    ("transformers", "tower", "vtoken.hosts.transformers.timm_wrapper", "TimmWrapperAdapter"),
     ("transformers", "tower", "vtoken.hosts.transformers.adapter", "HFAdapter"),
     ("transformers", "prompt", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
     ("transformers", "video", "vtoken.hosts.video.llava", "OnevisionVideo"),

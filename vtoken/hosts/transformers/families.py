@@ -271,7 +271,6 @@ FAMILIES: dict[str, Family] = {
     "vision_encoder_decoder": Family(
         why={"": "its decoder reads image tokens by cross-attention and is not told how many patches each stands for"}
     ),
-    "timm_wrapper": Family(why={"": "it is a door to a timm model; use vtoken.apply(model.timm_model, ...)"}),
     "maskformer": Family(
         why=dict.fromkeys(
             ("MaskFormerSwinModel", "MaskFormerSwinBackbone"),
