@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import vtoken
-from tests.contract.table import assert_planned, snapshot
+from tests.contract.table import assert_planned, attention, blocks, snapshot
 from tests.helpers import assert_close, assert_same, counted, images, randomise_
 from vtoken.core.host import find_adapter
 
@@ -94,6 +94,8 @@ def test_images_of_another_size(name: str) -> None:
 @every_tower
 def test_sizes_are_a_mask_of_log_counts_on_the_keys(name: str) -> None:
     _, model, x = made(name)
+    if hasattr(attention(blocks(model)[0]), "attention"):
+        pytest.skip("nested attention of transformers before 5.18, which takes no mask: sizes are added around it")
     seen: list[Any] = []
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **options: Any) -> Any:
