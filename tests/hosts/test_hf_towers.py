@@ -241,3 +241,22 @@ def test_a_timm_model_behind_its_door(cls: str, pool: str) -> None:
 def test_a_timm_model_that_keeps_a_grid_is_refused_behind_its_door_too() -> None:
     with pytest.raises(vtoken.UnsupportedModelError, match="plain-attention"):
         vtoken.apply(_wrapper("TimmWrapperModel", "resnet18"), PITOME)
+
+
+@pytest.mark.parametrize("name", ["dinov3", "tipsv2", "pixio", "metaclip_2"])
+def test_class_attention_is_that_of_the_hosts_own_maps(name: str) -> None:
+    tower, model, x = made(name, torch.float64)
+    if hasattr(attention(blocks(model)[0]), "attention"):
+        pytest.skip("nested attention of transformers before 5.18 is refused")
+    found = vtoken.cls_attention_scores(model, x, start_layer=0)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = torch.stack(model(x, output_attentions=True).attentions)  # [L, B, H, T, T]
+    assert_close("scores", maps[:, :, :, 0, tower.prefix :].mean((0, 2)), found.double(), 1e-5)
+
+
+def test_what_is_not_where_it_was_is_refused() -> None:
+    _, model, _ = made("dinov3")
+    del model.model.layer
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"no layers in model\.layer"):
+        vtoken.apply(model, PITOME)

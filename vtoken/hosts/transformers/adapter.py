@@ -104,6 +104,8 @@ class HFAdapter(HostAdapter):
         """The tower's layers."""
         tower = self.tower(model)
         path = ".".join(family_of(tower).path)
+        if functools.reduce(lambda m, name: getattr(m, name, None), family_of(tower).path, tower) is None:
+            raise UnsupportedModelError(_refusal(model, f"this release of transformers keeps no layers in {path}"))
         return [(f"{path}.{i}", layer) for i, layer in enumerate(tower.get_submodule(path))]
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
@@ -128,7 +130,7 @@ class HFAdapter(HostAdapter):
     def run_watched(self, model: nn.Module, watch: Watch, image: Tensor) -> None:
         """Class attention of the query and key projections."""
         tower = self.tower(model)
-        if is_patched(tower):  # from a model around it
+        if is_patched(tower):  # from a LLaVA around it, whose towers are not rotary
             self.run_image(tower, image, vtoken_rows=watch)
         else:
             watched_tower(tower, family_of(tower).path, watch)(**_image_arguments(tower, image))
