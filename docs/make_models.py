@@ -23,8 +23,9 @@ from torch import nn
 import vtoken
 import vtoken.hosts.video
 from vtoken.core.config import example
+from vtoken.core.host import host_of
 from vtoken.hosts.names import build_weightless
-from vtoken.hosts.transformers.adapter import HOLDERS, TOWERS
+from vtoken.hosts.transformers.families import classes
 from vtoken.hosts.unserved import FAMILIES
 from vtoken.hosts.video import VideoAdapter
 
@@ -82,16 +83,104 @@ COLUMNS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+#: Classes over the maps of a backbone that their default configurations take from families without tokens.
+OVER_MAPS = ("DPTForDepthEstimation", "UperNetForSemanticSegmentation")
+
+
+def _dino_maps() -> Any:
+    return transformers.Dinov2Config(out_features=["stage3", "stage6", "stage9", "stage12"])
+
+
 def transformers_models() -> Iterable[tuple[str, nn.Module]]:
     """Every class that a table of the hosts names."""
     for found in pkgutil.iter_modules(vtoken.hosts.video.__path__, "vtoken.hosts.video."):
         importlib.import_module(found.name)
     videos = {key for adapter in _subclasses(VideoAdapter) for key in adapter.models}
-    for _, name in sorted({*TOWERS, *HOLDERS, *videos}.union(*(family.models for family in FAMILIES))):
+    prompts = {key for family in FAMILIES for key in family.models}
+    for name in sorted({*classes(), *(name for _, name in (*prompts, *videos))}):
         cls = getattr(transformers, name, None)
         if cls is not None:  # older releases lack some
             with torch.device("meta"):
-                yield name, cls(cls.config_class())
+                if name in OVER_MAPS:
+                    yield f"{name} over DINOv2", cls(cls.config_class(backbone_config=_dino_maps()))
+                else:
+                    yield name, cls(cls.config_class())
+
+
+#: transformers' auto-mappings of whatever sees images.
+MAPPINGS = (
+    "IMAGE", "IMAGE_CLASSIFICATION", "BACKBONE", "ZERO_SHOT_IMAGE_CLASSIFICATION", "DEPTH_ESTIMATION",
+    "SEMANTIC_SEGMENTATION", "INSTANCE_SEGMENTATION", "UNIVERSAL_SEGMENTATION", "OBJECT_DETECTION", "MASK_GENERATION",
+    "VIDEO_CLASSIFICATION", "IMAGE_TEXT_TO_TEXT",
+)  # fmt: skip
+_DEPTHS = ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "depth", "n_layer")
+_UNKNOWN = "vtoken does not know what it does"
+
+
+def survey() -> dict[str, list[str]]:
+    """The classes of transformers' auto-mappings that can be built from a small default configuration, by the answer.
+
+    Returns:
+        Names under "yes", "reason" (refused with one of its own), "part" (the refusal names a part that can be patched)
+        and "unknown".
+    """
+    from transformers.models.auto import modeling_auto
+
+    names: set[str] = set()
+    for mapping in MAPPINGS:
+        for found in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {}).values():
+            names.update([found] if isinstance(found, str) else found)
+    answers: dict[str, list[str]] = {"yes": [], "reason": [], "part": [], "unknown": []}
+    for name in sorted(names):
+        model = _small(getattr(transformers, name, None))
+        if model is not None:
+            answers[_answer(model)].append(name)
+    return answers
+
+
+def _small(cls: Any) -> nn.Module | None:
+    """A model of a class with few layers and no weights; None if its default configuration makes none."""
+    for shrink in (True, False):
+        try:
+            config = cls.config_class()
+            if shrink:
+                _shrink(config)
+            with torch.device("meta"):
+                model: nn.Module = cls(config)
+        except Exception:  # whatever its library raises there
+            continue
+        return model
+    return None
+
+
+def _shrink(config: Any) -> None:
+    for name, value in list(vars(config).items()):
+        if isinstance(value, transformers.PretrainedConfig):
+            _shrink(value)
+        elif name in _DEPTHS and isinstance(value, int):
+            setattr(config, name, min(value, 2))
+
+
+def _answer(model: nn.Module) -> str:
+    try:
+        host_of(model)
+    except vtoken.UnsupportedModelError as error:
+        if _UNKNOWN not in str(error):
+            return "reason"
+        return "part" if "It holds a" in str(error) else "unknown"
+    return "yes"
+
+
+def told(answers: dict[str, list[str]]) -> str:
+    """What the page says of the survey."""
+    count = {answer: len(names) for answer, names in answers.items()}
+    text = (
+        f"Of the {sum(count.values())} classes in transformers' auto-mappings for images and videos that their default "
+        f"configuration builds, tower methods work on {count['yes']}; {count['reason']} are refused with a reason of "
+        f"their own, {count['part']} with the name of a part that can be patched, and of {count['unknown']} vtoken "
+        "only says that it does not know what they do with their tokens."
+    )
+    return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def open_clip_models() -> Iterable[tuple[str, nn.Module]]:
@@ -160,7 +249,10 @@ def page() -> str:
     merging = ", ".join(type(example(method)).__name__ for method in MERGING)
     prompts = ", ".join(type(example(method)).__name__ for method in PROMPTS)
     parts = [INTRO.format(merging=merging, prompts=prompts)]
-    parts += [f"## {title}\n\n{text}\n" for title, text in tables().items()]
+    for title, text in tables().items():
+        parts.append(f"## {title}\n\n{text}\n")
+        if title.startswith("transformers"):
+            parts.append(f"{told(survey())}\n")
     parts.append(f"## timm {timm.__version__}\n\nBy the file of timm that makes them.\n\n{names()}\n")
     return "\n".join(parts)
 

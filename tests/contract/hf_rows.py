@@ -39,6 +39,7 @@ def siglip2() -> nn.Module:
     return hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**_SIZE, intermediate_size=64, num_patches=64))
 
 
+_STEADY = {"num_register_tokens": 2, "pos_embed_rescale": None}
 _part = functools.partial
 _row = _part(Host, library="transformers")
 _registers = hf.Dinov2WithRegistersConfig
@@ -54,6 +55,8 @@ ROWS: list[Host] = [
     _row("hf_deit", _part(plain, hf.DeiTForImageClassificationWithTeacher, hf.DeiTConfig), prefix=2),
     _row("hf_dino", _part(dino, hf.Dinov2ForImageClassification, hf.Dinov2Config), prefix=1),
     _row("hf_dino_reg", _part(dino, hf.Dinov2WithRegistersForImageClassification, _registers), prefix=5),
+    # Without the random scale that positions of a training model have, two forwards agree.
+    _row("hf_dinov3", _part(plain, hf.DINOv3ViTModel, hf.DINOv3ViTConfig, **_STEADY), prefix=3),
     _row(
         "hf_dino_maps",
         _part(dino, hf.Dinov2WithRegistersBackbone, _registers, out_features=["stage1", "stage2", "stage3"]),

@@ -115,7 +115,7 @@ _BY_METHOD = {method.name: method for method in METHODS}
 # Structures that differ in what merging touches: prefix, pooling, block, rotation, input handling.
 _DISTINCT = (
     "vit_token", "vit_avg_prefix", "vit_map", "distilled", "eva02", "eva_mixed", "eva_dinov3", "naflex_rope",
-    "oc_map", "oc_qk_norm", "hf_siglip", "hf_dino_reg", "hf_dino_maps",
+    "oc_map", "oc_qk_norm", "hf_siglip", "hf_dino_reg", "hf_dino_maps", "hf_dinov3",
 )  # fmt: skip
 # Of every library one, with average pooling and prefix: where a test runs every method on a few hosts only.
 _EVERY_METHOD = ("vit_avg_prefix",)
@@ -221,7 +221,7 @@ def arguments(model: nn.Module, x: Tensor) -> tuple[tuple[Any, ...], dict[str, A
         rows = cut.reshape(batch, grid[0] * grid[1], side * side * channels)
         shapes = torch.tensor([grid]).expand(batch, -1)
         return (), {"pixel_values": rows, "pixel_attention_mask": None, "spatial_shapes": shapes}
-    fits = (height, width) == (config.image_size, config.image_size) or config.model_type.startswith("dinov2")
+    fits = (height, width) == (config.image_size, config.image_size) or config.model_type.startswith("dinov")
     return (), {"pixel_values": x} | ({} if fits else {"interpolate_pos_encoding": True})
 
 
@@ -344,7 +344,7 @@ def final_norm(model: Any) -> Callable[[Tensor], Tensor]:
         return inner.ln_post  # type: ignore[no-any-return]
     if inner.config.model_type == "clip_vision_model":  # hands its rows out unnormed
         return nn.Identity()
-    return next(getattr(inner, name) for name in ("post_layernorm", "layernorm") if hasattr(inner, name))
+    return next(getattr(inner, name) for name in ("post_layernorm", "layernorm", "norm") if hasattr(inner, name))
 
 
 def layer_rows(model: Any, x: Tensor) -> tuple[list[Tensor], vtoken.Trace]:

@@ -37,7 +37,7 @@ def still_(model: Any) -> Any:
             attn, mlp = attention(block), block.mlp
             parts = [
                 next(getattr(attn, name) for name in ("proj", "out_proj", "o_proj") if hasattr(attn, name)),
-                next(getattr(mlp, name) for name in ("fc2", "w2", "c_proj") if getattr(mlp, name, None) is not None),
+                next(getattr(mlp, name) for name in ("fc2", "w2", "c_proj", "down_proj") if getattr(mlp, name, None)),
             ]
             if "Post" in type(block).__name__:
                 parts = [block.norm1, block.norm2]

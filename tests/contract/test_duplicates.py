@@ -34,6 +34,8 @@ def without_positions(model: Any) -> Any:
             return torch.cat([torch.zeros_like(sin), torch.ones_like(cos)], -1)
 
         model.rope.get_embed = no_turn
+    if hasattr(model, "rope_embeddings"):  # of transformers: cosines, sines
+        model.rope_embeddings.inv_freq.zero_()
     return model
 
 

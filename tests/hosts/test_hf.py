@@ -335,7 +335,7 @@ def test_llava_reads_reduced_features_in_raster_order(tower: str, layer: int, st
 def _anchors(vision: Any, x: Tensor, index: int) -> Tensor:
     """Anchors in the tower's own row order after `index` layers, read off a state that the test makes itself."""
     from vtoken.core.state import TokenState
-    from vtoken.hosts.transformers.entry import num_prefix
+    from vtoken.hosts.transformers.families import num_prefix
 
     state = TokenState(vision._vtoken.methods["on_block"], num_prefix(vision), track_anchor=True, track_dest=False)
     vtoken.remove(bare := copy.deepcopy(vision))

@@ -39,6 +39,7 @@ class Parts:
     out: Callable[[Tensor], Tensor]
     scale1: Tensor | float = 1.0
     scale2: Tensor | float = 1.0
+    mlp: Callable[[Tensor], Tensor] | None = None
 
 
 def clip_parts(layer: Any) -> Parts:
@@ -52,6 +53,26 @@ def vit_parts(layer: Any) -> Parts:
 def dino_parts(layer: Any) -> Parts:
     scales = layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
     return Parts(layer.norm1, layer.norm2, layer.attention, layer.attention.o_proj, *scales)
+
+
+def aimv2_parts(layer: Any) -> Parts:
+    return Parts(layer.rms_norm1, layer.rms_norm2, layer.attention, layer.attention.out_proj, mlp=layer.ffn)
+
+
+def rotated(rows: list[Tensor], t: Tokens, table: tuple[Tensor, Tensor], prefix: int) -> list[Tensor]:
+    """Heads whose patches are turned by the table row of the patch that a token keeps the place of."""
+    heads = []
+    for head in rows:
+        turned = []
+        for i, row in enumerate(head):
+            if i < prefix:
+                turned.append(row)
+                continue
+            cos, sin = (part[t.anchor[i] - prefix] for part in table)
+            half = len(row) // 2
+            turned.append(row * cos + torch.cat([-row[half:], row[:half]]) * sin)
+        heads.append(torch.stack(turned))
+    return heads
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, size: list[float] | None) -> Tensor:
@@ -70,19 +91,23 @@ def heads_of(x: Tensor) -> list[Tensor]:
     return list(x.split(x.shape[1] // _SIZE["num_attention_heads"], dim=1))
 
 
-def run_layer(layer: Any, p: Parts, t: Tokens, index: int, s: Settings, prefix: int) -> Tokens:
+def run_layer(
+    layer: Any, p: Parts, t: Tokens, index: int, s: Settings, prefix: int, table: tuple[Tensor, Tensor] | None
+) -> Tokens:
     """Attention, merge, MLP; or attention, MLP, merge."""
+    mlp = p.mlp or layer.mlp
     normed = p.norm1(t.x)
     q, k, v = (heads_of(part(normed)) for part in (p.attn.q_proj, p.attn.k_proj, p.attn.v_proj))
     size = t.size if s.prop_attn and t.merged else None
-    out = torch.cat([attend(*head, size) for head in zip(q, k, v, strict=True)], 1)
+    turned = (q, k) if table is None else (rotated(q, t, table, prefix), rotated(k, t, table, prefix))
+    out = torch.cat([attend(*head, size) for head in zip(*turned, v, strict=True)], 1)
     t.x = t.x + p.scale1 * p.out(out)
     if s.place == "after":
-        t.x = t.x + p.scale2 * layer.mlp(p.norm2(t.x))
+        t.x = t.x + p.scale2 * mlp(p.norm2(t.x))
     metric = sum(k) / len(k) if s.metric == "key" else t.x
     t = merge(t, metric, index, _SIZE["num_hidden_layers"], s, prefix)
     if s.place == "between":
-        t.x = t.x + p.scale2 * layer.mlp(p.norm2(t.x))
+        t.x = t.x + p.scale2 * mlp(p.norm2(t.x))
     return t
 
 
@@ -120,6 +145,12 @@ class Case:
         return tower.pre_layrnorm(x) if hasattr(tower, "pre_layrnorm") else x
 
 
+def aimv2_pool(head: Any, rows: Tensor, size: list[float]) -> Tensor:
+    """AIMv2's class token asks the rows, each counting as its patches."""
+    parts = (heads_of(x) for x in (head.cls_token[0], head.k_proj(rows), head.v_proj(rows)))
+    return head.output_proj(torch.cat([attend(*one, size) for one in zip(*parts, strict=True)], 1))[0]
+
+
 def same(model: Any) -> Any:
     return model
 
@@ -153,17 +184,35 @@ CASES = {
         lambda m: m.dinov2_with_registers, lambda m: m.dinov2_with_registers.encoder.layer, dino_parts,
         lambda m, x: m.dinov2_with_registers.layernorm(x), "logits", dino_logits(5),
     ),
+    "ijepa": Case(
+        lambda: hf.IJepaForImageClassification(hf.IJepaConfig(**_PLAIN, num_labels=10)), 0, lambda m: m.ijepa,
+        lambda m: m.ijepa.layers, vit_parts, lambda m, x: m.ijepa.layernorm(x), "logits",
+        lambda m, x, size: m.classifier(weighted_mean(x, size)),
+    ),
+    "pixio": Case(
+        lambda: hf.PixioModel(hf.PixioConfig(**_SIZE, mlp_ratio=2, n_cls_tokens=3)), 3, same, lambda m: m.layers,
+        vit_parts, lambda m, x: m.layernorm(x), "pooler_output", lambda m, x, size: x[:3].mean(0),
+    ),
+    "aimv2": Case(
+        lambda: hf.Aimv2VisionModel(hf.Aimv2VisionConfig(**_PLAIN)), 0, same, lambda m: m.encoder.layers, aimv2_parts,
+        lambda m, x: m.rms_norm(x), "pooler_output", lambda m, x, size: aimv2_pool(m.head, x, size),
+    ),
+    "dinov3": Case(
+        lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**_PLAIN, num_register_tokens=2)), 3, same,
+        lambda m: m.model.layer, dino_parts, lambda m, x: m.norm(x), "pooler_output", lambda m, x, size: x[0],
+    ),
 }  # fmt: skip
 
 
 def run_slowly(case: Case, model: Any, images: Tensor, s: Settings) -> tuple[list[Tensor], list[Tensor], list[Tokens]]:
     """Per image: the result, the rows in raster order, the tokens that are left."""
     results, found, left = [], [], []
+    table = model.rope_embeddings(images) if hasattr(model, "rope_embeddings") else None
     for image in case.embed(model, images):
         count = len(image)
         t = Tokens(image, [1.0] * count, list(range(count)), [[i] for i in range(count)])
         for index, layer in enumerate(case.layers(model)):
-            t = run_layer(layer, case.parts(layer), t, index, s, case.prefix)
+            t = run_layer(layer, case.parts(layer), t, index, s, case.prefix, table)
         order = sorted(range(len(t.anchor)), key=t.anchor.__getitem__)
         rows = case.rows(model, t.x[order])
         results.append(case.pool(model, rows, [t.size[i] for i in order]))
@@ -200,7 +249,7 @@ def test_defaults(name: str, method: str) -> None:
     check(name, method)
 
 
-@pytest.mark.parametrize("name", ["siglip", "dino_reg"])
+@pytest.mark.parametrize("name", ["siglip", "dino_reg", "dinov3"])
 @pytest.mark.parametrize("options", [{"metric": "hidden"}, {"place": "after"}, {"prop_attn": False}], ids=str)
 def test_options(name: str, options: dict[str, Any]) -> None:
     check(name, "pitome", **options)

@@ -19,6 +19,8 @@ def meta_copy(model: nn.Module) -> Any:
     for module in shadow.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, name).clear()
+        # transformers notes on a module that it put its recording hooks there, which are gone now: it may anew.
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
     return shadow.requires_grad_(False).eval()
 
 

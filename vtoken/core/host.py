@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,10 @@ class HostAdapter:
     hooks: frozenset[str] = frozenset()
     #: The part of a model that it knows; see MethodConfig.part.
     part: str = "tower"
+
+    def supported(self) -> str:
+        """What it supports, for messages to whoever brings something else; its name unless it knows better."""
+        return self.name
 
     def matches(self, model: nn.Module) -> bool:
         """Whether the model belongs to this family; cheap, by package; `spec` refuses what is unknown."""
@@ -113,6 +118,7 @@ class HostAdapter:
 _BUILTIN = (
     ("timm", "tower", "vtoken.hosts.timm.adapter", "TimmAdapter"),
     ("open_clip", "tower", "vtoken.hosts.open_clip.adapter", "OpenClipAdapter"),
+    ("transformers", "tower", "vtoken.hosts.transformers.timm_wrapper", "TimmWrapperAdapter"),
     ("transformers", "tower", "vtoken.hosts.transformers.adapter", "HFAdapter"),
     ("transformers", "prompt", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
     ("transformers", "prompt", "vtoken.hosts.qwen.family", "QwenVL"),
@@ -218,22 +224,27 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
     if part == "prompt":
         raise UnsupportedModelError(
             f"cannot shorten the prompt of {type(model).__module__}.{type(model).__qualname__}: it is no multimodal "
-            "model that vtoken knows. Supported: transformers LlavaForConditionalGeneration, VipLlava..., "
-            f"LlavaNext..., LlavaOnevision... and VideoLlava....{inner_hint(model, part)} The model was left as it was."
+            f"model that vtoken knows. Supported: {_supported(part)}.{inner_hint(model, part)} "
+            "The model was left as it was."
         )
     if part == "video":
         raise UnsupportedModelError(
             f"cannot spend a token budget on the videos of {type(model).__module__}.{type(model).__qualname__}: no "
-            "adapter knows this class. Supported: transformers LlavaOnevision..., LlavaNextVideo..., Qwen2VL..., "
-            "Qwen2_5_VL..., Qwen3VL... and VideoLlama3ForConditionalGeneration."
-            f"{inner_hint(model, part)} vtoken.register_adapter adds your own, a vtoken.hosts.video.VideoAdapter."
+            f"adapter knows this class. Supported: {_supported(part)}.{inner_hint(model, part)} "
+            "vtoken.register_adapter adds your own, a vtoken.hosts.video.VideoAdapter."
         )
     raise UnsupportedModelError(
         f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this "
-        "class. Supported hosts: timm VisionTransformer (vit, deit, ...), Eva (EVA-02, DINOv3, ...), NaFlexVit; "
-        f"open_clip image towers; transformers ViT, DeiT, CLIP, SigLIP, DINOv2, LLaVA towers.{inner_hint(model)} "
+        f"class. Supported hosts: {_supported(part)}.{inner_hint(model)} "
         "`python -m vtoken models` lists names; vtoken.register_adapter adds your own. The model was left as it was."
     )
+
+
+def _supported(part: str) -> str:
+    """What the adapters of installed libraries know, in their own words."""
+    known = [entry for entry in _BUILTIN if entry[1] == part and importlib.util.find_spec(entry[0]) is not None]
+    told = [getattr(importlib.import_module(module), name)().supported() for _, _, module, name in known]
+    return "; ".join(filter(None, told))
 
 
 def host_of(model: nn.Module, part: str = "tower") -> Host:

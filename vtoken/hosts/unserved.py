@@ -12,7 +12,7 @@ from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.internvl.family import InternVL
 from vtoken.hosts.llava.adapter import LlavaAdapter
 from vtoken.hosts.qwen.family import QwenVL
-from vtoken.hosts.transformers.adapter import keys_of
+from vtoken.hosts.transformers.families import keys_of
 
 #: The families that are served.
 FAMILIES = (LlavaAdapter, QwenVL, InternVL)
@@ -35,6 +35,10 @@ class UnservedPrompts(HostAdapter):
     name = "other models of transformers"
     package = "transformers"
     part = "prompt"
+
+    def supported(self) -> str:
+        """Nothing."""
+        return ""
 
     def spec(self, model: nn.Module) -> HostSpec:
         """Raise UnsupportedModelError: with the reason, what is supported, and a supported model inside."""

@@ -47,6 +47,10 @@ class Family(HostAdapter):
     #: Arguments that say how visuals are encoded; they leave the call once these have become features.
     side: ClassVar[tuple[str, ...]] = ()
 
+    def supported(self) -> str:
+        """Its classes."""
+        return f"transformers {', '.join(sorted(name for _, name in self.models))}" if self.models else self.name
+
     def matches(self, model: nn.Module) -> bool:
         """Whether the model is of one of the classes, or a subclass of one."""
         return any(key in self.models for key in _keys(base_of(type(model))))

@@ -14,7 +14,7 @@ from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.llava.features import feature_layer
-from vtoken.hosts.transformers.entry import pair
+from vtoken.hosts.transformers.images import pair
 from vtoken.hosts.watch import Reader, Watch
 from vtoken.prompts.family import Family, linear_macs, named_for
 

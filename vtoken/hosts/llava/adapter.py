@@ -26,8 +26,10 @@ from vtoken.hosts.llava.features import (
     packed_visual,
     tower_of,
 )
-from vtoken.hosts.transformers.adapter import HFAdapter, keys_of
-from vtoken.hosts.transformers.entry import grid_of, num_prefix, pair, will_remove
+from vtoken.hosts.transformers.adapter import HFAdapter
+from vtoken.hosts.transformers.entry import will_remove
+from vtoken.hosts.transformers.families import grid_of, keys_of, num_prefix
+from vtoken.hosts.transformers.images import pair
 from vtoken.prompts.family import Family
 
 _TOWERS = {("clip", "CLIPVisionModel"), ("siglip", "SiglipVisionModel")}

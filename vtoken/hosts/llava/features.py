@@ -18,7 +18,7 @@ from vtoken.core.patch import is_patched, view
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
-from vtoken.hosts.transformers.entry import num_prefix
+from vtoken.hosts.transformers.families import num_prefix
 
 #: Where transformers keeps the image tower inside the inner model.
 TOWER_NAMES = ("vision_tower", "image_tower")

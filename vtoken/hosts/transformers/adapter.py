@@ -1,11 +1,10 @@
-"""transformers: ViT, DeiT, CLIP, SigLIP, SigLIP 2 and DINOv2 image models, and the tower inside a LLaVA."""
+"""transformers: the image models of families.py, and the towers inside what holds them."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from vtoken.core.host import HostAdapter
@@ -16,103 +15,58 @@ from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.tower import block_targets
 from vtoken.hosts.transformers.blocks import (
-    LAYERS,
     AttentionMixin,
     MasklessDinoLayerMixin,
     NestedAttentionMixin,
     attention_of,
     refuse_flash,
 )
-from vtoken.hosts.transformers.entry import (
-    ClipTowerMixin,
-    DinoBackboneMixin,
-    DinoTowerMixin,
-    Dinov2HeadMixin,
-    Dinov2RegistersHeadMixin,
-    Siglip2HeadMixin,
-    Siglip2TowerMixin,
-    SiglipTowerMixin,
-    VisionModelHeadMixin,
-    ViTTowerMixin,
+from vtoken.hosts.transformers.entry import MeanHeadMixin, tower_targets
+from vtoken.hosts.transformers.families import (
+    Known,
+    classes,
+    family_of,
     grid_of,
+    holder_known,
+    layer_known,
+    layers_of,
     num_prefix,
-    pair,
-    tower_targets,
+    tower_known,
+    towers,
+    why_not,
 )
 from vtoken.hosts.transformers.watched import watched_tower
-
-Key = tuple[str, str]  # module of transformers.models, class name
-
-TOWERS: dict[Key, type] = {
-    ("clip", "CLIPVisionModel"): ClipTowerMixin,
-    ("siglip", "SiglipVisionModel"): SiglipTowerMixin,
-    ("siglip2", "Siglip2VisionModel"): Siglip2TowerMixin,
-    ("vit", "ViTModel"): ViTTowerMixin,
-    ("deit", "DeiTModel"): ViTTowerMixin,
-    ("dinov2", "Dinov2Model"): DinoTowerMixin,
-    ("dinov2", "Dinov2Backbone"): DinoBackboneMixin,
-    ("dinov2_with_registers", "Dinov2WithRegistersModel"): DinoTowerMixin,
-    ("dinov2_with_registers", "Dinov2WithRegistersBackbone"): DinoBackboneMixin,
-}
-#: Classes that hold a tower: where it is, and a mixin of their own if they average its tokens.
-HOLDERS: dict[Key, tuple[str, type | None]] = {
-    ("clip", "CLIPModel"): ("vision_model", None),
-    ("clip", "CLIPVisionModelWithProjection"): ("vision_model", None),
-    ("clip", "CLIPForImageClassification"): ("vision_model", VisionModelHeadMixin),
-    ("siglip", "SiglipModel"): ("vision_model", None),
-    ("siglip", "SiglipForImageClassification"): ("vision_model", VisionModelHeadMixin),
-    ("siglip2", "Siglip2Model"): ("vision_model", None),
-    ("siglip2", "Siglip2ForImageClassification"): ("vision_model", Siglip2HeadMixin),
-    ("vit", "ViTForImageClassification"): ("vit", None),
-    ("deit", "DeiTForImageClassification"): ("deit", None),
-    ("deit", "DeiTForImageClassificationWithTeacher"): ("deit", None),
-    ("dinov2", "Dinov2ForImageClassification"): ("dinov2", Dinov2HeadMixin),
-    ("dinov2_with_registers", "Dinov2WithRegistersForImageClassification"): (
-        "dinov2_with_registers",
-        Dinov2RegistersHeadMixin,
-    ),
-    ("llava", "LlavaModel"): ("vision_tower", None),
-    ("llava", "LlavaForConditionalGeneration"): ("model.vision_tower", None),
-}
-#: Why well-known relatives are refused, by the module of transformers.models.
-REASONS = {
-    "beit": "its attention adds a table of position biases, whose rows tokens would lose",
-    "data2vec": "its attention adds a table of position biases, whose rows tokens would lose",
-    "swin": "its attention works inside windows, so tokens cannot be removed",
-    "swinv2": "its attention works inside windows, so tokens cannot be removed",
-    "hiera": "it pools tokens on a grid between stages, so tokens cannot be removed",
-    "pvt": "it reshapes tokens to a grid between stages, so tokens cannot be removed",
-    "segformer": "it reshapes tokens to a grid between stages, so tokens cannot be removed",
-    "timm_wrapper": "it is a door to a timm model; use vtoken.apply(model.timm_model, ...)",
-    "llava_next": "it packs several tiles of an image on a grid, which merged tokens no longer have",
-    "llava_onevision": "it packs several tiles of an image on a grid, which merged tokens no longer have",
-}
 
 
 class HFAdapter(HostAdapter):
     """transformers' plain-attention image models, recognised by module and class, never by their configuration."""
 
-    name = "transformers ViT, DeiT, CLIP, SigLIP, SigLIP 2, DINOv2 and LLaVA towers"
+    name = "transformers image towers"
     package = "transformers"
     hooks = frozenset({"on_block"})
 
+    def supported(self) -> str:
+        """Its towers by their class."""
+        return f"transformers {', '.join(towers())}, and models that hold one"
+
     def tower(self, model: nn.Module) -> Any:
         """The module that runs the image layers."""
-        if _known(type(model), TOWERS) is not None:
+        if tower_known(type(model)) is not None:
             return model
-        held = _known(type(model), HOLDERS)
+        held = holder_known(type(model))
         if held is None:
             raise UnsupportedModelError(_refusal(model, _reason(model)))
-        tower = model.get_submodule(HOLDERS[held][0])
-        if _known(type(tower), TOWERS) is None:
-            raise UnsupportedModelError(_refusal(model, f"its image tower is a {type(tower).__qualname__}"))
+        tower = functools.reduce(getattr, held.family.holders[held.name].split("."), model)  # None: it has no such part
+        if tower_known(type(tower)) is None:
+            why = why_not(type(tower)) or why_not(type(model)) or "which vtoken does not know"
+            raise UnsupportedModelError(_refusal(model, f"its image tower is a {type(tower).__qualname__}; {why}"))
         return tower
 
     def spec(self, model: nn.Module) -> HostSpec:
         """Check the tower layer by layer."""
         tower = self.tower(model)
-        for module, known in ((tower, TOWERS), (model, HOLDERS)):
-            problem = _own_forward(module, known)
+        for module in (tower, model):
+            problem = _own_forward(module)
             if problem:
                 raise UnsupportedModelError(_refusal(model, problem))
         layers = self.blocks(model)
@@ -120,8 +74,11 @@ class HFAdapter(HostAdapter):
             problem = _layer_problem(layer)
             if problem:
                 raise UnsupportedModelError(_refusal(model, f"{name} is {problem}"))
+        if getattr(tower, "pooler", None) is not None and not num_prefix(tower):
+            why = "its pooler reads the first patch, which may have merged with others; build it with"
+            raise UnsupportedModelError(_refusal(model, f"{why} add_pooling_layer=False"))
         _check_feature_layer(model)
-        config = tower.config
+        config, family = tower.config, family_of(tower)
         heads = int(config.num_attention_heads)
         return HostSpec(
             name=type(model).__name__,
@@ -132,8 +89,8 @@ class HFAdapter(HostAdapter):
             num_prefix=num_prefix(tower),
             grid=self.grid(model, self.image_size(model)),
             pooling="map" if getattr(tower, "use_head", False) else "token" if num_prefix(tower) else "",
-            position="absolute",
-            fixed_size=False,
+            position="rotary" if family.rotary else "absolute",
+            fixed_size=family.images.fixed(config),
         )
 
     def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -142,11 +99,8 @@ class HFAdapter(HostAdapter):
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """Height and width that the tower was built for."""
-        config = self.tower(model).config
-        if config.model_type == "siglip2_vision_model":  # any size: the one of its position table
-            side = round(int(config.num_patches) ** 0.5) * int(config.patch_size)
-            return side, side
-        return pair(config.image_size)
+        tower = self.tower(model)
+        return family_of(tower).images.size(tower.config)
 
     def channels(self, model: nn.Module) -> int:
         """Channels of its images."""
@@ -155,7 +109,9 @@ class HFAdapter(HostAdapter):
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The tower's layers."""
         tower = self.tower(model)
-        path = ".".join(_mixin(tower)._vtoken_path)
+        path = ".".join(family_of(tower).path)
+        if functools.reduce(lambda m, name: getattr(m, name, None), family_of(tower).path, tower) is None:
+            raise UnsupportedModelError(_refusal(model, f"this release of transformers keeps no layers in {path}"))
         return [(f"{path}.{i}", layer) for i, layer in enumerate(tower.get_submodule(path))]
 
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
@@ -164,28 +120,26 @@ class HFAdapter(HostAdapter):
         method = methods.get("on_block")  # None: the tower is only watched
         if isinstance(method, BlockMethod) and method.has_bias():
             refuse_flash(tower.config)
-        path = _mixin(tower)._vtoken_path
-        found: list[tuple[nn.Module, type, dict[str, Any]]] = [(tower, _mixin(tower), {})]
-        found += tower_targets(tower, path)
-        found += block_targets(methods, tower.get_submodule(".".join(path)), _parts, num_prefix=num_prefix(tower))
-        held = _known(type(model), HOLDERS)
-        head = None if held is None else HOLDERS[held][1]
-        return found if head is None else [*found, (model, head, {})]
+        found = tower_targets(tower)
+        found += block_targets(methods, layers_of(tower), _parts, num_prefix=num_prefix(tower))
+        held = holder_known(type(model))
+        if held is None or held.name not in held.family.averaging:
+            return found
+        return [*found, (model, MeanHeadMixin, {"_vtoken_tower": held.family.holders[held.name]})]
 
     def run_image(self, model: nn.Module, image: Tensor, **options: Any) -> Any:
         """The model, or its tower where the model also wants text; `options` are for a tower alone."""
         tower: Any = self.tower(model)
         runner: Any = model if model.main_input_name == "pixel_values" else tower
-        return runner(**_image_arguments(tower, image, self.image_size(model)), **options)
+        return runner(**_image_arguments(tower, image), **options)
 
     def run_watched(self, model: nn.Module, watch: Watch, image: Tensor) -> None:
         """Class attention of the query and key projections."""
         tower = self.tower(model)
-        if is_patched(tower):  # from a model around it
+        if is_patched(tower):  # from a LLaVA around it, whose towers are not rotary
             self.run_image(tower, image, vtoken_rows=watch)
         else:
-            arguments = _image_arguments(tower, image, self.image_size(tower))
-            watched_tower(tower, _mixin(tower)._vtoken_path, watch)(**arguments)
+            watched_tower(tower, family_of(tower).path, watch)(**_image_arguments(tower, image))
 
     def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
         """A prompt must have a placeholder for every image token, so their number must be known before."""
@@ -207,43 +161,18 @@ class HFAdapter(HostAdapter):
         return plan.tokens[index] - int(drops_class)
 
 
-def _image_arguments(tower: Any, image: Tensor, own_size: tuple[int, int]) -> dict[str, Any]:
-    """A tower's arguments for images [B, C, H, W]; it was built for those of `own_size`."""
-    if tower.config.model_type == "siglip2_vision_model":
-        patch, (height, width) = int(tower.config.patch_size), grid_of(tower, (image.shape[2], image.shape[3]))
-        whole = image[:, :, : height * patch, : width * patch]
-        rows = rearrange(whole, "b c (h y) (w x) -> b (h w) (y x c)", y=patch, x=patch)
-        shapes = torch.tensor([[height, width]] * image.shape[0])
-        return {"pixel_values": rows, "pixel_attention_mask": None, "spatial_shapes": shapes}
-    other_size = (image.shape[2], image.shape[3]) != own_size
-    resize = other_size and not tower.config.model_type.startswith("dinov2")  # DINOv2 always fits its positions
-    return {"pixel_values": image, **({"interpolate_pos_encoding": True} if resize else {})}
+def _image_arguments(tower: Any, image: Tensor) -> dict[str, Any]:
+    return family_of(tower).images.arguments(tower.config, image)
 
 
-def keys_of(cls: type) -> list[Key]:
-    """Where transformers defines `cls` and its bases."""
-    found = []
-    for base in cls.__mro__:
-        parts = base.__module__.split(".")
-        if parts[:2] == ["transformers", "models"] and len(parts) == 4:
-            found.append((parts[2], base.__name__))
-    return found
-
-
-def _known(cls: type, table: dict[Key, Any]) -> Key | None:
-    return next((key for key in keys_of(cls) if key in table), None)
-
-
-def _mixin(tower: nn.Module) -> Any:
-    key = _known(type(tower), TOWERS)
-    assert key is not None
-    return TOWERS[key]
+def _layer(layer: Any) -> Known:
+    known = layer_known(type(layer))
+    assert known is not None
+    return known
 
 
 def _layer_mixin(layer: Any) -> type:
-    key = _known(type(layer), LAYERS)
-    assert key is not None
-    return MasklessDinoLayerMixin if hasattr(attention_of(layer), "attention") else LAYERS[key]
+    return MasklessDinoLayerMixin if hasattr(attention_of(layer), "attention") else _layer(layer).family.mixin
 
 
 def _parts(layer: Any) -> tuple[type, Any, type]:
@@ -252,21 +181,19 @@ def _parts(layer: Any) -> tuple[type, Any, type]:
     return _layer_mixin(layer), attn, NestedAttentionMixin if hasattr(attn, "attention") else AttentionMixin
 
 
-def _own_forward(module: nn.Module, table: dict[Key, Any]) -> str | None:
+def _own_forward(module: nn.Module) -> str | None:
     """A user's subclass may do anything around the tower; around the layers it would be bypassed."""
-    kind = base_of(type(module))
-    key = _known(kind, table)
-    if key is None or not forward_is_replaced(module):
+    if not forward_is_replaced(module):
         return None
-    return f"forward was replaced on the instance of {kind.__qualname__}; subclass it instead"
+    return f"forward was replaced on the instance of {base_of(type(module)).__qualname__}; subclass it instead"
 
 
 def _layer_problem(layer: Any) -> str | None:
     kind = base_of(type(layer))
-    key = _known(kind, LAYERS)
-    if key is None:
+    found = layer_known(kind)
+    if found is None:
         return f"a {kind.__module__}.{kind.__qualname__}, which vtoken does not know"
-    known = next(cls for cls in kind.__mro__ if cls.__name__ == key[1])
+    known = next(cls for cls in kind.__mro__ if cls.__name__ == found.name)
     own = [
         cls for cls in kind.__mro__[: kind.__mro__.index(known)] if "forward" in vars(cls) and not _wraps(cls, known)
     ]
@@ -293,22 +220,20 @@ def _check_feature_layer(model: Any) -> None:
 
 
 def _reason(model: nn.Module) -> str:
-    if _known(type(model), LAYERS) is not None:
+    if layer_known(type(model)) is not None:
         return "it is a single layer; pass the model that holds it"
-    name = next((key[0] for key in keys_of(type(model))), "")
-    return REASONS.get(name, "vtoken does not know what it does with its image tokens")
+    return why_not(type(model)) or "vtoken does not know what it does with its image tokens"
 
 
 def _refusal(model: nn.Module, why: str) -> str:
-    inner = [(n, type(m).__name__) for n, m in model.named_modules() if n and _known(type(m), TOWERS) is not None]
+    inner = [(n, type(m).__name__) for n, m in model.named_modules() if n and tower_known(type(m)) is not None]
     hint = ""
     if inner:
         hint = (
             f" It holds a {inner[0][1]}: if whatever reads that tower takes any number of tokens, use "
             f"vtoken.apply(model.{inner[0][0]}, ...)."
         )
-    known = ", ".join(sorted({name for _, name in (*TOWERS, *HOLDERS)}))
     return (
-        f"cannot reduce the tokens of transformers {type(model).__name__}: {why}. Supported: {known}.{hint} "
-        "The model was left as it was."
+        f"cannot reduce the tokens of transformers {type(model).__name__}: {why}. Supported: {', '.join(classes())}."
+        f"{hint} The model was left as it was."
     )

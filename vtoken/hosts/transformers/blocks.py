@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vtoken.core.blocks import merged_block
@@ -14,6 +15,7 @@ from vtoken.core.patch import forward_with
 from vtoken.core.state import TokenState
 from vtoken.core.tap import Tap, TappedMixin
 from vtoken.errors import InputError
+from vtoken.hosts.tower import gather_rope
 from vtoken.ops.merging.attention import masked_attention
 
 
@@ -104,6 +106,66 @@ class DinoLayerMixin(LayerMixin):
         return self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
 
 
+class PixioLayerMixin(LayerMixin):
+    """Pixio: a ViT with stochastic depth."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self.drop_path(self.dropout(self._vtoken_attend(self.layernorm_before(x), tap, **attention)))
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.drop_path(self.dropout(self.mlp(self.layernorm_after(x))))
+
+
+class Aimv2LayerMixin(LayerMixin):
+    """AIMv2."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.rms_norm1(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.ffn(self.rms_norm2(x))
+
+
+class RotaryDinoLayerMixin(DinoLayerMixin):
+    """DINOv3: attention turns patches by a table, from which merged tokens take the row of their anchor.
+
+    The table travels as one tensor, cosines next to sines, so that `vtoken.compile` knows its rows.
+    """
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        vtoken_state: TokenState | None = None,
+        **options: Any,
+    ) -> Any:
+        if vtoken_state is None:
+            options["position_embeddings"] = position_embeddings
+        elif position_embeddings is not None:
+            vtoken_state.enter(self._vtoken_index, hidden_states)
+            table, slot = torch.cat(position_embeddings, dim=-1), vtoken_state.slots[self._vtoken_index]
+            options["rope"] = gather_rope(table, slot, vtoken_state.num_prefix)
+        return super().forward(hidden_states, attention_mask, vtoken_state=vtoken_state, **options)
+
+    def _vtoken_stock(
+        self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
+    ) -> Any:  # fmt: skip
+        return super()._vtoken_stock(stock, x, tap, attn_mask, **_turned(**options))  # type: ignore[misc]
+
+    def _vtoken_attend(
+        self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:  # fmt: skip
+        out: Tensor = super()._vtoken_attend(x, tap, attn_mask, **_turned(**options))  # type: ignore[misc]
+        return out
+
+
+def _turned(rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
+    """DINOv3's own argument for a table [..., N, 2D]."""
+    return options if rope is None else {**options, "position_embeddings": rope.chunk(2, dim=-1)}
+
+
 class MasklessDinoLayerMixin(DinoLayerMixin):
     """DINOv2 as in transformers 5.17 (nested attention): its layers take no mask, so sizes are added here."""
 
@@ -168,15 +230,3 @@ def refuse_flash(config: Any) -> None:
             f"token sizes enter attention as a bias on the logits, which {name!r} does not take; use "
             "model.set_attn_implementation('sdpa') or settings with prop_attn=False"
         )
-
-
-#: Mixin of every supported layer, by the module of transformers.models and the class name.
-LAYERS: dict[tuple[str, str], type] = {
-    ("clip", "CLIPEncoderLayer"): ClipLayerMixin,
-    ("siglip", "SiglipEncoderLayer"): ClipLayerMixin,
-    ("siglip2", "Siglip2EncoderLayer"): ClipLayerMixin,
-    ("vit", "ViTLayer"): ViTLayerMixin,
-    ("deit", "DeiTLayer"): ViTLayerMixin,
-    ("dinov2", "Dinov2Layer"): DinoLayerMixin,
-    ("dinov2_with_registers", "Dinov2WithRegistersLayer"): DinoLayerMixin,
-}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
 from vtoken.core.watch import Watch
 from vtoken.errors import InputError
-from vtoken.ops import size_bias
+from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, tower_known
 from vtoken.ops.rows import take_rows
 
 
@@ -26,8 +26,8 @@ class TowerMixin(SavesSettings):
     """A model whose forward embeds an image and runs the layers."""
 
     _vtoken: Any
-    #: Attributes that lead from the tower to its list of layers.
-    _vtoken_path: ClassVar[tuple[str, ...]]
+    #: The name of its record in families.py.
+    _vtoken_family: str
 
     def forward(
         self: Any, *args: Any, vtoken_weighed: bool = False, vtoken_rows: Watch | None = None, **kwargs: Any
@@ -40,88 +40,19 @@ class TowerMixin(SavesSettings):
         out = run_tower(self, args, kwargs, vtoken_rows)[0]
         return out if return_dict else out.to_tuple()
 
-    def _vtoken_arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of one call by name."""
-        signature = inspect.signature(base_of(type(self)).forward)  # type: ignore[attr-defined]
-        bound = signature.bind(self, *args, **kwargs).arguments
-        rest = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
-        options = bound.pop(rest[0], {}) if rest else {}
-        del bound["self"]
-        return {**bound, **options}
 
-    def _vtoken_stand_in(self: Any, state: TokenState, masked: bool) -> Any:
-        """The tower with its layers bound to one forward's state."""
-        return _bind(self, self._vtoken_path, state, masked)
-
-    def _vtoken_grid(self: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:
-        """Patch rows and columns of the images of this call."""
-        pixels = arguments["pixel_values"]
-        return grid_of(self, (pixels.shape[-2], pixels.shape[-1]))
-
-
-class ClipTowerMixin(TowerMixin):
-    """CLIP: class token, no pooling beyond it."""
-
-    _vtoken_path = ("encoder", "layers")
-
-
-class ViTTowerMixin(TowerMixin):
-    """ViT, DeiT."""
-
-    _vtoken_path = ("layers",)
-
-
-class DinoTowerMixin(TowerMixin):
-    """DINOv2 with and without registers."""
-
-    _vtoken_path = ("encoder", "layer")
-
-
-class SiglipTowerMixin(TowerMixin):
-    """SigLIP: no prefix, an attention pool that is told the sizes."""
-
-    _vtoken_path = ("encoder", "layers")
-
-    def _vtoken_stand_in(self: Any, state: TokenState, masked: bool) -> Any:
-        stand_in = _bind(self, self._vtoken_path, state, masked)
-        if self.use_head:
-            stand_in.__dict__["head"] = functools.partial(_sized, self.head, state)
-        return stand_in
-
-
-class Siglip2TowerMixin(SiglipTowerMixin):
-    """SigLIP 2: images come as rows of patches, with a padding mask."""
-
-    def _vtoken_arguments(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        given = TowerMixin._vtoken_arguments(self, args, kwargs)
-        mask = given.setdefault("pixel_attention_mask", None)
-        if mask is None:
-            return given
-        if not torch.compiler.is_compiling() and bool(mask.all()):
-            return given | {"pixel_attention_mask": None}  # nothing is padded
-        if will_remove(self, given["pixel_values"].shape[1]):
-            raise InputError(
-                "pixel_attention_mask marks padding (or may: a compiled graph cannot look), and padded rows cannot be "
-                "told from image tokens when they merge; batch images of one size with max_num_patches set to their "
-                "patch count, and pass pixel_attention_mask=None"
-            )
-        return given
-
-    def _vtoken_grid(self: Any, arguments: dict[str, Any]) -> tuple[int, int] | None:
-        shapes = arguments["spatial_shapes"]
-        first = shapes[0].tolist()
-        return (first[0], first[1]) if bool((shapes == shapes[0]).all()) else None
-
-
-class DinoBackboneMixin(DinoTowerMixin):
+class BackboneMixin:
     """A backbone: it reshapes hidden states to maps, so it gets them spread over all patches."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = self._vtoken_arguments(args, kwargs)
-        maybe_install_capturing_hooks(self.encoder)
-        with forward_of(self, num_prefix(self), lambda: self._vtoken_grid(given), dest=True) as state:
-            encoder = _encoder(self.encoder, state, _masked(given))
-            stand_in = view(self, encoder=functools.partial(_dense_encoder, encoder, state))
+        given, family = _arguments(self, args, kwargs), family_of(self)
+        name = family.path[0]
+        encoder = getattr(self, name)
+        maybe_install_capturing_hooks(encoder)
+        grid = functools.partial(family.images.grid, self.config, given)
+        with forward_of(self, num_prefix(self), grid, anchor=family.rotary, dest=True) as state:
+            bound_encoder = _encoder(encoder, state, _masked(given))
+            stand_in = view(self, **{name: functools.partial(_dense_encoder, bound_encoder, state)})
             out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
         _refuse_attentions(_asked(self, given, "output_attentions"), state)
         return out
@@ -131,7 +62,7 @@ class MeanHeadMixin(SavesSettings):
     """An image classifier that averages the tower's tokens: each must count as the patches it stands for."""
 
     #: The attribute that holds the tower.
-    _vtoken_tower: ClassVar[str]
+    _vtoken_tower: str
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         tower = getattr(self, self._vtoken_tower)
@@ -139,43 +70,38 @@ class MeanHeadMixin(SavesSettings):
         if "_vtoken" not in tower.__dict__:  # removed from the tower alone
             return stock(self, *args, **kwargs)
         weighed = functools.partial(tower, vtoken_weighed=True)
-        return stock(view(self, **{self._vtoken_tower: weighed}), *args, **kwargs)
+        given = _arguments(self, args, kwargs)
+        mask = given.get("pixel_attention_mask")
+        if mask is not None and will_remove(tower, given["pixel_values"].shape[1]):
+            # A head that averages by the padding mask, which merged rows no longer fit. The tower still refuses
+            # padding; the head then takes the plain mean of the weighed rows.
+            weighed = functools.partial(weighed, vtoken_mask=mask)
+            given["pixel_attention_mask"] = None
+        return stock(view(self, **{self._vtoken_tower: weighed}), **given)
 
 
-class VisionModelHeadMixin(MeanHeadMixin):
-    """CLIPForImageClassification, SiglipForImageClassification."""
-
-    _vtoken_tower = "vision_model"
-
-
-class Siglip2HeadMixin(VisionModelHeadMixin):
-    """Siglip2ForImageClassification: averages by the padding mask, which merged rows no longer fit."""
-
-    def forward(
-        self: Any,
-        pixel_values: Tensor,
-        pixel_attention_mask: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        tower = self.vision_model
-        if "_vtoken" in tower.__dict__ and will_remove(tower, pixel_values.shape[1]):
-            # The tower still refuses padding; the head then takes the plain mean of the weighed rows.
-            kwargs["vtoken_mask"], pixel_attention_mask = pixel_attention_mask, None
-        return MeanHeadMixin.forward(self, pixel_values, pixel_attention_mask, spatial_shapes, *args, **kwargs)
+def _arguments(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one call by name."""
+    signature = inspect.signature(base_of(type(model)).forward)  # type: ignore[attr-defined]
+    bound = signature.bind(model, *args, **kwargs).arguments
+    rest = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    options = bound.pop(rest[0], {}) if rest else {}
+    del bound["self"]
+    return {**bound, **options}
 
 
-class Dinov2HeadMixin(MeanHeadMixin):
-    """Dinov2ForImageClassification."""
-
-    _vtoken_tower = "dinov2"
-
-
-class Dinov2RegistersHeadMixin(MeanHeadMixin):
-    """Dinov2WithRegistersForImageClassification."""
-
-    _vtoken_tower = "dinov2_with_registers"
+def _without_mask(tower: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a tower that may be told of padding, without a mask that marks none."""
+    mask = given.get("pixel_attention_mask")
+    if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())):
+        return given | {"pixel_attention_mask": None}
+    if will_remove(tower, given["pixel_values"].shape[1]):
+        raise InputError(
+            "pixel_attention_mask marks padding (or may: a compiled graph cannot look), and padded rows cannot be "
+            "told from image tokens when they merge; batch images of one size with max_num_patches set to their "
+            "patch count, and pass pixel_attention_mask=None"
+        )
+    return given
 
 
 def run_tower(
@@ -188,14 +114,18 @@ def run_tower(
     """
     raster = block_method(tower).order == "raster"
     watched = rows is not None  # then it must be known what became of every token
-    given = tower._vtoken_arguments(args, kwargs)
+    given, family = _arguments(tower, args, kwargs), family_of(tower)
+    if family.images.padded:
+        given = _without_mask(tower, given)
     attentions = _asked(tower, given, "output_attentions")
     if attentions or _asked(tower, given, "output_hidden_states"):
-        _install_hooks(tower)
-    grid = functools.partial(tower._vtoken_grid, given)
-    with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched, dest=watched) as state:
+        _install_hooks(tower, family.path[0])
+    grid = functools.partial(family.images.grid, tower.config, given)
+    with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched or family.rotary, dest=watched) as state:
         state.watch = rows
-        stand_in = tower._vtoken_stand_in(state, _masked(given))
+        stand_in = _bind(tower, family.path, state, _masked(given))
+        if getattr(tower, "use_head", False):
+            stand_in.__dict__["head"] = functools.partial(_sized, tower.head, state)
         out = base_of(type(tower)).forward(stand_in, **{**given, "return_dict": True})  # type: ignore[attr-defined]
     _refuse_attentions(attentions, state)
     slot = state.last
@@ -209,38 +139,16 @@ def run_tower(
     return out, slot
 
 
-def _install_hooks(tower: Any) -> None:
+def _install_hooks(tower: Any, first: str) -> None:
     """transformers' recording hooks on the modules themselves: it would install them anew on every stand-in."""
     # An unpatched DINOv2 installs them on its encoder; a second set on the tower would record every state twice.
-    if not getattr(getattr(tower, "encoder", None), "_output_capturing_hooks_installed", False):
+    if not getattr(getattr(tower, first), "_output_capturing_hooks_installed", False):
         maybe_install_capturing_hooks(tower)
-
-
-def num_prefix(tower: Any) -> int:
-    """Class, distillation and register tokens of a tower."""
-    kind = str(tower.config.model_type)
-    if kind.startswith("siglip"):
-        return 0
-    if kind == "deit":
-        return 2
-    return 1 + int(getattr(tower.config, "num_register_tokens", 0))
-
-
-def grid_of(tower: Any, img_size: tuple[int, int]) -> tuple[int, int]:
-    """Patch rows and columns of an image of `img_size` (height, width) pixels."""
-    patch = pair(tower.config.patch_size)
-    return img_size[0] // patch[0], img_size[1] // patch[1]
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """One side or (height, width) as a pair."""
-    height, width = (value, value) if isinstance(value, int) else value
-    return int(height), int(width)
 
 
 def will_remove(tower: Any, patches: int) -> bool:
     """Whether any layer takes tokens away from an image of so many patches."""
-    method, layers = block_method(tower), functools.reduce(getattr, tower._vtoken_path, tower)
+    method, layers = block_method(tower), layers_of(tower)
     return any(method.num_removed(layer, patches, patches) for layer in range(len(layers)))
 
 
@@ -288,7 +196,8 @@ def _unmasked(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None =
 class EncoderMixin:
     """A module between the tower and its list of layers."""
 
-    _vtoken_list: ClassVar[str] = "layers"
+    #: The attribute of that list.
+    _vtoken_list: str
 
     def forward(
         self: Any, *args: Any, vtoken_state: TokenState | None = None, vtoken_masked: bool = True, **kwargs: Any
@@ -299,36 +208,22 @@ class EncoderMixin:
         return forward_with(self, {self._vtoken_list: layers}, *args, **kwargs)
 
 
-class DinoEncoderMixin(EncoderMixin):
-    """DINOv2's calls its list otherwise."""
-
-    _vtoken_list = "layer"
-
-
-class SizedHeadMixin:
-    """SigLIP's attention pool over tokens that merged."""
-
-    def forward(self: Any, hidden_state: Tensor, *args: Any, vtoken_size: Tensor | None = None) -> Any:
-        if vtoken_size is None:
-            return super().forward(hidden_state, *args)  # type: ignore[misc]
-        # A float key_padding_mask [B, T] is added to the logits of the keys.
-        bias = size_bias(vtoken_size, hidden_state.dtype)[:, 0, 0]
-        attention = functools.partial(self.attention, key_padding_mask=bias)
-        return forward_with(self, {"attention": attention}, hidden_state, *args)
-
-
-def tower_targets(tower: Any, path: tuple[str, ...]) -> list[tuple[Any, type, dict[str, Any]]]:
-    """What `patch` needs for the modules around the layers."""
-    found: list[tuple[Any, type, dict[str, Any]]] = []
-    if len(path) > 1:
-        found.append((getattr(tower, path[0]), DinoEncoderMixin if path[1] == "layer" else EncoderMixin, {}))
+def tower_targets(tower: Any) -> list[tuple[Any, type, dict[str, Any]]]:
+    """What `patch` needs for the tower itself and the modules around its layers."""
+    known = tower_known(type(tower))
+    assert known is not None
+    family = known.family
+    mixin = BackboneMixin if known.name in family.backbones else TowerMixin
+    found: list[tuple[Any, type, dict[str, Any]]] = [(tower, mixin, {"_vtoken_family": known.module})]
+    if len(family.path) > 1:
+        found.append((getattr(tower, family.path[0]), EncoderMixin, {"_vtoken_list": family.path[-1]}))
     if getattr(tower, "use_head", False):
-        found.append((tower.head, SizedHeadMixin, {}))
+        found.append((tower.head, family.pool, {}))
     return found
 
 
 def _sized(head: Any, state: TokenState, x: Tensor, *args: Any) -> Tensor:
-    """SigLIP's attention pool, told the sizes."""
+    """An attention pool, told the sizes."""
     size = state.last.size
     return head(x, *args) if size is None else head(x, *args, vtoken_size=size)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vtoken.core.calling import call_with
-from vtoken.core.watch import Reader, Row, Watch
+from vtoken.core.watch import Reader, Rotation, Row, Watch
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.transformers.blocks import attention_of
 from vtoken.hosts.watched import watched
@@ -38,4 +41,24 @@ def _read(layer: Any, row: Row) -> dict[str, Any]:
             "nested; newer releases can be read"
         )
     name = "self_attn" if hasattr(layer, "self_attn") else "attention"
-    return {name: functools.partial(call_with, attn, Reader(row=row).parts(attn, "k_proj", "q_proj"))}
+    return {name: functools.partial(_attend, attn, row)}
+
+
+def _attend(attn: Any, row: Row, *args: Any, **kwargs: Any) -> Any:
+    row.rotate = _rotation(kwargs.get("position_embeddings"))
+    return call_with(attn, Reader(row=row).parts(attn, "k_proj", "q_proj"), *args, **kwargs)
+
+
+def _rotation(table: tuple[Tensor, Tensor] | None) -> Rotation | None:
+    """How DINOv3 turns queries and keys [B, H, T, D] by cosines and sines [N, D]: patches alone, half by half."""
+    if table is None:
+        return None
+    cos, sin = table
+
+    def turned(x: Tensor) -> Tensor:
+        patches = x[:, :, -cos.shape[-2] :]
+        first, second = patches.chunk(2, dim=-1)
+        patches = patches * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([x[:, :, : -cos.shape[-2]], patches], dim=2)
+
+    return lambda q, k: (turned(q), turned(k))

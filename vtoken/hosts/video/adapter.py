@@ -108,6 +108,10 @@ class VideoAdapter(HostAdapter):
     #: How tokens enter: "embeds", or "encoder_outputs" where more than embeddings are needed.
     inject: str = "embeds"
 
+    def supported(self) -> str:
+        """Its classes."""
+        return f"transformers {', '.join(sorted(name for _, name in self.models))}"
+
     def matches(self, model: nn.Module) -> bool:
         """Whether the model is of one of the classes, or a subclass of one."""
         names = [(base.__module__.split("."), base.__name__) for base in type(model).__mro__]

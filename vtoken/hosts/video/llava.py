@@ -16,7 +16,8 @@ from vtoken.core.forward import block_method
 from vtoken.core.trace import current_trace, tracing, unmerge
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.hosts.llava.features import drops_first, tower_of
-from vtoken.hosts.transformers.entry import num_prefix, will_remove
+from vtoken.hosts.transformers.entry import will_remove
+from vtoken.hosts.transformers.families import num_prefix
 from vtoken.hosts.video.adapter import VideoAdapter, VideoFeatures, VideoLayout, chunks
 
 

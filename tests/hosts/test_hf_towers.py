@@ -1,0 +1,262 @@
+"""transformers towers that differ from one of the contract table's in a record alone: the promises, once each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtoken
+from tests.contract.table import assert_planned, attention, blocks, snapshot
+from tests.helpers import assert_close, assert_same, counted, images, randomise_
+from vtoken.core.host import find_adapter
+
+hf = pytest.importorskip("transformers")
+from tests.hosts.hf_towers import TOWERS, Tower  # noqa: E402
+
+PITOME = vtoken.PiToMe(ratio=0.75)
+every_tower = pytest.mark.parametrize("name", TOWERS)
+
+
+def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[Tower, Any, Tensor]:
+    tower = TOWERS[name]
+    return tower, randomise_(tower.build(), 0).to(dtype).eval(), images((3, 32, 32), 2, 0, dtype)
+
+
+def outputs(model: Any, x: Tensor, **options: Any) -> dict[str, Any]:
+    with torch.no_grad():
+        return dict(model(x, output_hidden_states=True, **options))
+
+
+@every_tower
+def test_nothing_changes_where_nothing_is_removed_and_everything_is_undone(name: str) -> None:
+    tower, model, x = made(name)
+    stock, before = outputs(model, x), snapshot(model)
+    with vtoken.applied(model, vtoken.PiToMe(ratio=1.0)):
+        assert_same(f"{name} without reduction", stock, outputs(model, x))
+    with vtoken.applied(model, PITOME):
+        reduced = outputs(model, x)
+    assert reduced.keys() == stock.keys()
+    assert (reduced["hidden_states"][-1].shape == stock["hidden_states"][-1].shape) is tower.dense
+    last, full = reduced["hidden_states"][-1], stock["hidden_states"][-1]
+    assert last.shape != full.shape or not torch.allclose(last, full, rtol=1e-3, atol=1e-3)
+    if "feature_maps" in stock:
+        assert [m.shape for m in reduced["feature_maps"]] == [m.shape for m in stock["feature_maps"]]
+    assert_same(f"{name} undone", stock, outputs(model, x))
+    assert [entry[:2] for entry in snapshot(model)] == [entry[:2] for entry in before]
+
+
+@every_tower
+def test_counts_are_those_planned_and_costs_those_counted(name: str) -> None:
+    tower, model, x = made(name)
+    cost = vtoken.report(model, PITOME)
+    counts = []
+    for config in (None, PITOME):
+        if config is not None:
+            vtoken.apply(model, config)
+        with counted() as counter:
+            model(x[:1])
+        counts.append(counter.get_total_flops())
+    spec = find_adapter(model).spec(model)
+    averaging = sum(2 * (a - b) * (b - spec.num_prefix) * spec.width
+                    for a, b in zip(cost.tokens, cost.tokens[1:], strict=False))  # fmt: skip
+    assert abs(cost.flops_before - counts[0]) <= 0.01 * counts[0], (cost.flops_before, counts[0])
+    assert 0.99 * counts[1] <= cost.flops_after <= 1.01 * counts[1] + averaging, (cost.flops_after, counts[1])
+    with torch.no_grad():
+        _, trace = vtoken.trace(model, x)
+    plan = vtoken.plan(model)
+    assert_planned(plan, trace)
+    assert plan.num_prefix == trace.num_prefix == tower.prefix
+    assert trace.tokens[0] == 64 + tower.prefix
+    assert trace.grid == (8, 8)
+    hidden = outputs(model, x)["hidden_states"]
+    assert [h.shape[1] for h in hidden] == ([trace.tokens[0]] * 4 if tower.dense else trace.tokens)
+
+
+@every_tower
+def test_images_of_another_size(name: str) -> None:
+    tower, model, _ = made(name)
+    vtoken.apply(model, PITOME)
+    x = images((3, 40, 24), 2, 0, torch.float32)
+    if tower.any_size is None:
+        with pytest.raises(vtoken.ShapeError, match="32"):
+            vtoken.plan(model, img_size=(40, 24))
+        return
+    with torch.no_grad():
+        _, trace = vtoken.trace(model, x, **tower.any_size)
+    assert tuple(trace.tokens) == vtoken.plan(model, img_size=(40, 24)).tokens
+    assert trace.grid == (10, 6)
+    assert vtoken.report(model, input_size=(3, 40, 24)).tokens == tuple(trace.tokens)
+
+
+@every_tower
+def test_sizes_are_a_mask_of_log_counts_on_the_keys(name: str) -> None:
+    _, model, x = made(name)
+    if hasattr(attention(blocks(model)[0]), "attention"):
+        pytest.skip("nested attention of transformers before 5.18, which takes no mask: sizes are added around it")
+    seen: list[Any] = []
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **options: Any) -> Any:
+        seen.append(attention_mask)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        return out.transpose(1, 2), None
+
+    hf.AttentionInterface.register("vtoken_seen", attend)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "vtoken_seen"
+    vtoken.apply(model, PITOME)
+    with torch.no_grad():
+        _, trace = vtoken.trace(model, x)
+    assert seen[0] is None, "before the first merge there is no mask"
+    for layer, mask in enumerate(seen[1:], start=1):
+        count = trace.tokens[layer]
+        sizes = torch.stack([torch.bincount(d, minlength=count) for d in trace.layer_dest[layer - 1]])
+        assert mask.shape == (2, 1, count, count)
+        found = mask[:, 0].exp().round()
+        assert torch.equal(found, found[:, :1].expand_as(found)), "the same for every query"
+        assert torch.equal(found[:, 0].sort(1).values, sizes.sort(1).values.float())
+
+
+@pytest.mark.parametrize("name", ["metaclip_2_mean", "ijepa_mean"])
+def test_heads_that_average_weigh_tokens_by_their_size(name: str) -> None:
+    tower, model, x = made(name, torch.float64)
+    vtoken.apply(model, PITOME)
+    with torch.no_grad():
+        logits = model(x).logits
+        out, trace = vtoken.trace(find_adapter(model).tower(model), x)  # type: ignore[attr-defined]
+        rows = vtoken.unmerge(out.last_hidden_state, trace)[:, tower.prefix :]
+        plain = model.classifier(out.last_hidden_state[:, tower.prefix :].mean(1))
+        assert_close("logits", model.classifier(rows.mean(1)), logits, 1e-12)
+    assert float((plain - logits).abs().max()) > 1e-3, "weighing was to matter"
+
+
+@pytest.mark.parametrize("name", ["aimv2", "aimv2_native"])
+def test_the_attention_pool_is_told_the_sizes(name: str) -> None:
+    _, model, x = made(name, torch.float64)
+    vtoken.apply(model, PITOME)
+    with torch.no_grad():
+        out, trace = vtoken.trace(model, x)
+        dense = vtoken.unmerge(out.last_hidden_state, trace)
+        assert_close("pooled", model.head(dense), out.pooler_output, 1e-12)
+        assert float((model.head(out.last_hidden_state) - out.pooler_output).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dinov3_maps", "tipsv2_maps"])
+def test_maps_show_the_value_of_every_patchs_group(name: str) -> None:
+    tower, model, x = made(name)
+    vtoken.apply(model, PITOME)
+    with torch.no_grad():
+        maps = model(x).feature_maps
+        _, trace = vtoken.trace(model, x)
+    for layer, found in ((0, maps[0]), (2, maps[1])):
+        flat = found.flatten(2).transpose(1, 2)
+        for b in range(2):
+            groups = trace.layer_dest[layer][b, tower.prefix :]
+            for g in groups.unique():
+                members = flat[b, groups == g]
+                assert torch.equal(members, members[:1].expand_as(members))
+            assert len(torch.unique(flat[b], dim=0)) == trace.tokens[layer + 1] - tower.prefix
+
+
+@pytest.mark.parametrize("name", ["dinov3", "aimv2"])
+def test_one_graph_serves_all_layers(name: str) -> None:
+    _, model, x = made(name)
+    vtoken.apply(model, PITOME)
+    with torch.no_grad():
+        expected = model(x).last_hidden_state
+        vtoken.compile(model, backend="eager")
+        assert_close("compiled blocks", expected, model(x).last_hidden_state, 1e-5)
+        assert model(x[:1]).last_hidden_state.shape[1] == expected.shape[1]
+
+
+def test_a_pooler_that_reads_the_first_patch_is_refused() -> None:
+    config = hf.IJepaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"first patch.*add_pooling_layer=False"):
+        vtoken.apply(hf.IJepaModel(config, add_pooling_layer=True), PITOME)
+
+
+def test_two_towers_of_any_family() -> None:
+    """The image tower of a VisionTextDualEncoderModel may be any that is known, and is refused where it is not."""
+    text = hf.BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 4}
+
+    def made(vision: Any) -> Any:
+        config = hf.VisionTextDualEncoderConfig(vision_config=vision.to_dict(), text_config=text.to_dict())
+        return randomise_(hf.VisionTextDualEncoderModel(config), 0).eval()
+
+    model, x = made(hf.ViTConfig(**small, intermediate_size=32)), images((3, 32, 32), 2, 0, torch.float32)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with torch.no_grad():
+        stock = model(input_ids=ids, pixel_values=x)
+        with vtoken.applied(model, PITOME):
+            reduced = model(input_ids=ids, pixel_values=x)
+            assert vtoken.num_tokens(model) == vtoken.plan(model).tokens[-1] == 37
+        assert torch.equal(stock.text_embeds, reduced.text_embeds)
+        assert float((stock.image_embeds - reduced.image_embeds).abs().max()) > 1e-3
+        assert torch.equal(model(input_ids=ids, pixel_values=x).logits_per_image, stock.logits_per_image)
+    swin = hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"its image tower is a SwinModel; .*windows"):
+        vtoken.apply(made(swin), PITOME)
+
+
+def _wrapper(cls: str, name: str, **model_args: Any) -> Any:
+    config = hf.TimmWrapperConfig(architecture=name, num_labels=7, model_args=model_args, do_pooling=True)
+    return randomise_(getattr(hf, cls)(config), 0).eval()
+
+
+@pytest.mark.parametrize("cls", ["TimmWrapperModel", "TimmWrapperForImageClassification"])
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_a_timm_model_behind_its_door(cls: str, pool: str) -> None:
+    small = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
+    model = _wrapper(cls, "vit_tiny_patch16_224", **small, global_pool=pool, class_token=True)
+    x = images((3, 32, 32), 2, 0, torch.float32)
+    result = "logits" if cls.endswith("Classification") else "pooler_output"
+    with torch.no_grad():
+        stock = model(x)
+        with vtoken.applied(model, vtoken.PiToMe(ratio=1.0)):
+            assert torch.equal(model(x)[result], stock[result])
+        vtoken.apply(model, PITOME)
+        out, trace = vtoken.trace(model, x)
+        assert_planned(vtoken.plan(model), trace)
+        assert trace.tokens == [65, 49, 37, 28]
+        # By the timm model itself, which weighs by sizes.
+        inner = model.timm_model(x) if result == "logits" else model.timm_model.forward_head(
+            model.timm_model.forward_features(x))  # fmt: skip
+        assert torch.equal(out[result], inner)
+        assert not torch.allclose(out[result], stock[result], rtol=1e-3, atol=1e-3)
+        with counted() as counter:
+            model(x[:1])
+        cost, spec = vtoken.report(model), find_adapter(model).spec(model)
+        averaging = sum(2 * (a - b) * (b - 1) * spec.width for a, b in zip(cost.tokens, cost.tokens[1:], strict=False))
+        assert 0.99 * counter.get_total_flops() <= cost.flops_after <= 1.01 * counter.get_total_flops() + averaging
+        vtoken.remove(model)
+        assert torch.equal(model(x)[result], stock[result])
+        with vtoken.applied(model, vtoken.Sparsifiner(keep_ratio=1.0)):
+            assert torch.equal(model(x)[result], stock[result])
+
+
+def test_a_timm_model_that_keeps_a_grid_is_refused_behind_its_door_too() -> None:
+    with pytest.raises(vtoken.UnsupportedModelError, match="plain-attention"):
+        vtoken.apply(_wrapper("TimmWrapperModel", "resnet18"), PITOME)
+
+
+@pytest.mark.parametrize("name", ["dinov3", "tipsv2", "pixio", "metaclip_2"])
+def test_class_attention_is_that_of_the_hosts_own_maps(name: str) -> None:
+    tower, model, x = made(name, torch.float64)
+    if hasattr(attention(blocks(model)[0]), "attention"):
+        pytest.skip("nested attention of transformers before 5.18 is refused")
+    found = vtoken.cls_attention_scores(model, x, start_layer=0)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = torch.stack(model(x, output_attentions=True).attentions)  # [L, B, H, T, T]
+    assert_close("scores", maps[:, :, :, 0, tower.prefix :].mean((0, 2)), found.double(), 1e-5)
+
+
+def test_what_is_not_where_it_was_is_refused() -> None:
+    _, model, _ = made("dinov3")
+    del model.model.layer
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"no layers in model\.layer"):
+        vtoken.apply(model, PITOME)

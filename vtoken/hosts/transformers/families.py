@@ -1,0 +1,380 @@
+"""transformers' families of image models, a record each: where their layers are, what holds them, or why not.
+
+The name of a family is its module in `transformers.models`. A tower whose layer is one of those in blocks.py is a
+record here and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vtoken.hosts.transformers.blocks import (
+    Aimv2LayerMixin,
+    ClipLayerMixin,
+    DinoLayerMixin,
+    LayerMixin,
+    PixioLayerMixin,
+    RotaryDinoLayerMixin,
+    ViTLayerMixin,
+)
+from vtoken.hosts.transformers.heads import Aimv2HeadMixin, SizedHeadMixin
+from vtoken.hosts.transformers.images import Grid, NativePixels, PatchRows, Pixels, patches
+
+
+def no_prefix(config: Any) -> int:
+    """No class token."""
+    return 0
+
+
+def class_and_registers(config: Any) -> int:
+    """A class token, and register tokens where the configuration has some."""
+    return 1 + int(getattr(config, "num_register_tokens", 0))
+
+
+def class_and_distillation(config: Any) -> int:
+    """DeiT's two."""
+    return 2
+
+
+PIXELS = Pixels()
+
+
+def class_tokens(config: Any) -> int:
+    """Pixio has several."""
+    return int(config.n_cls_tokens)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What vtoken knows of the classes of one module of `transformers.models`.
+
+    Args:
+        layer: class of the tower's layers.
+        mixin: of the layers.
+        path: attributes that lead from a tower to the list of its layers.
+        towers: classes that embed images and run the layers.
+        backbones: the same for those that hand out maps, and must be given a value for every patch.
+        holders: classes that hold a tower, and where.
+        averaging: those of the holders that average the tower's tokens.
+        prefix: number of class, register and distillation tokens, by the tower's configuration.
+        images: how the towers take their images.
+        pool: mixin of the attention pool `head`, where a tower has one.
+        rotary: whether attention turns queries and keys by positions.
+        why: classes that are refused and the reason; under "", that of all which are not named.
+    """
+
+    layer: str = ""
+    mixin: type = LayerMixin
+    path: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
+    backbones: tuple[str, ...] = ()
+    holders: Mapping[str, str] = field(default_factory=dict)
+    averaging: tuple[str, ...] = ()
+    prefix: Callable[[Any], int] = class_and_registers
+    images: Pixels = PIXELS
+    pool: type = SizedHeadMixin
+    rotary: bool = False
+    why: Mapping[str, str] = field(default_factory=dict)
+
+
+_CLIP: dict[str, Any] = {"mixin": ClipLayerMixin, "path": ("encoder", "layers")}
+_VIT: dict[str, Any] = {"mixin": ViTLayerMixin, "path": ("layers",)}
+_DINO: dict[str, Any] = {"mixin": DinoLayerMixin, "path": ("encoder", "layer"), "images": Pixels(resize="")}
+#: Why whole families are refused, which have no other record.
+_REFUSED = {
+    "its attention adds a table of position biases, whose rows tokens would lose": "beit data2vec levit",
+    "its attention works inside windows, so tokens cannot be removed": (
+        "swin swinv2 swin2sr donut dinat lw_detr rf_detr"
+    ),
+    "its attention works inside windows and adds positions of the grid, so tokens cannot be removed": (
+        "sam sam_hq vitdet"
+    ),
+    "its image encoder works in windows or stages on the grid of patches, and masks are read off that grid": (
+        "sam2 sam2_video sam3 sam3_lite_text sam3_tracker sam3_tracker_video sam3_video edgetam edgetam_video"
+    ),
+    "it pools tokens on a grid between stages, so tokens cannot be removed": "hiera",
+    "it reshapes tokens to a grid between stages, so tokens cannot be removed": "pvt pvt_v2 segformer glpn cvt",
+    "it mixes patches on their grid without attention between all of them, so tokens cannot be removed": (
+        "poolformer focalnet mobilevit mobilevitv2 swiftformer"
+    ),
+    "it is a convolutional network, whose maps are no tokens": (
+        "align bit convnext convnextv2 dinov3_convnext efficientnet hgnet_v2 mobilenet_v1 mobilenet_v2 pp_lcnet "
+        "pp_lcnet_v3 pp_lcnet_v4 regnet resnet textnet uvdoc"
+    ),
+    "it detects on the maps of a backbone, at whose places every layer looks": (
+        "conditional_detr d_fine dab_detr deformable_detr deimv2 detr rt_detr rt_detr_v2 table_transformer"
+    ),
+    "its detection tokens stand behind the patches, where they would merge with them": "yolos",
+    "it puts queries among the patches half way and reads masks off the patch grid": "eomt eomt_dinov3 videomt",
+    "its attention is causal, so a token's place in the row is a part of the mask": "imagegpt",
+    "it drops a random part of the patches and shuffles the rest, so neither counts nor places are known; load its "
+    "weights into a ViTModel": "vit_mae",
+    "its tokens are tubes over several frames, which vtoken does not merge yet": "videomae vivit vjepa2",
+    "its attention goes over time and space in turns, on the grid of every frame": "timesformer",
+    "its attention goes over space first and then over time, on the grid of every frame": "videoprism",
+    "it packs several tiles of an image on a grid, which merged tokens no longer have": "llava_next llava_onevision",
+    "its tower packs the patches of all images into one row and joins neighbours on their grid behind its layers": (
+        "qwen2_vl qwen2_5_vl qwen2_5_omni qwen3_vl qwen3_vl_moe glm4v glm4v_moe video_llama_3"
+    ),
+    "it shuffles patches into channels by their places on the grid": "idefics3 smolvlm internvl",
+    "it pools patches on their grid before the projector": "gemma3 shieldgemma2",
+    "its language model reads images by cross-attention, not from the prompt": "idefics",
+}
+
+FAMILIES: dict[str, Family] = {
+    "clip": Family(
+        **_CLIP,
+        layer="CLIPEncoderLayer",
+        towers=("CLIPVisionModel",),
+        holders={
+            "CLIPModel": "vision_model",
+            "CLIPVisionModelWithProjection": "vision_model",
+            "CLIPForImageClassification": "vision_model",
+        },
+        averaging=("CLIPForImageClassification",),
+    ),
+    "siglip": Family(
+        **_CLIP,
+        layer="SiglipEncoderLayer",
+        towers=("SiglipVisionModel",),
+        holders={"SiglipModel": "vision_model", "SiglipForImageClassification": "vision_model"},
+        averaging=("SiglipForImageClassification",),
+        prefix=no_prefix,
+    ),
+    "siglip2": Family(
+        **_CLIP,
+        layer="Siglip2EncoderLayer",
+        towers=("Siglip2VisionModel",),
+        holders={"Siglip2Model": "vision_model", "Siglip2ForImageClassification": "vision_model"},
+        averaging=("Siglip2ForImageClassification",),
+        prefix=no_prefix,
+        images=PatchRows(),
+    ),
+    "vit": Family(**_VIT, layer="ViTLayer", towers=("ViTModel",), holders={"ViTForImageClassification": "vit"}),
+    "deit": Family(
+        **_VIT,
+        layer="DeiTLayer",
+        towers=("DeiTModel",),
+        holders={"DeiTForImageClassification": "deit", "DeiTForImageClassificationWithTeacher": "deit"},
+        prefix=class_and_distillation,
+    ),
+    "dinov2": Family(
+        **_DINO,
+        layer="Dinov2Layer",
+        towers=("Dinov2Model",),
+        backbones=("Dinov2Backbone",),
+        holders={"Dinov2ForImageClassification": "dinov2"},
+        averaging=("Dinov2ForImageClassification",),
+    ),
+    "dinov2_with_registers": Family(
+        **_DINO,
+        layer="Dinov2WithRegistersLayer",
+        towers=("Dinov2WithRegistersModel",),
+        backbones=("Dinov2WithRegistersBackbone",),
+        holders={"Dinov2WithRegistersForImageClassification": "dinov2_with_registers"},
+        averaging=("Dinov2WithRegistersForImageClassification",),
+    ),
+    "metaclip_2": Family(
+        **_CLIP,
+        layer="MetaClip2EncoderLayer",
+        towers=("MetaClip2VisionModel",),
+        holders={
+            "MetaClip2Model": "vision_model",
+            "MetaClip2VisionModelWithProjection": "vision_model",
+            "MetaClip2ForImageClassification": "vision_model",
+        },
+        averaging=("MetaClip2ForImageClassification",),
+    ),
+    "altclip": Family(
+        **_CLIP,
+        layer="AltCLIPEncoderLayer",
+        towers=("AltCLIPVisionModel",),
+        holders={"AltCLIPModel": "vision_model"},
+    ),
+    "chinese_clip": Family(
+        **_CLIP,
+        layer="ChineseCLIPVisionLayer",
+        towers=("ChineseCLIPVisionModel",),
+        holders={"ChineseCLIPModel": "vision_model"},
+    ),
+    "vit_msn": Family(
+        **_VIT, layer="ViTMSNLayer", towers=("ViTMSNModel",), holders={"ViTMSNForImageClassification": "vit"}
+    ),
+    "ijepa": Family(
+        **_VIT,
+        layer="IJepaLayer",
+        towers=("IJepaModel",),
+        holders={"IJepaForImageClassification": "ijepa"},
+        averaging=("IJepaForImageClassification",),
+        prefix=no_prefix,
+    ),
+    "aimv2": Family(
+        layer="Aimv2EncoderLayer",
+        mixin=Aimv2LayerMixin,
+        path=("encoder", "layers"),
+        towers=("Aimv2VisionModel",),
+        holders={"Aimv2Model": "vision_model"},
+        prefix=no_prefix,
+        images=NativePixels(),
+        pool=Aimv2HeadMixin,
+    ),
+    "pixio": Family(
+        layer="PixioLayer",
+        mixin=PixioLayerMixin,
+        path=("layers",),
+        towers=("PixioModel",),
+        prefix=class_tokens,
+        images=Pixels(resize=""),
+        why={"PixioBackbone": "it cuts maps out of the hidden states of its tower, which merged tokens no longer are"},
+    ),
+    "tipsv2": Family(
+        **_DINO,
+        layer="Tipsv2VisionLayer",
+        towers=("Tipsv2VisionModel",),
+        backbones=("Tipsv2VisionBackbone",),
+        holders={"Tipsv2Model": "vision_model"},
+    ),
+    "dinov3_vit": Family(
+        layer="DINOv3ViTLayer",
+        mixin=RotaryDinoLayerMixin,
+        path=("model", "layer"),
+        towers=("DINOv3ViTModel",),
+        backbones=("DINOv3ViTBackbone",),
+        images=Pixels(resize=""),
+        rotary=True,
+    ),
+    "llava": Family(holders={"LlavaModel": "vision_tower", "LlavaForConditionalGeneration": "model.vision_tower"}),
+    # A backbone's maps show a value for every patch, so whatever reads them need not know of merging.
+    "depth_anything": Family(holders={"DepthAnythingForDepthEstimation": "backbone"}),
+    "prompt_depth_anything": Family(holders={"PromptDepthAnythingForDepthEstimation": "backbone"}),
+    "chmv2": Family(holders={"CHMv2ForDepthEstimation": "backbone"}),
+    "tipsv2_dpt": Family(
+        holders={
+            "Tipsv2DptForDensePrediction": "backbone",
+            "Tipsv2DptForDepthEstimation": "backbone",
+            "Tipsv2DptForNormalEstimation": "backbone",
+            "Tipsv2DptForSemanticSegmentation": "backbone",
+        }
+    ),
+    "upernet": Family(holders={"UperNetForSemanticSegmentation": "backbone"}),
+    "dpt": Family(
+        holders={"DPTForDepthEstimation": "backbone"},
+        why={
+            "": "a neck puts the hidden states of its own layers on the patch grid, which merged tokens no longer "
+            "have; DPTForDepthEstimation over a plain backbone (backbone_config) is supported"
+        },
+    ),
+    "vision_text_dual_encoder": Family(holders={"VisionTextDualEncoderModel": "vision_model"}),
+    "vision_encoder_decoder": Family(
+        why={"": "its decoder reads image tokens by cross-attention and is not told how many patches each stands for"}
+    ),
+    "maskformer": Family(
+        why=dict.fromkeys(
+            ("MaskFormerSwinModel", "MaskFormerSwinBackbone"),
+            "its attention works inside windows, so tokens cannot be removed",
+        )
+    ),
+    **{name: Family(why={"": why}) for why, names in _REFUSED.items() for name in names.split()},
+}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A class that its family's record names, or a subclass of one.
+
+    Args:
+        module: name of the family.
+        name: the class that is named.
+    """
+
+    module: str
+    name: str
+
+    @property
+    def family(self) -> Family:
+        """The record."""
+        return FAMILIES[self.module]
+
+
+def keys_of(cls: type) -> list[tuple[str, str]]:
+    """Module of `transformers.models` and name of a class and its bases."""
+    found = []
+    for base in cls.__mro__:
+        parts = base.__module__.split(".")
+        if parts[:2] == ["transformers", "models"] and len(parts) == 4:
+            found.append((parts[2], base.__name__))
+    return found
+
+
+def _named(cls: type, *fields: str) -> Known | None:
+    for module, name in keys_of(cls):
+        family = FAMILIES.get(module)
+        if family is not None and any(name in getattr(family, found) for found in fields):
+            return Known(module, name)
+    return None
+
+
+def tower_known(cls: type) -> Known | None:
+    """What a class of towers or backbones is known as."""
+    return _named(cls, "towers", "backbones")
+
+
+def holder_known(cls: type) -> Known | None:
+    """What a class that holds a tower is known as."""
+    return _named(cls, "holders")
+
+
+def layer_known(cls: type) -> Known | None:
+    """What a class of layers is known as."""
+    for module, name in keys_of(cls):
+        family = FAMILIES.get(module)
+        if family is not None and name == family.layer:
+            return Known(module, name)
+    return None
+
+
+def towers() -> list[str]:
+    """Names of the classes that are towers."""
+    return sorted({name for family in FAMILIES.values() for name in family.towers})
+
+
+def classes() -> list[str]:
+    """Names of all classes that are supported."""
+    return sorted({n for f in FAMILIES.values() for n in (*f.towers, *f.backbones, *f.holders)})
+
+
+def why_not(cls: type) -> str:
+    """The reason for which a class that is not supported is refused; "" if there is none beside that."""
+    for module, name in keys_of(cls):
+        why = FAMILIES[module].why if module in FAMILIES else {}
+        if name in why or "" in why:
+            return why[name if name in why else ""]
+    return ""
+
+
+def family_of(tower: Any) -> Family:
+    """The record of a tower's family."""
+    module = tower.__dict__.get("_vtoken_family")  # of a patched one
+    if module is None:
+        known = tower_known(type(tower))
+        assert known is not None
+        module = known.module
+    return FAMILIES[module]
+
+
+def layers_of(tower: Any) -> Any:
+    """The list of a tower's layers."""
+    return functools.reduce(getattr, family_of(tower).path, tower)
+
+
+def num_prefix(tower: Any) -> int:
+    """Class, distillation and register tokens of a tower."""
+    return family_of(tower).prefix(tower.config)
+
+
+def grid_of(tower: Any, img_size: tuple[int, int]) -> Grid:
+    """Patch rows and columns of an image of `img_size` (height, width) pixels."""
+    return patches(tower.config, img_size)

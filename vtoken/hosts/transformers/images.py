@@ -1,0 +1,94 @@
+"""How a tower of transformers takes its images: their size, its patches, and the arguments of one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images [B, C, H, W], one token a patch.
+
+    Args:
+        resize: the argument that asks a tower for positions of another image size; "" if it always fits them, None if
+            it takes its own size alone.
+        padded: whether a call may name rows that are padding.
+    """
+
+    resize: str | None = "interpolate_pos_encoding"
+    padded: bool = False
+
+    def fixed(self, config: Any) -> bool:
+        """Whether the tower takes images of one size only."""
+        return self.resize is None
+
+    def size(self, config: Any) -> Grid:
+        """Height and width in pixels that the tower was built for."""
+        return pair(config.image_size)
+
+    def grid(self, config: Any, arguments: dict[str, Any]) -> Grid | None:
+        """Patch rows and columns of the images of a call; None if they differ."""
+        pixels = arguments["pixel_values"]
+        return patches(config, (pixels.shape[-2], pixels.shape[-1]))
+
+    def arguments(self, config: Any, image: Tensor) -> dict[str, Any]:
+        """A tower's arguments for images [B, C, H, W]."""
+        fits = (image.shape[2], image.shape[3]) == self.size(config)
+        return {"pixel_values": image} | ({self.resize: True} if self.resize and not fits else {})
+
+
+@dataclass(frozen=True)
+class NativePixels(Pixels):
+    """AIMv2: learned positions fit one size, computed ones ("native" towers) any."""
+
+    resize: str | None = ""
+
+    def fixed(self, config: Any) -> bool:
+        """Whether positions are learned."""
+        return not config.is_native
+
+
+@dataclass(frozen=True)
+class PatchRows(Pixels):
+    """Rows of patches [B, N, P * P * C] with the shape of every image and a mask of the padding, as in SigLIP 2."""
+
+    resize: str | None = ""
+    padded: bool = True
+
+    def size(self, config: Any) -> Grid:
+        """Any size will do: the one of its position table."""
+        side = round(int(config.num_patches) ** 0.5) * int(config.patch_size)
+        return side, side
+
+    def grid(self, config: Any, arguments: dict[str, Any]) -> Grid | None:
+        """Patch rows and columns, if all images of the call have the same."""
+        shapes = arguments["spatial_shapes"]
+        first = shapes[0].tolist()
+        return (first[0], first[1]) if bool((shapes == shapes[0]).all()) else None
+
+    def arguments(self, config: Any, image: Tensor) -> dict[str, Any]:
+        """Rows of whole patches; what is left over at the edges is cut off."""
+        patch, (height, width) = int(config.patch_size), patches(config, (image.shape[2], image.shape[3]))
+        whole = image[:, :, : height * patch, : width * patch]
+        rows = rearrange(whole, "b c (h y) (w x) -> b (h w) (y x c)", y=patch, x=patch)
+        shapes = torch.tensor([[height, width]] * image.shape[0])
+        return {"pixel_values": rows, "pixel_attention_mask": None, "spatial_shapes": shapes}
+
+
+def patches(config: Any, img_size: tuple[int, int]) -> Grid:
+    """Patch rows and columns of an image of `img_size` (height, width) pixels."""
+    patch = pair(config.patch_size)
+    return img_size[0] // patch[0], img_size[1] // patch[1]
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """One side or (height, width) as a pair."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)
