@@ -68,5 +68,5 @@ def test_a_model_of_ones_own_without_an_image_size(monkeypatch: pytest.MonkeyPat
     assert vtoken.plan(model, img_size=64).tokens == (65, 61, 57, 53, 49)
     assert vtoken.report(model, input_size=(3, 64, 64)).tokens == (65, 61, 57, 53, 49)
     for verb in (vtoken.plan, vtoken.num_tokens, vtoken.report):
-        with pytest.raises(vtoken.UnsupportedModelError, match=r"MyAdapter tells no image size.*img_size=.*input_size="):
+        with pytest.raises(vtoken.UnsupportedModelError, match=r"MyAdapter tells no image size.*img_size=.*input_size"):
             verb(model)
