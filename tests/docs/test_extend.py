@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import vtoken
 from vtoken.__main__ import main
 from vtoken.core import config, host
 
@@ -55,3 +57,17 @@ def test_a_model_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"__name__": "docs_extend_host"}
     for program in programs("host.md"):
         exec(compile(program, "docs/extend/host.md", "exec"), names)
+
+
+def test_a_model_of_ones_own_without_an_image_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_registered", list(host._registered))
+    names: dict[str, Any] = {"__name__": "docs_extend_host"}
+    for program in programs("host.md")[:2]:
+        exec(compile(program, "docs/extend/host.md", "exec"), names)
+    monkeypatch.delattr(names["MyAdapter"], "image_size")
+    model = vtoken.apply(names["MyViT"]().eval(), "tome", r=4)
+    assert vtoken.plan(model, img_size=64).tokens == (65, 61, 57, 53, 49)
+    assert vtoken.report(model, input_size=(3, 64, 64)).tokens == (65, 61, 57, 53, 49)
+    for verb in (vtoken.plan, vtoken.num_tokens, vtoken.report):
+        with pytest.raises(vtoken.UnsupportedModelError, match=r"MyAdapter tells no image size.*img_size=.*input_size"):
+            verb(model)

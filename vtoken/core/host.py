@@ -59,8 +59,11 @@ class HostAdapter:
         """Raise ConfigError if the methods do not fit the model in a way that only its family knows."""
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
-        """The model's own input height and width in pixels."""
-        raise NotImplementedError
+        """The model's own input height and width in pixels; raises UnsupportedModelError if it has none."""
+        raise UnsupportedModelError(
+            f"{self.name}: {type(self).__name__} tells no image size of its own. Say which is meant (img_size=..., or "
+            "input_size=... of vtoken.report), or give the adapter image_size(model)"
+        )
 
     def channels(self, model: nn.Module) -> int:
         """Channels of the model's images."""

@@ -98,7 +98,7 @@ class TokenState:
             # Blocks were left out: what was known in front of them is known behind.
             ran = [place for place in self.slots if place < layer]
             self.slots[layer] = self.slots[max(ran)] if ran else self.first
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
             self._check_order(layer, x.shape[1])
 
     def _check_order(self, layer: int, num_tokens: int) -> None:
