@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import FrozenInstanceError, fields
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtoken.core.config import MethodConfig, config_from_dict, methods
 from vtoken.core.host import find_adapter
@@ -28,9 +28,10 @@ def check_method(
     """Try on small models that a method of your own keeps what vtoken promises (docs/mechanism.md 1).
 
     Tried are: settings can be compared, copied, pickled and written as JSON; one step keeps prefix rows, counts, dtype
-    and its input, names every row once and leaves protected patches alone; no-op equality; planned counts; groups and sizes; undoing; state-dict keys and modes; counted cost;
-    gradients, two forwards before one backward, recomputed blocks; nothing left behind by a forward; independence of
-    the batch; threads; copies; dtypes and devices. It takes a few seconds.
+    and its input, names every row once and leaves protected patches alone; no-op equality; planned counts; groups and
+    sizes; undoing; state-dict keys and modes; counted cost; gradients, two forwards before one backward, recomputed
+    blocks; nothing left behind by a forward; independence of the batch; threads; copies; dtypes and devices. It takes a
+    few seconds.
 
     Args:
         config: settings under which the method removes tokens.
