@@ -26,10 +26,12 @@ def test_files_and_functions_that_it_names_are_there() -> None:
     assert len(paths) > 15
     for path in paths:
         assert (ROOT / path).exists(), path
-    named = re.findall(r"`(vtoken/[\w/]+\.py)`, `(\w+)`", TEXT)
-    assert len(named) == 3
-    for path, function in named:
-        assert f"def {function}(" in (ROOT / path).read_text(), (path, function)
+    named = re.findall(r"`(vtoken/[\w/]+\.py)`, `([\w.]+)`", TEXT)
+    assert len(named) == 6
+    for path, name in named:  # a function, a method or a table
+        last = re.escape(name.rpartition(".")[2])
+        made = rf"^\s*def {last}\(|^{last}(: [^=]+)? = "
+        assert re.search(made, (ROOT / path).read_text(), re.MULTILINE), (path, name)
 
 
 def test_targets_of_make_exist() -> None:

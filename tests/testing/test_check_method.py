@@ -54,6 +54,38 @@ class ForgetsPrefix(Sound):
 
 
 @settings
+class NamesTwice(Sound):
+    """Lays a prefix row out a second time, among the kept ones, and forgets another row."""
+
+    def match(self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Any) -> MergePlan:
+        rows = torch.arange(metric.shape[1]).expand(metric.shape[0], -1)
+        first = torch.cat([rows[:, :1], rows[:, num_prefix + 1 : -r]], dim=1)
+        return MergePlan.of([rows[:, :num_prefix], first[:, :0], first], rows[:, -r:], rows[:, :r] * 0)
+
+
+@settings
+class CountsPartnersAmongAll(Sound):
+    """Numbers partners by output row, not among the destinations."""
+
+    def match(self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Any) -> MergePlan:
+        rows = torch.arange(metric.shape[1]).expand(metric.shape[0], -1)
+        stay = rows[:, num_prefix:-r]
+        last = stay[:, -1:].expand(-1, r)
+        return MergePlan.of([rows[:, :num_prefix], stay[:, :0], stay], rows[:, -r:], last)
+
+
+@settings
+class IgnoresProtect(Sound):
+    """Has protected patches and merges them all the same."""
+
+    protect: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "protect", tuple(self.protect))
+
+
+@settings
 class Free(Sound):
     """Says that its matching costs nothing."""
 
@@ -243,6 +275,15 @@ def test_a_method_without_merging_passes(one: dict[str, nn.Module]) -> None:
         (WrongCount(r=4), r"match removed 3 tokens in block 0, `removed` said 4"),
         (Dropper(wrong="count"), r"planned counts are kept: .*num_removed says 3, 2 were removed"),
         (Dropper(wrong="float"), r"counts are whole numbers of tokens .* is 3\.0"),
+        (
+            NamesTwice(r=4),
+            r"a plan names every row once: block 0, 1 prefix and 64 other tokens: twice \[0\], never \[1\]",
+        ),
+        (
+            CountsPartnersAmongAll(r=4),
+            r"sources join destinations: block 0, 1 prefix .* count among the 60 destinations",
+        ),
+        (IgnoresProtect(r=4, protect=tuple(range(40))), r"protected patches never merge: .* of `protect` \(no prefix"),
         (ForgetsPrefix(r=4), r"prefix tokens keep their rows and take nothing in"),
         (Dropper(wrong="prefix"), r"prefix tokens keep their rows and take nothing in"),
         (AlwaysOne(r=4), r"no-op equality with AlwaysOne\(.*: these settings were to remove nothing, and vtoken.plan"),

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import FrozenInstanceError, fields
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtoken.core.config import MethodConfig, config_from_dict, methods
 from vtoken.core.host import find_adapter
 from vtoken.core.method import BlockMethod
 from vtoken.core.slots import Slot
 from vtoken.errors import ConfigError
-from vtoken.methods.merging.base import MergeConfig, ScheduledMergeConfig
+from vtoken.methods.merging.base import MergeConfig, Merging, ScheduledMergeConfig
 from vtoken.testing import promises
 from vtoken.testing.models import small_models
 from vtoken.testing.promises import broken
@@ -28,9 +28,10 @@ def check_method(
     """Try on small models that a method of your own keeps what vtoken promises (docs/mechanism.md 1).
 
     Tried are: settings can be compared, copied, pickled and written as JSON; one step keeps prefix rows, counts, dtype
-    and its input; no-op equality; planned counts; groups and sizes; undoing; state-dict keys and modes; counted cost;
-    gradients, two forwards before one backward, recomputed blocks; nothing left behind by a forward; independence of
-    the batch; threads; copies; dtypes and devices. It takes a few seconds.
+    and its input, names every row once and leaves protected patches alone; no-op equality; planned counts; groups and
+    sizes; undoing; state-dict keys and modes; counted cost; gradients, two forwards before one backward, recomputed
+    blocks; nothing left behind by a forward; independence of the batch; threads; copies; dtypes and devices. It takes a
+    few seconds.
 
     Args:
         config: settings under which the method removes tokens.
@@ -116,7 +117,10 @@ def settings(config: MethodConfig) -> None:
     if config.method in methods():
         read = config_from_dict(json.loads(json.dumps(config.to_dict())))
         if read != config:
-            broken("settings can be written as JSON", f"{config} came back as {read}")
+            broken(
+                "settings can be written as JSON",
+                f"{config} came back as {read}. JSON knows no tuples: let __post_init__ turn lists into them",
+            )
 
 
 def step(config: MethodConfig, depth: int) -> None:
@@ -126,6 +130,8 @@ def step(config: MethodConfig, depth: int) -> None:
     for num_prefix in (0, 1, 5):
         for layer in range(depth):
             for mergeable in (64, 37, 2, 1, 0):
+                if any(patch >= mergeable for patch in getattr(config, "protect", ())):
+                    continue  # images that lack a patch that is to be protected are refused
                 r = method.num_removed(layer, mergeable, mergeable)
                 removes += r
                 if type(r) is not int or not 0 <= r <= mergeable:
@@ -150,8 +156,10 @@ def _one_step(
     metric = x if method.metric == "hidden" else torch.rand(2, tokens, channels, generator=rng)
     given = x.clone(), metric.clone()
     slot = Slot(embedded=tokens, track_anchor=True, track_dest=True)
-    y, after = method.on_block(layer, x, metric, slot, num_prefix)
     where = f"block {layer}, {num_prefix} prefix and {mergeable} other tokens"
+    if isinstance(method, Merging):
+        _whole_plan(method, layer, metric.float(), r, num_prefix, where)
+    y, after = method.on_block(layer, x, metric, slot, num_prefix)
     if not (torch.equal(x, given[0]) and torch.equal(metric, given[1])):
         broken("inputs are never written to", f"{where}: the tokens or the metric are not what they were")
     gone = tokens - y.shape[1]
@@ -168,6 +176,31 @@ def _one_step(
             broken("what is known of the tokens fits them", f"{where}: {name} is {tuple(value.shape)}")
     if gone and (after.anchor is None or after.dest is None):
         broken("what is known of the tokens fits them", f"{where}: anchors or group map were not advanced")
+
+
+def _whole_plan(method: Merging, layer: int, metric: Tensor, r: int, num_prefix: int, where: str) -> None:
+    """A plan names every row once, its partners are destinations, and protected patches have groups of their own."""
+    guarded = torch.tensor(method.config.protect, dtype=torch.int64).expand(2, -1) if method.config.protect else None
+    settings = method.layer_settings(layer)
+    plan = method.config.match(layer, method.depth, metric.clone(), r, num_prefix, guarded, **settings)
+    if plan.num_tokens_in != metric.shape[1]:
+        return  # the step itself says so
+    for named in torch.cat([plan.keep, plan.src], dim=1).tolist():
+        if sorted(named) != list(range(len(named))):
+            twice = sorted({row for row in named if named.count(row) > 1})
+            never = sorted(set(range(len(named))) - set(named))
+            broken("a plan names every row once", f"{where}: twice {twice}, never {never}")
+    first = plan.num_tokens - plan.num_dest
+    if plan.removed and not (first <= int(plan.slot.min()) and int(plan.slot.max()) < plan.num_tokens):
+        broken(
+            "sources join destinations",
+            f"{where}: `partner` must count among the {plan.num_dest} destinations, from 0 on",
+        )
+    if guarded is not None:
+        for dest, patches in zip(plan.dest.tolist(), (guarded + num_prefix).tolist(), strict=True):
+            merged = [row - num_prefix for row in patches if dest.count(dest[row]) > 1]
+            if merged:
+                broken("protected patches never merge", f"{where}: {merged} of `protect` (no prefix counted) did")
 
 
 def _block_method(config: MethodConfig, depth: int = 3) -> BlockMethod:
