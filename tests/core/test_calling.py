@@ -108,6 +108,7 @@ def test_hooks_see_what_torchs_own_call_shows_them(kind: type[Scaled], hooks: An
         finally:
             for handle in handles:
                 handle.remove()
+            every_module._global_forward_hooks_with_kwargs.clear()  # type: ignore[attr-defined]  # torch leaves them
         module.__dict__["_is_full_backward_hook"] = None
         return [_plain(out), x.grad], seen
 

@@ -106,6 +106,11 @@ def clues_for(method: PromptMethod, asked: Mapping[str, Any], count: int) -> lis
     return each
 
 
+def _name(method: PromptMethod) -> str:
+    """What the user wrote, where the method keeps its settings."""
+    return type(getattr(method, "config", method)).__name__
+
+
 def replaced(method: PromptMethod, changes: dict[str, Any]) -> PromptMethod:
     """The method under changed settings; raises ConfigError for values that they refuse."""
     config: Any = getattr(method, "config", None)
@@ -131,7 +136,7 @@ def _check(model: Any, asked: dict[str, Any]) -> None:
     for name, value in asked.items():
         if name not in known:
             raise ConfigError(
-                f"budget({name}=...): {type(method).__name__} knows {', '.join(known) or 'nothing'} per call"
+                f"budget({name}=...): {_name(method)} knows {', '.join(known) or 'nothing'} per call"
                 f"{hint(name, known)}"
             )
         if name in method.budgets:
