@@ -54,6 +54,24 @@ def _attributes(tower: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ATTENTION)
+@torch.no_grad()
+def test_hooks_of_the_tower_get_its_own_modules(kind: str) -> None:
+    model, given = build(kind), call()
+    names, seen = {m: n for n, m in model.named_modules()}, list[str]()
+    tower = [m for n, m in model.named_modules() if n.startswith("model.visual")]
+    for module in tower:
+        module.register_forward_hook(lambda m, *_: seen.append(names[m]))
+    model(**given)
+    stock, _ = set(seen), seen.clear()
+    for config in (vtoken.VTCCLS(num_tokens=3), vtoken.VisionZip(num_tokens=3)):
+        vtoken.apply(model, config)
+        model(**given)
+        assert set(seen) == stock
+        vtoken.remove(model)
+        seen.clear()
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
 @pytest.mark.parametrize("config", METHODS, ids=lambda c: c.method)
 @torch.no_grad()
 def test_pruned_is_the_full_prompt_with_masked_keys(kind: str, config: Any) -> None:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from vtoken.core.patch import view
+from vtoken.core.calling import call_with
 from vtoken.ops import class_row, received_row
 
 NAME = "vtoken_watch"
@@ -52,17 +52,17 @@ class Watch:
             parts: what else takes the place of attributes of the tower.
         """
         maybe_install_capturing_hooks(tower)  # the host would install them anew on every stand-in
-        return view(tower, **self._within(tower, path, attn, keys), **parts)
+        return Exchanged(tower, self._within(tower, path, attn, keys) | parts)
 
     def _within(self, module: Any, path: tuple[str, ...], attn: str, keys: str) -> dict[str, Any]:
         name, *rest = path
         child = getattr(module, name)
         if rest:
-            return {name: view(child, **self._within(child, tuple(rest), attn, keys))}
+            return {name: Exchanged(child, self._within(child, tuple(rest), attn, keys))}
         blocks: list[Any] = []
         for i, block in enumerate(child):
             heard = i in self._rows or i == self._keys_of
-            blocks.append(view(block, **{attn: self._attention(getattr(block, attn), i, keys)}) if heard else block)
+            blocks.append(Exchanged(block, {attn: self._attention(getattr(block, attn), i, keys)}) if heard else block)
         return {name: blocks}
 
     def _attention(self, attn: Any, layer: int, keys: str) -> Any:
@@ -73,7 +73,7 @@ class Watch:
             settings = copy.copy(attn.config)
             stock, settings._attn_implementation_internal = settings._attn_implementation, NAME
             parts |= {"config": settings, "_vtoken_watch": (self._rows[layer], self._kind, stock)}
-        return view(attn, **parts)
+        return Exchanged(attn, parts)
 
     def _take(self, rows: Tensor) -> None:
         self.projected = rows.detach()
@@ -85,6 +85,19 @@ class Watch:
         if any(not rows for rows in self._rows.values()):
             raise RuntimeError("the attention of a block was never called by its name: there are no scores")
         return [rows[0] if len(rows) == 1 else torch.cat(rows, dim=1) for rows in self._rows.values()]
+
+
+class Exchanged:
+    """Stands where a module stood; a call is one of the module itself, with some of its attributes exchanged."""
+
+    def __init__(self, module: Any, parts: dict[str, Any]) -> None:
+        self._module, self._parts = module, parts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return call_with(self._module, self._parts, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class Reader:

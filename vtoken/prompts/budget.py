@@ -136,8 +136,7 @@ def _check(model: Any, asked: dict[str, Any]) -> None:
     for name, value in asked.items():
         if name not in known:
             raise ConfigError(
-                f"budget({name}=...): {_name(method)} knows {', '.join(known) or 'nothing'} per call"
-                f"{hint(name, known)}"
+                f"budget({name}=...): {_name(method)} knows {', '.join(known) or 'nothing'} per call{hint(name, known)}"
             )
         if name in method.budgets:
             values = _several(value)
