@@ -58,6 +58,7 @@ WRONG: dict[str, list[Any]] = {
     "rate": [*NO_NUMBER, -0.1, 1.1],
     "cosine": [*NO_NUMBER, -1.5, 1.01],
     "share": [*NO_NUMBER, 0, -0.5, 1.5, 2],
+    "sign": [*NO_NUMBER, 0, 2, -2, 0.5],
     "word": WORDS,
     "flag": FLAGS,
     "tensor": TENSORS,
@@ -89,7 +90,8 @@ KINDS = {
     "new": "grid", "mean": "flag", "block": "from 1", "top_fraction": "share", "temperature": "positive",
     "warmup_steps": "not negative", "teacher_scale": "share", "momentum": "rate", "total_steps": "at least 1",
     "simclr_weight": "not negative", "byol_weight": "not negative", "hidden_dim": "from 1", "out_dim": "from 1",
-    "head_norm": "word", "ema_text": "flag", "freeze_patch_embed": "flag", "outside": "word",
+    "head_norm": "word", "ema_text": "flag", "freeze_patch_embed": "flag", "outside": "word", "space": "word",
+    "contextual": "from 0", "relevance_sign": "sign",
 }  # fmt: skip
 _METRIC = {"metric": "tensor"}
 #: What is called, arguments that it takes, and kinds that differ from those above. Arguments of torch are torch's.
