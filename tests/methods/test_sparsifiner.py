@@ -599,3 +599,10 @@ def test_the_map_of_queries_whose_keys_a_mask_took_is_zero() -> None:
         model.forward_features(host.images(), attn_mask=mask)
     assert record.attention is not None
     assert all(bool((a.attention == 0).all()) for a in record.attention)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_learned_parts_are_in_the_mode_of_the_model(training: bool) -> None:
+    model = vit(depth=2).train(training)
+    vtoken.apply(model, vtoken.Sparsifiner(keep_ratio=0.5))
+    assert {module.training for module in model.modules()} == {training}
