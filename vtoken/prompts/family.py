@@ -119,6 +119,13 @@ class Family(HostAdapter):
         features, embeds = call.pop("features"), call.get("inputs_embeds")
         if embeds is None and takes_outputs(model):
             return model, call | {"mm_encoder_outputs": features}
+        if generating and embeds is None and "prepare_inputs_for_generation" in vars(model):
+            # peft's tuned prompts put it there. It embeds the ids anew, and image features would be lost.
+            raise UnsupportedModelError(
+                f"generate of a {type(model).__name__} whose prepare_inputs_for_generation was replaced (as by peft's "
+                "prompt tuning) cannot take image features here: this transformers' generate has no "
+                "mm_encoder_outputs; 5.18 has. Upgrade it, or vtoken.remove(model) before"
+            )
         table, token_ids = model.get_input_embeddings(), self.token_ids(model)
         ids: Any = call.get("input_ids")
         if embeds is None:
