@@ -210,10 +210,11 @@ def memory(model: nn.Module, config: MethodConfig) -> None:
     x = images_for(model, 2)
     with applied(model, config), torch.no_grad():
         outputs(model, x)
-        alive = _alive()
+        before = _alive()  # held until the end, so that no new tensor takes the place of one that is gone
+        known = {id(tensor) for tensor in before}
         outputs(model, x)
         outputs(model, x)
-        more = _alive() - alive
+        more = sum(id(tensor) not in known for tensor in _alive())
     if more > 0:
         broken(f"no hidden memory with {config}", f"{more} tensor(s) of two forwards are alive behind them")
 
@@ -384,7 +385,7 @@ def _parts(model: nn.Module) -> list[tuple[str, int, dict[str, int]]]:
     return [(name, id(type(m)), {k: id(v) for k, v in m.__dict__.items()}) for name, m in model.named_modules()]
 
 
-def _alive() -> int:
+def _alive() -> list[Tensor]:
     """Tensors that Python knows of."""
     gc.collect()
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
