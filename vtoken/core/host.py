@@ -250,6 +250,16 @@ def _supported(part: str) -> str:
     return "; ".join(filter(None, told))
 
 
+def keys_of(cls: type) -> list[tuple[str, str]]:
+    """Module of `transformers.models` and name of a class and its bases."""
+    found = []
+    for base in cls.__mro__:
+        parts = base.__module__.split(".")
+        if parts[:2] == ["transformers", "models"] and len(parts) == 4:
+            found.append((parts[2], base.__name__))
+    return found
+
+
 def host_of(model: nn.Module, part: str = "tower") -> Host:
     """One part of a model, its structure checked.
 

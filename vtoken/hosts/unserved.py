@@ -6,13 +6,12 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from vtoken.core.host import HostAdapter
+from vtoken.core.host import HostAdapter, keys_of
 from vtoken.core.spec import HostSpec
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.internvl.family import InternVL
 from vtoken.hosts.llava.adapter import LlavaAdapter
 from vtoken.hosts.qwen.family import QwenVL
-from vtoken.hosts.transformers.families import keys_of
 
 #: The families that are served.
 FAMILIES = (LlavaAdapter, QwenVL, InternVL)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vtoken.core.apply import build_methods
 from vtoken.core.config import MethodConfig
-from vtoken.core.host import Host, HostAdapter
+from vtoken.core.host import Host, HostAdapter, keys_of
 from vtoken.core.method import Method, PromptMethod
 from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.core.spec import ImageTokens
@@ -53,7 +53,7 @@ class Family(HostAdapter):
 
     def matches(self, model: nn.Module) -> bool:
         """Whether the model is of one of the classes, or a subclass of one."""
-        return any(key in self.models for key in _keys(base_of(type(model))))
+        return any(key in self.models for key in keys_of(base_of(type(model))))
 
     # What a family must say.
 
@@ -254,12 +254,3 @@ def need(model: Any, given: dict[str, Any], name: str) -> Any:
     if given.get(name) is None:
         raise InputError(f"{type(model).__name__} needs {name} with its images; pass all that the processor returns")
     return given[name]
-
-
-def _keys(cls: type) -> list[tuple[str, str]]:
-    found = []
-    for base in cls.__mro__:
-        parts = base.__module__.split(".")
-        if parts[:2] == ["transformers", "models"] and len(parts) == 4:
-            found.append((parts[2], base.__name__))
-    return found

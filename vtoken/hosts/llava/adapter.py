@@ -12,6 +12,7 @@ from torch import nn
 from vtoken.core.config import MethodConfig
 from vtoken.core.counts import count_tokens, plan
 from vtoken.core.forward import block_method
+from vtoken.core.host import keys_of
 from vtoken.core.method import Method
 from vtoken.core.patch import base_of
 from vtoken.core.spec import HostSpec
@@ -28,7 +29,7 @@ from vtoken.hosts.llava.features import (
 )
 from vtoken.hosts.transformers.adapter import HFAdapter
 from vtoken.hosts.transformers.entry import will_remove
-from vtoken.hosts.transformers.families import grid_of, keys_of, num_prefix
+from vtoken.hosts.transformers.families import grid_of, num_prefix
 from vtoken.hosts.transformers.images import pair
 from vtoken.prompts.family import Family
 

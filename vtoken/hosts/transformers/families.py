@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vtoken.core.host import keys_of
 from vtoken.hosts.transformers.blocks import (
     Aimv2LayerMixin,
     ClipLayerMixin,
@@ -297,16 +298,6 @@ class Known:
     def family(self) -> Family:
         """The record."""
         return FAMILIES[self.module]
-
-
-def keys_of(cls: type) -> list[tuple[str, str]]:
-    """Module of `transformers.models` and name of a class and its bases."""
-    found = []
-    for base in cls.__mro__:
-        parts = base.__module__.split(".")
-        if parts[:2] == ["transformers", "models"] and len(parts) == 4:
-            found.append((parts[2], base.__name__))
-    return found
 
 
 def _named(cls: type, *fields: str) -> Known | None:

@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtoken.core.host import HostAdapter, find_adapter
+from vtoken.core.host import HostAdapter, find_adapter, keys_of
 from vtoken.core.method import Method
 from vtoken.core.spec import HostSpec
 from vtoken.core.watch import Watch
 from vtoken.errors import UnsupportedModelError
-from vtoken.hosts.transformers.families import keys_of
 
 
 class TimmWrapperAdapter(HostAdapter):
