@@ -66,22 +66,9 @@ def check_host(
         weighed = next((c for c in given if getattr(c, "prop_attn", False)), None)
         if weighed is not None:
             promises.sizes(model, weighed)
-        for promise in _ONCE:
+        for promise in (*promises.EVERY, promises.memory):
             promise(model, given[0])
     return tuple(map(str, given))
-
-
-_ONCE = (
-    promises.parameters,
-    promises.costs,
-    promises.forwards,
-    promises.batches,
-    promises.gradients,
-    promises.threads,
-    promises.copies,
-    promises.kinds,
-    promises.memory,
-)
 
 
 def measures(host: Host) -> None:

@@ -72,26 +72,13 @@ def check_method(
                 promises.no_op(model, noop)
             promises.counts(model, config)
             promises.groups(model, config, pruned=pruned)
-            for promise in _PROMISES:
+            for promise in (promises.undone, *promises.EVERY):
                 promise(model, config)
             if name == next(iter(tried)):  # slow, and the same on all
                 promises.memory(model, config)
         except AssertionError as error:
             raise AssertionError(f"{error} (on {name})") from error
     return tuple(tried)
-
-
-_PROMISES = (
-    promises.undone,
-    promises.parameters,
-    promises.costs,
-    promises.forwards,
-    promises.batches,
-    promises.gradients,
-    promises.threads,
-    promises.copies,
-    promises.kinds,
-)
 
 
 def settings(config: MethodConfig) -> None:

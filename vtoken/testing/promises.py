@@ -389,3 +389,7 @@ def _alive() -> list[Tensor]:
     """Tensors that Python knows of."""
     gc.collect()
     return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+
+
+#: Tried with one setting, on every model: what no method and no host may break.
+EVERY = (parameters, costs, forwards, batches, gradients, threads, copies, kinds)
