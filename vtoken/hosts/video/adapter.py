@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.host import HostAdapter
+from vtoken.core.host import HostAdapter, keys_of
 from vtoken.errors import InputError
 
 #: Arguments that say how images and videos are encoded; they go once these have become features.
@@ -114,8 +114,7 @@ class VideoAdapter(HostAdapter):
 
     def matches(self, model: nn.Module) -> bool:
         """Whether the model is of one of the classes, or a subclass of one."""
-        names = [(base.__module__.split("."), base.__name__) for base in type(model).__mro__]
-        return any(m[:2] == ["transformers", "models"] and (m[2], name) in self.models for m, name in names)
+        return any(key in self.models for key in keys_of(type(model)))
 
     def ready(self, model: Any, given: dict[str, Any]) -> None:
         """Raise, before anything runs, if something that was applied to the model cannot serve this call."""
