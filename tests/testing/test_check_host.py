@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import vtoken
 from vtoken.core import host
+from vtoken.core.method import AttentionMethod, BlockMethod
 from vtoken.hosts.timm.adapter import TimmAdapter
 from vtoken.testing import check_host
 
@@ -49,6 +50,30 @@ def test_adapters_that_keep_their_promises_pass(page: Any) -> None:
     assert len(check_host(page.MyAdapter, page.MyViT().eval())) == 6
     assert not any(type(known) is page.MyAdapter for known in host.registered())
     assert check_host(TimmAdapter, timm.create_model("test_vit").eval(), configs=[vtoken.ToMe(r=4)])
+
+
+def test_hooks_of_an_adapter_of_version_0_1_are_read_as_the_kinds_it_serves(page: Any) -> None:
+    class Old(page.MyAdapter):  # type: ignore[misc, name-defined]
+        hooks = frozenset({"on_block", "on_attention"})
+
+    try:
+        with pytest.warns(DeprecationWarning, match=r"Old\.hooks is now called serves"):
+            vtoken.register_adapter(Old)
+        assert Old.serves == (BlockMethod, AttentionMethod)
+        assert vtoken.plan(page.MyViT(), "tome", r=4).tokens[:2] == (65, 61)
+    finally:
+        host.forget_adapter(Old)
+
+
+def test_a_method_of_a_kind_that_the_adapter_does_not_serve_is_refused(page: Any) -> None:
+    vtoken.register_adapter(page.MyAdapter)
+    try:
+        with pytest.raises(
+            vtoken.ConfigError, match=r"sparsifiner .* its kind is AttentionMethod, .* only BlockMethod in MyViT"
+        ):
+            vtoken.apply(page.MyViT(), "sparsifiner", phase="recon")
+    finally:
+        host.forget_adapter(page.MyAdapter)
 
 
 def _deaf(self: Any, x: Any, tap: Any, **mask: Any) -> Any:

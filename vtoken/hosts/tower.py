@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtoken.core.bound import ContainerMixin, Patched
+from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import PREDICTOR, base_of
 from vtoken.core.slots import Slot
 from vtoken.core.trace import DROPPED
@@ -16,7 +17,7 @@ from vtoken.ops.rows import take_rows
 
 
 def block_targets(
-    methods: Mapping[str, Any],
+    methods: Methods,
     container: Any,
     parts: Callable[[Any], tuple[type, Any, type]],
     *,
@@ -37,8 +38,8 @@ def block_targets(
     found: list[tuple[nn.Module, type, dict[str, Any]]] = []
     if isinstance(container, nn.Sequential):  # a list is never called
         found.append((container, ContainerMixin, {}))
-    blocks, method = list(container), methods.get("on_attention")
-    shared = {"_vtoken_shared": Patched()} if "on_block" in methods else {}
+    blocks, method = list(container), methods.get(AttentionMethod)
+    shared = {"_vtoken_shared": Patched()} if BlockMethod in methods else {}
     for index, block in enumerate(blocks):
         mixin, attn, attention_mixin = parts(block)
         found.append((block, mixin, {"_vtoken_index": index, "_vtoken_depth": len(blocks), **shared}))

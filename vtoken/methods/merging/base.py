@@ -168,8 +168,6 @@ class ScheduledMergeConfig(MergeConfig):
 class Merging(BlockMethod):
     """A merging config resolved for `depth` blocks."""
 
-    hook: ClassVar[str] = "on_block"
-
     def __init__(self, config: MergeConfig, depth: int) -> None:
         owner = type(config).__name__
         config.check_depth(depth)
