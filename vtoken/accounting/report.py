@@ -311,27 +311,10 @@ def _count(
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
     image = torch.empty(1, *size, device="meta", dtype=dtype)
     blocks = [block for _, block in host.adapter.blocks(shadow)]
-    spent = [0] * len(blocks)
-    handles = []
     # With gradients where torch would else take a path through its attention that no counter sees.
     gradients = any(isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for m in shadow.modules())
     shadow.requires_grad_(gradients)
     meter = Meter(repeats)
-    try:
-        for index, block in enumerate(blocks):
-            # Hooks on the shadow's blocks read the running total on the way in and out.
-            handles.append(block.register_forward_pre_hook(_read(meter, spent, index, -1)))
-            handles.append(block.register_forward_hook(_read(meter, spent, index, 1)))
-        with meter, torch.set_grad_enabled(gradients):
-            host.adapter.run_image(shadow, image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with meter.apart(blocks) as spent, meter, torch.set_grad_enabled(gradients):
+        host.adapter.run_image(shadow, image)
     return meter.total - sum(spent), spent
-
-
-def _read(meter: Meter, spent: list[int], index: int, sign: int) -> Any:
-    def read(*_: Any) -> None:
-        spent[index] += sign * meter.total
-
-    return read

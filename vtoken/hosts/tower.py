@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,9 +52,11 @@ def block_targets(
     return found
 
 
-def mixin_for(module: Any, mixins: Mapping[type, type]) -> type:
-    """The mixin of the first known class among those of a module, patched or not."""
-    return mixins[next(base for base in base_of(type(module)).__mro__ if base in mixins)]
+class Mixins(dict[type, type]):
+    """The mixin of every known class; of another, patched or not, that of the first known one among its bases."""
+
+    def __missing__(self, kind: type) -> type:
+        return self[next(base for base in base_of(kind).__mro__ if base in self)]
 
 
 def _check_attention(index: int, attn: Any, sparse: Collection[type]) -> None:
