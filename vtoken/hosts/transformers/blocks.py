@@ -65,8 +65,6 @@ class LayerMixin:
         """Normed tokens [B, T, C] through the host's attention, its keys into the tap."""
         attn = attention_of(self)
         out: Tensor = tap.attend(attn, x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
-        if tap.keys is not None:
-            tap.keys = tap.keys.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # [B, H, T, D]
         return out
 
 
