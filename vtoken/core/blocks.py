@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtoken.core.calling import is_heard_within
-from vtoken.core.compiled import CompiledBlocks, mark
+from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.method import BlockMethod
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
@@ -97,9 +97,6 @@ def compiled_block(
     """`merged_block` by the graph that serves all layers; what is particular to this one goes in as arguments."""
     method, slot = state.method, state.slots[layer]
     tensors = (slot.size, slot.anchor, slot.dest, slot.protect)
-    for known in (x, *tensors):
-        mark(known)
-    mark(attention.get("rope"), rows=2)
     # torch makes a symbol of a number in its shapes, with a guard for each of them, but a constant of a word.
     fixed = (method, str(state.num_prefix), slot.track_anchor, slot.track_dest)
     case = (x.shape[0] == 1, min(r, 2), block.training, torch.is_grad_enabled(), x.dtype, x.device, fixed[2:])

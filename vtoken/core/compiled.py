@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vtoken.errors import ConfigError, VTokenError
 
@@ -133,13 +133,3 @@ def _check(methods: dict[str, Any]) -> None:
         raise ConfigError(
             f"vtoken.compile serves merging methods, not {type(which).__name__}; torch.compile(model) serves all"
         )
-
-
-def mark(tensor: Tensor | None, rows: int = 1) -> None:
-    """Tell the compiler that the batch, dimension 0, and the tokens, dimension `rows`, of a tensor vary.
-
-    A batch of one has a graph of its own.
-    """
-    if tensor is not None:
-        for dim in (0, rows) if tensor.shape[0] > 1 else (rows,):
-            torch._dynamo.mark_dynamic(tensor, dim)
