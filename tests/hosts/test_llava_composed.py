@@ -10,6 +10,7 @@ from torch import Tensor
 
 import vtoken
 from tests.helpers import assert_close
+from vtoken.core.method import BlockMethod
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,7 +102,7 @@ def _by_hand_scores(model: Any, x: Tensor) -> list[Tensor]:
     from vtoken.core.state import TokenState
 
     tower = model.model.vision_tower
-    state = TokenState(tower._vtoken.methods["on_block"], 1, track_anchor=True, track_dest=True)
+    state = TokenState(tower._vtoken.methods[BlockMethod], 1, track_anchor=True, track_dest=True)
     h, rows = tower.pre_layrnorm(tower.embeddings(x)), []
     groups = torch.arange(37).expand(2, -1)
     members = []

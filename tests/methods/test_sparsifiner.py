@@ -16,6 +16,7 @@ from tests.helpers import assert_close, assert_same, images, randomise_, vit
 from tests.methods.slow_sparsifiner import Case, run_slowly
 from tests.methods.sparse_hosts import GRID, HOSTS, block_rows, blocks, sparse
 from tests.ops.test_connections import Sizes
+from vtoken.core.method import AttentionMethod
 from vtoken.core.records import AttentionRecord
 
 F64 = torch.float64
@@ -295,7 +296,7 @@ def test_half_precision_is_near_single(dtype: torch.dtype, mode: str) -> None:
 def test_masks_do_not_depend_on_autocast(mode: str) -> None:
     """Given the same queries and keys; selection would be another if its products were rounded."""
     method = sparse(HOSTS["registers"].model(), keep_ratio=0.4, mode=mode, query_group=3)._vtoken.methods[
-        "on_attention"
+        AttentionMethod
     ]
     model = sparse(HOSTS["registers"].model(), keep_ratio=0.4, mode=mode, query_group=3)
     predictor, rng = blocks(model)[1].attn.predictor, torch.Generator().manual_seed(0)
@@ -315,7 +316,7 @@ def test_masks_do_not_depend_on_autocast(mode: str) -> None:
 
 
 def test_reconstruction_does_not_depend_on_autocast() -> None:
-    method = sparse(HOSTS["cls"].model(), phase="recon")._vtoken.methods["on_attention"]
+    method = sparse(HOSTS["cls"].model(), phase="recon")._vtoken.methods[AttentionMethod]
     predictor = blocks(sparse(HOSTS["cls"].model()))[1].attn.predictor
     q, k, v = (torch.randn(2, 2, 25, 8, generator=torch.Generator().manual_seed(s)) for s in range(3))
     found: list[tuple[Tensor | None, Tensor | None]] = []

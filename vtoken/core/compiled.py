@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.errors import ConfigError, VTokenError
 
 M = TypeVar("M", bound=nn.Module)
@@ -109,7 +110,7 @@ def compile(model: M, **options: Any) -> M:
         raise VTokenError(
             f"nothing to compile: no method is applied to this {type(model).__name__}; vtoken.apply first"
         )
-    towers = [m for m in carriers if "on_block" in m.__dict__["_vtoken"].methods]
+    towers = [m for m in carriers if BlockMethod in m.__dict__["_vtoken"].methods]
     for tower in towers:
         _check(tower.__dict__["_vtoken"].methods)
     if not towers:
@@ -121,15 +122,15 @@ def compile(model: M, **options: Any) -> M:
     return model
 
 
-def _check(methods: dict[str, Any]) -> None:
-    method = methods["on_block"]
+def _check(methods: Methods) -> None:
+    method = methods[BlockMethod]
     if not method.exact:
         raise ConfigError(
             "vtoken.compile needs token counts that shapes tell, and here the images decide them: leave the model "
             "eager, or take torch.compile(model) without fullgraph, which runs what lies between the merges by graphs"
         )
-    if "on_attention" in methods or not method.reduces:
-        which = methods.get("on_attention", method)
+    if AttentionMethod in methods or not method.reduces:
+        which = methods.get(AttentionMethod, method)
         raise ConfigError(
             f"vtoken.compile serves merging methods, not {type(which).__name__}; torch.compile(model) serves all"
         )

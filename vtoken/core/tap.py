@@ -31,10 +31,8 @@ class Tap(Reader):
         self._state = state
         self._layer = layer
         self._wanted = state.method.metric if removes else "hidden"
-        super().__init__(
-            wants_keys=self._wanted == "key" or self._wanted == "key_concat",
-            row=None if state.watch is None else state.watch.row(layer, state),
-        )
+        self.wants_keys = self._wanted == "key" or self._wanted == "key_concat"
+        self.row = None if state.watch is None else state.watch.row(layer, state)
         self._cls: Tensor | None = None
 
     def attend(self, attn: Any, x: Tensor, **options: Any) -> Any:

@@ -154,15 +154,16 @@ class Reader:
     """Stands behind the modules of one attention that make queries and keys.
 
     Args:
-        wants_keys: whether keys are to be kept.
         row: what makes a row of scores of them, if that is wanted.
     """
 
-    def __init__(self, *, wants_keys: bool = False, row: Row | None = None) -> None:
-        self.wants_keys = wants_keys
+    #: Whether keys are to be kept.
+    wants_keys: bool = False
+    #: Keys as their module makes them, once the attention has run.
+    keys: Tensor | None = None
+
+    def __init__(self, row: Row | None) -> None:
         self.row = row
-        #: Keys as their module makes them, once the attention has run.
-        self.keys: Tensor | None = None
 
     def parts(self, attn: Any, key: str, query: str) -> dict[str, Callable[[Tensor], Tensor]]:
         """What stands where the modules `key` and `query` of an attention stood: calls go to them and are read.

@@ -21,7 +21,7 @@ from vtoken.core.patch import base_of, forward_with, is_patched
 from vtoken.core.state import TokenState
 from vtoken.core.tap import Tap, TappedMixin, stock_with
 from vtoken.errors import InputError
-from vtoken.hosts.tower import mixin_for
+from vtoken.hosts.tower import Mixins
 from vtoken.ops import size_bias
 from vtoken.ops.merging.attention import masked_attention
 
@@ -172,14 +172,11 @@ class PoolMixin:
 
 
 _IGNORED = ("need_weights", "average_attn_weights")
-ATTENTION_MIXINS: dict[type, type] = {nn.MultiheadAttention: PackedMixin, Attention: OwnAttentionMixin}
-BLOCKS: dict[type, type] = {
-    ResidualAttentionBlock: BlockMixin,
-    CustomResidualAttentionBlock: CustomBlockMixin,
-}
+ATTENTION_MIXINS = Mixins({nn.MultiheadAttention: PackedMixin, Attention: OwnAttentionMixin})
+BLOCKS = Mixins({ResidualAttentionBlock: BlockMixin, CustomResidualAttentionBlock: CustomBlockMixin})
 
 
 def parts(block: Any) -> tuple[type, Any, type]:
     """The mixin of a block, its attention, also inside peft's LoRA layer, and the mixin of that."""
     attn = plain_attention(block.attn) or block.attn
-    return mixin_for(block, BLOCKS), attn, mixin_for(attn, ATTENTION_MIXINS)
+    return BLOCKS[type(block)], attn, ATTENTION_MIXINS[type(attn)]

@@ -20,7 +20,7 @@ from vtoken.core.patch import base_of, forward_with
 from vtoken.core.state import TokenState
 from vtoken.core.tap import Tap, TappedMixin, stock_with, tapped_forward
 from vtoken.errors import InputError
-from vtoken.hosts.tower import gather_rope, given, mixin_for
+from vtoken.hosts.tower import Mixins, gather_rope, given
 from vtoken.ops import backend
 from vtoken.ops.merging.attention import is_bias_per_key, masked_attention
 
@@ -192,24 +192,22 @@ def adds_sizes(
 
 
 #: Mixin of every supported block class. Subclasses count if they leave `forward` alone.
-BLOCKS: dict[type, type] = {
-    Block: BlockMixin,
-    ResPostBlock: ResPostBlockMixin,
-    EvaBlock: EvaBlockMixin,
-    EvaBlockPostNorm: EvaBlockPostNormMixin,
-}
+BLOCKS = Mixins(
+    {
+        Block: BlockMixin,
+        ResPostBlock: ResPostBlockMixin,
+        EvaBlock: EvaBlockMixin,
+        EvaBlockPostNorm: EvaBlockPostNormMixin,
+    }
+)
 #: Attention classes whose forward calls `k_norm` on [B, H, T, D] keys before any rotation.
 ATTENTIONS: tuple[type, ...] = (Attention, AttentionRope, EvaAttention)
 #: Their mixins.
-ATTENTION_MIXINS: dict[type, type] = {
-    Attention: AttentionMixin,
-    AttentionRope: TappedMixin,
-    EvaAttention: TappedMixin,
-}
+ATTENTION_MIXINS = Mixins({Attention: AttentionMixin, AttentionRope: TappedMixin, EvaAttention: TappedMixin})
 #: Attention classes whose core an attention method may replace.
 SPARSE: tuple[type, ...] = (Attention,)
 
 
 def parts(block: Any) -> tuple[type, Any, type]:
     """The mixin of a block, its attention and the mixin of that."""
-    return mixin_for(block, BLOCKS), block.attn, mixin_for(block.attn, ATTENTION_MIXINS)
+    return BLOCKS[type(block)], block.attn, ATTENTION_MIXINS[type(block.attn)]

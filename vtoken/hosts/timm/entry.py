@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vtoken.core.bound import BoundBlocks, bound
 from vtoken.core.forward import applied_methods, block_method, forward_of
+from vtoken.core.method import AttentionMethod
 from vtoken.core.patch import base_of, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
@@ -176,7 +177,7 @@ def _forward_of(model: Any, images: Any, *, raster: bool = False, dense: bool = 
     if isinstance(images, Tensor):
         size = (images.shape[-2], images.shape[-1])
         return forward_of(model, model.num_prefix_tokens, lambda: grid_of(model, size), anchor=anchor, dest=dense)
-    attention = applied_methods(model).get("on_attention")
+    attention = applied_methods(model).get(AttentionMethod)
     if attention is not None and not all(
         attention.is_stock(i) for i in range(len(model.blocks)) if attention.acts_on(i)
     ):

@@ -31,7 +31,7 @@ def _attend(attn: Any, row: Row, *args: Any, **kwargs: Any) -> Any:
     signature = inspect.signature(type(attn).forward)
     if "rope" in signature.parameters:
         row.rotate = _rotation(attn, signature.bind(attn, *args, **kwargs).arguments.get("rope"))
-    return call_with(attn, Reader(row=row).parts(attn, "k_norm", "q_norm"), *args, **kwargs)
+    return call_with(attn, Reader(row).parts(attn, "k_norm", "q_norm"), *args, **kwargs)
 
 
 def _rotation(attn: Any, rope: Tensor | None) -> Rotation | None:

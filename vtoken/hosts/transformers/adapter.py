@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtoken.core.host import HostAdapter
-from vtoken.core.method import BlockMethod, Method
+from vtoken.core.method import BlockMethod, Methods
 from vtoken.core.patch import base_of, forward_is_replaced, is_patched
 from vtoken.core.spec import HostSpec, Plan
 from vtoken.core.watch import Watch
@@ -43,7 +43,6 @@ class HFAdapter(HostAdapter):
 
     name = "transformers image towers"
     package = "transformers"
-    hooks = frozenset({"on_block"})
 
     def supported(self) -> str:
         """Its towers by their class."""
@@ -114,11 +113,11 @@ class HFAdapter(HostAdapter):
             raise UnsupportedModelError(_refusal(model, f"this release of transformers keeps no layers in {path}"))
         return [(f"{path}.{i}", layer) for i, layer in enumerate(tower.get_submodule(path))]
 
-    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The tower, its layers with their index, and the model itself if it averages the tower's tokens."""
         tower: Any = self.tower(model)
-        method = methods.get("on_block")  # None: the tower is only watched
-        if isinstance(method, BlockMethod) and method.has_bias():
+        method: BlockMethod | None = methods.get(BlockMethod)  # None: the tower is only watched
+        if method is not None and method.has_bias():
             refuse_flash(tower.config)
         found = tower_targets(tower)
         found += block_targets(methods, layers_of(tower), _parts, num_prefix=num_prefix(tower))
@@ -141,10 +140,10 @@ class HFAdapter(HostAdapter):
         else:
             watched_tower(tower, family_of(tower).path, watch)(**_image_arguments(tower, image))
 
-    def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
+    def check(self, model: nn.Module, methods: Methods) -> None:
         """A prompt must have a placeholder for every image token, so their number must be known before."""
-        method = methods.get("on_block")
-        if isinstance(method, BlockMethod) and not method.exact and hasattr(model.config, "vision_feature_layer"):
+        method: BlockMethod | None = methods.get(BlockMethod)
+        if method is not None and not method.exact and hasattr(model.config, "vision_feature_layer"):
             raise ConfigError(
                 f"{type(model).__name__} needs prompts with one placeholder per image token, and this method lets the "
                 "images decide how many there are; use one whose counts are known, such as vtoken.PiToMe or vtoken.ToMe"
