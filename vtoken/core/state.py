@@ -131,6 +131,15 @@ class TokenState:
         """Whether somebody reads the attention of block `layer` on the way."""
         return self.watch is not None and layer in self.watch.layers
 
+    def masks(self, layer: int) -> bool:
+        """Whether block `layer` attends by the attention method rather than as the host does; if a trace looks on, so
+        does a block that keeps every key.
+        """
+        attention = self.attention
+        return attention is not None and attention.acts_on(layer) and not (
+            attention.is_stock(layer) and self.maps is None
+        )  # fmt: skip
+
     def amount(self, layer: int, num_tokens: int) -> int:
         """How many of `num_tokens` tokens block `layer` takes away."""
         return self.method.num_removed(layer, num_tokens - self.num_prefix, self.first.embedded - self.num_prefix)

@@ -45,7 +45,7 @@ def block_targets(
         chosen = method is not None and method.acts_on(index)
         attributes: dict[str, Any] = {}
         if chosen:
-            _check_attention(index, block.attn, sparse)
+            _check_attention(index, _child_with(block, attn), sparse)
             attributes = {"_vtoken_index": index, "_vtoken_method": method, "_vtoken_prefix": num_prefix}
         found.append((attn, attention_mixin, attributes))
     return found
@@ -54,6 +54,11 @@ def block_targets(
 def mixin_for(module: Any, mixins: Mapping[type, type]) -> type:
     """The mixin of the first known class among those of a module, patched or not."""
     return mixins[next(base for base in base_of(type(module)).__mro__ if base in mixins)]
+
+
+def _child_with(block: nn.Module, attn: nn.Module) -> nn.Module:
+    """The attention, or what wraps it inside the block (peft's LoRA layer), whose forward is the one that runs."""
+    return next((child for child in block.children() if any(m is attn for m in child.modules())), attn)
 
 
 def _check_attention(index: int, attn: Any, sparse: Collection[type]) -> None:

@@ -43,7 +43,7 @@ class HFAdapter(HostAdapter):
 
     name = "transformers image towers"
     package = "transformers"
-    hooks = frozenset({"on_block"})
+    hooks = frozenset({"on_block", "on_attention"})
 
     def supported(self) -> str:
         """Its towers by their class."""
@@ -91,6 +91,7 @@ class HFAdapter(HostAdapter):
             pooling="map" if getattr(tower, "use_head", False) else "token" if num_prefix(tower) else "",
             position="rotary" if family.rotary else "absolute",
             fixed_size=family.images.fixed(config),
+            class_token=num_prefix(tower) > 0,
         )
 
     def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -121,7 +122,7 @@ class HFAdapter(HostAdapter):
         if isinstance(method, BlockMethod) and method.has_bias():
             refuse_flash(tower.config)
         found = tower_targets(tower)
-        found += block_targets(methods, layers_of(tower), _parts, num_prefix=num_prefix(tower))
+        found += block_targets(methods, layers_of(tower), _parts, num_prefix=num_prefix(tower), sparse=_known(tower))
         held = holder_known(type(model))
         if held is None or held.name not in held.family.averaging:
             return found
@@ -143,6 +144,11 @@ class HFAdapter(HostAdapter):
 
     def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
         """A prompt must have a placeholder for every image token, so their number must be known before."""
+        if "on_attention" in methods and any(not hasattr(attention_of(layer), "q_proj") for _, layer in self.blocks(model)):
+            raise UnsupportedModelError(
+                f"cannot put connectivity masks into {type(model).__name__} of this transformers release: its attention "
+                "is nested; newer releases are served. The model was left as it was."
+            )
         method = methods.get("on_block")
         if isinstance(method, BlockMethod) and not method.exact and hasattr(model.config, "vision_feature_layer"):
             raise ConfigError(
@@ -179,6 +185,12 @@ def _parts(layer: Any) -> tuple[type, Any, type]:
     """The mixin of a layer, its attention and the mixin of that."""
     attn = attention_of(layer)
     return _layer_mixin(layer), attn, NestedAttentionMixin if hasattr(attn, "attention") else AttentionMixin
+
+
+def _known(tower: Any) -> set[type]:
+    """The attention classes of a tower's layers, as transformers has them, whose core is called by name."""
+    kinds = {cls for layer in layers_of(tower) for cls in base_of(type(attention_of(layer))).__mro__}
+    return {cls for cls in kinds if cls.__module__.startswith("transformers.models.") and "forward" in vars(cls)}
 
 
 def _own_forward(module: nn.Module) -> str | None:

@@ -12,7 +12,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtoken.core.bound import BoundBlocks, bound, changed
 from vtoken.core.carried import SavesSettings
-from vtoken.core.forward import block_method, forward_of
+from vtoken.core.forward import block_method, forward_of, masks_attention
 from vtoken.core.patch import base_of, forward_with, is_patched, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
@@ -95,10 +95,10 @@ def _without_mask(tower: Any, given: dict[str, Any]) -> dict[str, Any]:
     mask = given.get("pixel_attention_mask")
     if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())):
         return given | {"pixel_attention_mask": None}
-    if will_remove(tower, given["pixel_values"].shape[1]):
+    if will_remove(tower, given["pixel_values"].shape[1]) or masks_attention(tower, len(layers_of(tower))):
         raise InputError(
             "pixel_attention_mask marks padding (or may: a compiled graph cannot look), and padded rows cannot be "
-            "told from image tokens when they merge; batch images of one size with max_num_patches set to their "
+            "told from image tokens when they merge, nor have places on a grid that connectivity masks know; batch images of one size with max_num_patches set to their "
             "patch count, and pass pixel_attention_mask=None"
         )
     return given
@@ -157,6 +157,11 @@ def _asked(model: Any, arguments: dict[str, Any], name: str) -> bool:
 
 
 def _refuse_attentions(asked: bool, state: TokenState) -> None:
+    if asked and any(state.masks(layer) for layer in state.slots):
+        raise InputError(
+            "output_attentions=True cannot be served while a connectivity mask thins out attention: its maps are not "
+            "made. Use vtoken.tracing(model, maps=('attention',)), or vtoken.remove(model)"
+        )
     if asked and state.last is not state.first:
         raise InputError(
             "output_attentions=True cannot be served while tokens are removed: attention maps of different layers then "
