@@ -129,10 +129,20 @@ class HFAdapter(HostAdapter):
         return [*found, (model, MeanHeadMixin, {"_vtoken_tower": held.family.holders[held.name]})]
 
     def run_image(self, model: nn.Module, image: Tensor, **options: Any) -> Any:
-        """The model, or its tower where the model also wants text; `options` are for a tower alone."""
+        """The model, or its tower where the model also wants text."""
         tower: Any = self.tower(model)
         runner: Any = model if model.main_input_name == "pixel_values" else tower
         return runner(**_image_arguments(tower, image), **options)
+
+    def logits_and_tokens(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of an image classifier; its last hidden state has not gone through the tower's final norm."""
+        tower = self.tower(model)
+        norm = next((getattr(tower, name) for name in _NORMS if hasattr(tower, name)), None)
+        out = self.run_image(model, images, output_hidden_states=True)
+        logits = out.get("logits")
+        if norm is None or logits is None or logits.dim() != 2:  # of patches or pixels
+            return super().logits_and_tokens(model, images)
+        return logits, norm(out["hidden_states"][-1])[:, num_prefix(tower) :]
 
     def run_watched(self, model: nn.Module, watch: Watch, image: Tensor) -> None:
         """Class attention of the query and key projections."""
@@ -165,6 +175,10 @@ class HFAdapter(HostAdapter):
         index = layer if isinstance(layer, int) else layer[0]
         drops_class = config.vision_feature_select_strategy == "default"
         return plan.tokens[index] - int(drops_class)
+
+
+#: What families call the norm behind their last layer.
+_NORMS = ("post_layernorm", "layernorm", "norm", "rms_norm")
 
 
 def _image_arguments(tower: Any, image: Tensor) -> dict[str, Any]:
