@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 import vtoken
 from tests.contract.table import attention, call
-from tests.helpers import GatedAttention, Host, distilled, eva, vit
+from tests.helpers import GatedAttention, Host, assert_close, distilled, eva, vit
+from tests.methods.slow_sparsifiner import Case, run_slowly
 from vtoken.core.host import find_adapter
 from vtoken.train import predictor_parameters
 
@@ -165,3 +167,23 @@ def block_rows(model: Any, x: Tensor) -> tuple[Tensor, Tensor, vtoken.Trace]:
     if not getattr(attention(first), "batch_first", True):
         seen = [rows.transpose(0, 1) for rows in seen]
     return seen[0], seen[1], trace
+
+
+def against_loops(model: Any, x: Tensor, grid: tuple[int, int], prefix: int) -> None:
+    """The patched model is the slow one whose predictors were resized by hand."""
+    embedded, rows, trace = block_rows(model, x)
+    assert trace.grid == grid
+    slow = copy.deepcopy(model)
+    for block in blocks(slow):
+        p = attention(block).predictor
+        for name, factor in (("w_down", p.grid[0] * p.grid[1] / (grid[0] * grid[1])), ("w_up", 1.0)):
+            w = getattr(p, name).detach()
+            maps = w[prefix:].T.reshape(1, -1, *p.grid)
+            maps = torch.nn.functional.interpolate(maps, grid, mode="bicubic") * factor
+            setattr(p, name, torch.nn.Parameter(torch.cat([w[:prefix], maps[0].flatten(1).T])))
+    with torch.no_grad():
+        expected = run_slowly(blocks(slow), embedded, Case(prefix, grid, keep=0.4, tables=tables(model, x)))
+    for b, each in enumerate(expected):
+        for found, layer in zip(trace.attention, each.layers, strict=True):
+            assert torch.equal(found.mask[b], layer.mask)
+        assert_close("rows", each.x, rows[b], 1e-9)

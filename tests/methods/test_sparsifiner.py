@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vtoken
 from tests.contract.slow_model import Settings
-from tests.contract.table import attention, call, run
+from tests.contract.table import call, run
 from tests.helpers import assert_close, assert_same, images, randomise_, vit
 from tests.methods.slow_sparsifiner import Case, run_slowly
 from tests.methods.sparse_hosts import GRID, HOSTS, TOWERS, block_rows, blocks, grid_of, sparse, tables

@@ -94,7 +94,8 @@ class Tap(Reader):
         Raises:
             InputError: if the attention that every token receives is to be read on the way.
         """
-        if self.row is not None and self.row.of_all:
+        method = attn._vtoken_method
+        if self.row is not None and self.row.of_all and not method.is_stock(self._layer):
             raise InputError(
                 f"block {self._layer} attends by a connectivity mask, and the attention that a patch receives from all "
                 'others is read as if it did not; rank by the class token (scorer="cls"), or leave that block out of '
@@ -102,7 +103,7 @@ class Tap(Reader):
             )
         cls = self._wanted == "cls"
         call = self._state.call(self._layer, scale=scale, mask=mask, dropout=dropout, wants_cls=cls)
-        out: Tensor = attn._vtoken_method.attend(q, k, v, attn.predictor, call)
+        out: Tensor = method.attend(q, k, v, attn.predictor, call)
         self._cls = call.cls
         return out
 

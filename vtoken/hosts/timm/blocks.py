@@ -148,7 +148,7 @@ class AttentionMixin:
 class RotaryMixin(TappedMixin):
     """timm's `AttentionRope` and `EvaAttention`, whose core may be an attention method's."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self: Any,
         x: Tensor,
         rope: Tensor | None = None,

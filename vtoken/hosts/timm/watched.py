@@ -6,7 +6,6 @@ import functools
 import inspect
 from typing import Any
 
-
 from vtoken.core.calling import call_with
 from vtoken.core.patch import base_of, view
 from vtoken.core.watch import Reader, Row, Watch

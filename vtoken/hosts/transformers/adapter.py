@@ -154,10 +154,11 @@ class HFAdapter(HostAdapter):
 
     def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
         """A prompt must have a placeholder for every image token, so their number must be known before."""
-        if "on_attention" in methods and any(not hasattr(attention_of(layer), "q_proj") for _, layer in self.blocks(model)):
+        projects = (hasattr(attention_of(layer), "q_proj") for _, layer in self.blocks(model))
+        if "on_attention" in methods and not all(projects):
             raise UnsupportedModelError(
-                f"cannot put connectivity masks into {type(model).__name__} of this transformers release: its attention "
-                "is nested; newer releases are served. The model was left as it was."
+                f"cannot put connectivity masks into a {type(model).__name__} of this transformers release: its "
+                "attention is nested; newer releases are served. The model was left as it was."
             )
         method = methods.get("on_block")
         if isinstance(method, BlockMethod) and not method.exact and hasattr(model.config, "vision_feature_layer"):

@@ -79,7 +79,7 @@ class AttentionMixin(TappedMixin):
 
     _vtoken_keys, _vtoken_queries = "k_proj", "q_proj"
 
-    def forward(
+    def forward(  # type: ignore[override]
         self: Any, hidden_states: Tensor, *args: Any, vtoken_tap: Tap | None = None, **options: Any
     ) -> Any:  # fmt: skip
         tap = Tap.acting(self, vtoken_tap, hidden_states.shape[1])

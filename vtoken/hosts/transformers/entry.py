@@ -98,8 +98,8 @@ def _without_mask(tower: Any, given: dict[str, Any]) -> dict[str, Any]:
     if will_remove(tower, given["pixel_values"].shape[1]) or masks_attention(tower, len(layers_of(tower))):
         raise InputError(
             "pixel_attention_mask marks padding (or may: a compiled graph cannot look), and padded rows cannot be "
-            "told from image tokens when they merge, nor have places on a grid that connectivity masks know; batch images of one size with max_num_patches set to their "
-            "patch count, and pass pixel_attention_mask=None"
+            "told from image tokens when they merge, nor have they places on the grid of connectivity masks; batch "
+            "images of one size with max_num_patches set to their patch count, and pass pixel_attention_mask=None"
         )
     return given
 
@@ -122,6 +122,11 @@ def run_tower(
         _install_hooks(tower, family.path[0])
     grid = functools.partial(family.images.grid, tower.config, given)
     with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched or family.rotary, dest=watched) as state:
+        if state.grid is None and masks_attention(tower, len(layers_of(tower))):
+            raise InputError(
+                "connectivity masks belong to places on a patch grid, so all images of a batch must have one patch "
+                "grid (spatial_shapes); batch images of one size, or use vtoken.remove(model)"
+            )
         state.watch = rows
         stand_in = _bind(tower, family.path, state, _masked(given))
         if getattr(tower, "use_head", False):
