@@ -134,7 +134,8 @@ def _local(
     """One block's own state, whose slot is at 0, and the arguments of its attention."""
     method, num_prefix, track_anchor, track_dest = fixed
     state = TokenState(method, int(num_prefix), track_anchor=track_anchor, track_dest=track_dest)
-    state.slots[0] = Slot(*tensors, track_anchor=track_anchor, track_dest=track_dest)
+    size, anchor, dest, protect = tensors
+    state.slots[0] = Slot(size, anchor, dest, protect, track_anchor=track_anchor, track_dest=track_dest)
     bias = state.bias(0, x.dtype)
     return state, attention if bias is None else attention | {"attn_mask": bias}
 

@@ -112,6 +112,17 @@ class HostAdapter:
         """
         raise UnsupportedModelError(f"{self.name}: vtoken cannot leave out patches there")
 
+    def logits_and_tokens(self, model: nn.Module, images: Any) -> tuple[Any, Any]:
+        """Logits [B, classes] and patch tokens behind the final norm [B, N, C], of images [B, C, H, W].
+
+        Raises:
+            UnsupportedModelError: if the model is no classifier, or the family cannot tell.
+        """
+        raise UnsupportedModelError(
+            f"{self.name}: vtoken cannot tell the logits and patch tokens of a {type(model).__name__}, as it can for "
+            "timm's models and the image classifiers of transformers; make TeacherOutput from your own frozen model"
+        )
+
     def run_image(self, model: nn.Module, image: Any) -> Any:
         """Run the model's image part on [B, C, H, W]; for models whose forward wants more than an image."""
         return model(image)
