@@ -91,12 +91,10 @@ def test_a_checkpoint_resumes_to_the_bit(mode: str, tmp_path: Path) -> None:
 
 
 def test_accumulated_gradients_are_one_step(tmp_path: Path) -> None:
-    """The masks stay as they are within a step, and the loss is the mean of the parts, as for any model."""
+    """The gradient is the mean of the parts', as for any model whose loss is a mean."""
     wrapper, plain = hf_wrap(momentum=0.9, keep_ratio=1.0), hf_wrap(momentum=0.9, keep_ratio=1.0)
     options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
     made = trainer(wrapper, tmp_path, optim="sgd", lr_scheduler_type="constant", **options)
-    batches = [batch for batch in made.get_train_dataloader()]
-    torch.manual_seed(made.args.seed)
     seen: list[Any] = []
     wrapper.model.vision_model.register_forward_pre_hook(
         lambda m, a, given: seen.append(given["pixel_values"].clone()), with_kwargs=True
@@ -104,8 +102,6 @@ def test_accumulated_gradients_are_one_step(tmp_path: Path) -> None:
     made.train()
     assert int(wrapper.ema_step) == 2
     assert len(seen) == 4
-    given = {float(b["pixel_values"].sum()): b for b in batches}
-    assert len(given) == len(batches)
     data = {float(p["pixel_values"].sum()): p for p in (Pictures()[i] for i in range(16))}
     optimizer = torch.optim.SGD(plain.model.parameters(), lr=1e-2)
     for step in (seen[:2], seen[2:]):

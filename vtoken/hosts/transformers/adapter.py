@@ -154,7 +154,7 @@ class HFAdapter(HostAdapter):
     def masked(
         self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Patches are left out behind the embeddings; the projection is the holder's, so features are the same twice."""
+        """Patches are left out in front of the first layer; a projection is the holder's, so both are the same."""
         return run_masked(model, images, rows, watch)
 
     def masked_tower(self, model: nn.Module, rows: Tensor | None) -> Any:

@@ -23,7 +23,8 @@ def watched_tower(tower: Any, path: tuple[str, ...], watch: Watch) -> functools.
     stand-ins.
     """
     options = {"output_hidden_states": False, "output_attentions": False}
-    return functools.partial(call_with, tower, with_layers(tower, path, lambda layers: watched(layers, watch, read)), **options)
+    parts = with_layers(tower, path, lambda layers: watched(layers, watch, read))
+    return functools.partial(call_with, tower, parts, **options)
 
 
 def with_layers(module: Any, path: tuple[str, ...], stand_in: Callable[[Any], Any]) -> dict[str, Any]:

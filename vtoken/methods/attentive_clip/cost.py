@@ -57,5 +57,5 @@ def text_macs(text: Any) -> int:
     if hasattr(getattr(text, "encoder", None), "layers") and hasattr(text.embeddings, "position_embedding"):
         return blocks_macs(text.encoder.layers, text.embeddings.position_embedding.weight.shape[0])
     raise UnsupportedModelError(
-        f"cannot count the text tower {type(text).__qualname__}; those of open_clip and of transformers' CLIPs are known"
+        f"cannot count the text tower {type(text).__qualname__}; known are open_clip's own and transformers' of a CLIP"
     )

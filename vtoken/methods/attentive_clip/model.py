@@ -96,10 +96,11 @@ class AttentiveMaskCLIP(Wrapper):
 
     def __new__(cls, model: Any = None, *args: Any, **settings: Any) -> Self:
         """An instance of the subclass for the model's library, where that has words of its own."""
+        kind: Any = cls
         if cls is AttentiveMaskCLIP:
             libraries = [base.__module__.partition(".")[0] for base in type(model).__mro__]
-            cls = next((cls._by_library[name] for name in libraries if name in cls._by_library), cls)
-        return super().__new__(cls)
+            kind = next((cls._by_library[name] for name in libraries if name in cls._by_library), cls)
+        return super().__new__(kind)
 
     def __init__(
         self,
@@ -312,7 +313,9 @@ class AttentiveMaskCLIP(Wrapper):
         pooled = self._host.masked(getattr(self.teacher, self._pair.tower), image, None, watch)[0]
         if not layers:
             return None, pooled
-        return watch.scores(watch.layers[-1], "mean")[0][:, self._spec.num_prefix :].unflatten(1, grid), pooled
+        # Patches come last; a pool may be given them alone.
+        scores = watch.scores(watch.layers[-1], "mean")[0][:, -grid[0] * grid[1] :]
+        return scores.unflatten(1, grid), pooled
 
     @torch.no_grad()
     def score(self, images: Tensor) -> Tensor:

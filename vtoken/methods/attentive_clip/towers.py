@@ -29,8 +29,8 @@ def pair_of(model: nn.Module) -> tuple[HostAdapter, Pair, HostSpec, PatchSpec]:
     patches = adapter.patch_spec(getattr(model, pair.tower))
     if not (spec.num_prefix and spec.class_token) and not patches.pool_query:
         raise _refused(
-            f"its image tower ({spec.name}) has no class token, nor an attention pool with one query, so no query could "
-            "say what matters"
+            f"its image tower ({spec.name}) has no class token, nor an attention pool with one query, so nothing says "
+            "what matters"
         )
     return adapter, pair, spec, patches
 

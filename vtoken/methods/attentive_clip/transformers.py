@@ -20,11 +20,11 @@ from vtoken.methods.attentive_clip.model import AttentiveMaskCLIP
 class AttentiveMaskTransformersCLIP(AttentiveMaskCLIP, library="transformers"):
     """What `AttentiveMaskCLIP` makes of a CLIPModel, SiglipModel or their like of transformers.
 
-    It is called as the model is and returns what the model returns: with `return_loss=True` the model's own loss (CLIP's
-    contrastive one, SigLIP's sigmoid one, with its own logit scale), of masked images. So a `Trainer` trains it, and a
-    script that was written for the model. The teacher follows by itself, `attach_ema` may be called. A checkpoint of a
-    `Trainer` holds all of it, teacher and count of steps, and resumes; `save_pretrained` writes the model that is
-    wrapped, which `from_pretrained` loads as ever, and `unwrap(ema=True).save_pretrained(folder)` the average.
+    It is called as the model is and returns what the model returns: with `return_loss=True` the model's own loss of
+    masked images (CLIP's contrastive one, SigLIP's sigmoid one, with its own logit scale). So a `Trainer` trains it, and
+    so does a script that was written for the model. The teacher follows by itself; `attach_ema` may be called. A
+    checkpoint of a `Trainer` holds all of it, teacher and count of steps, and resumes. `save_pretrained` writes the model
+    that is wrapped, which `from_pretrained` loads as ever; `unwrap(ema=True).save_pretrained(folder)` the average.
     """
 
     #: Told to a `Trainer`: losses are means of a batch, so it divides them where it accumulates gradients.
