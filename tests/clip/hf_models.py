@@ -29,13 +29,11 @@ def _made(name: str, text: dict[str, Any] | None = None, **options: Any) -> Any:
     return getattr(hf, f"{name}Model")(config)
 
 
-def _dual() -> Any:
-    return hf.VisionTextDualEncoderModel(
-        vision_model=hf.ViTModel(hf.ViTConfig(**VISION)), text_model=hf.CLIPTextModel(hf.CLIPTextConfig(**TEXT)),
-        config=hf.VisionTextDualEncoderConfig.from_vision_text_configs(
-            hf.ViTConfig(**VISION), hf.CLIPTextConfig(**TEXT), projection_dim=EMBED
-        ),
-    )  # fmt: skip
+def dual(tower: Any) -> Any:
+    """Both towers of whatever kind."""
+    text = hf.CLIPTextConfig(**TEXT)
+    config = hf.VisionTextDualEncoderConfig.from_vision_text_configs(tower.config, text, projection_dim=EMBED)
+    return hf.VisionTextDualEncoderModel(config, vision_model=tower, text_model=hf.CLIPTextModel(text))
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -44,7 +42,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "metaclip_2": lambda: _made("MetaClip2", projection_dim=EMBED),
     "altclip": lambda: _made("AltCLIP", {"project_dim": 16}, projection_dim=EMBED),
     "chinese_clip": lambda: _made("ChineseCLIP", projection_dim=EMBED),
-    "dual": _dual,
+    "dual": lambda: dual(hf.ViTModel(hf.ViTConfig(**VISION))),
+    "dual_dinov2": lambda: dual(hf.Dinov2Model(hf.Dinov2Config(**VISION, num_register_tokens=0))),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,14 @@ def test_settings_of_a_trainer(precision: dict[str, Any], tmp_path: Path) -> Non
     trainer(wrapper, tmp_path, **precision).train()
     assert int(wrapper.ema_step) == STEPS
     assert all(bool(p.isfinite().all()) for p in wrapper.parameters())
+
+
+def test_the_pages_program_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/methods/attentive_clip.md").read_text()
+    (text,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"folder": str(tmp_path)}
+    exec(compile(text, "docs/methods/attentive_clip.md", "exec"), names)
+    student, teacher = (hf.CLIPModel.from_pretrained(tmp_path / name) for name in ("student", "teacher"))
+    assert_same("student", names["model"].state_dict(), student.state_dict())
+    assert torch.equal(student.text_projection.weight, teacher.text_projection.weight)
+    assert not torch.equal(student.visual_projection.weight, teacher.visual_projection.weight)

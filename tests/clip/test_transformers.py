@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor
 
 import vtoken
-from tests.clip.hf_models import DEPTH, EMBED, MODELS, TEXT, VISION, WIDTH, hf_batch, hf_clip, hf_wrap
+from tests.clip.hf_models import DEPTH, EMBED, MODELS, TEXT, VISION, WIDTH, dual, hf_batch, hf_clip, hf_wrap
 from tests.clip.models import gradients
 from tests.helpers import assert_close, assert_same
 
@@ -21,7 +21,8 @@ OWN_LOSS = ["clip", "siglip"]
 
 
 def layers_of(tower: Any) -> Any:
-    return tower.layers if hasattr(tower, "layers") else tower.encoder.layers
+    inner = tower if hasattr(tower, "layers") else tower.encoder
+    return inner.layers if hasattr(inner, "layers") else inner.layer
 
 
 def slow_pooled(tower: Any, x: Tensor, kept: Tensor) -> Tensor:
@@ -40,6 +41,8 @@ def slow_pooled(tower: Any, x: Tensor, kept: Tensor) -> Tensor:
             out.append(tower.head(tower.post_layernorm(tokens))[0])
         elif isinstance(tower, hf.ViTModel):
             out.append(tower.pooler(tower.layernorm(tokens))[0])
+        elif isinstance(tower, hf.Dinov2Model):
+            out.append(tower.layernorm(tokens)[0, 0])
         else:
             out.append(tower.post_layernorm(tokens[:, 0])[0])
     return torch.stack(out)
@@ -84,7 +87,7 @@ def test_nothing_masked_is_bit_equal(name: str) -> None:
     assert_same("tuples", model(**given, return_dict=False), wrapper(**given, return_dict=False))
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "dual"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "dual", "dual_dinov2"])
 def test_the_student_sees_the_kept_patches(name: str) -> None:
     """Features, the model's own loss and every gradient are those of tokens taken out by hand."""
     wrapper, given = hf_wrap(name, keep_ratio=0.3), hf_batch()
@@ -334,6 +337,16 @@ def test_subclasses_are_their_base() -> None:
     assert bool(vtoken.AttentiveMaskCLIP(Mine(config), block=1).train()(**hf_batch()).loss.isfinite())
 
 
+def test_a_subclass_of_the_wrapper_must_know_the_words() -> None:
+    class Mine(vtoken.AttentiveMaskCLIP):
+        """A user's own."""
+
+    with pytest.raises(vtoken.UnsupportedModelError, match="AttentiveMaskTransformersCLIP to train a CLIPModel"):
+        Mine(hf_clip(), block=1)
+    known: Any = type(hf_wrap())
+    assert isinstance(type("Mine", (known,), {})(hf_clip(), block=1), known)
+
+
 def siglip(**vision: Any) -> Any:
     text = TEXT | {"projection_size": WIDTH}
     return hf.SiglipModel(hf.SiglipConfig(vision_config=VISION | vision, text_config=text))
@@ -345,6 +358,8 @@ def siglip(**vision: Any) -> Any:
         (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION)), "CLIPVisionModel is not a CLIP that it knows"),
         (lambda: hf.Siglip2Model(hf.Siglip2Config(vision_config=VISION, text_config=TEXT)), "Siglip2Model is not a"),
         (lambda: siglip(vision_use_head=False), "hands out no pooled features"),
+        (lambda: dual(hf.ViTModel(hf.ViTConfig(**VISION), add_pooling_layer=False)), "hands out no pooled features"),
+        (lambda: dual(hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VISION))), "rotates queries and keys"),
         (lambda: vtoken.apply(hf_clip().eval(), "tome", r=2), r"carries a method.*vtoken\.remove\(model\)"),
     ],
 )  # fmt: skip

@@ -35,7 +35,7 @@ def patch_spec(tower: Any) -> PatchSpec:
     embed = next((name for name in _EMBEDS if name in names), None)
     if embed is None or family.rotary or type(family.images) is not Pixels or family.images.resize is None:
         raise _refused(tower, "its patches do not all carry their places when they enter the first layer")
-    if _pooled_by(tower) is None:
+    if not getattr(tower, "use_head", True) or getattr(tower, "pooler", tower) is None:
         raise _refused(tower, "it hands out no pooled features")
     head = getattr(tower, "head", None)
     query = getattr(tower, "use_head", False) and type(getattr(head, "attention", None)) is nn.MultiheadAttention
@@ -49,14 +49,6 @@ _PATCHED = (
     "it carries a method of vtoken.apply, which would be bypassed; call vtoken.remove(model) while training, methods "
     "work in eval mode"
 )
-
-
-def _pooled_by(tower: Any) -> Any:
-    """The part that makes pooled features of a tower's rows."""
-    names = ("head",) if getattr(tower, "use_head", False) else ("post_layernorm", "pooler", "layernorm")
-    if getattr(tower, "use_head", None) is False:
-        return None
-    return next((getattr(tower, name) for name in names if getattr(tower, name, None) is not None), None)
 
 
 def masked_tower(tower: Any, rows: Tensor | None, watch: Watch | None = None) -> Callable[..., Any]:

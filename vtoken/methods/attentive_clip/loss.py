@@ -12,6 +12,9 @@ from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
 from vtoken.ops.rows import full_precision
 
+#: Divides the logits of the SimCLR term, as published.
+TEMPERATURE = 0.1
+
 
 class AttentiveMaskLoss(nn.Module):
     """Contrastive loss averaged over views, plus the self-supervised terms that the model's output holds.
@@ -46,7 +49,7 @@ class AttentiveMaskLoss(nn.Module):
         contrastive: Callable[..., Tensor] | None = None,
         simclr_weight: float = 1.0,
         byol_weight: float = 1.0,
-        temperature: float = 0.1,
+        temperature: float = TEMPERATURE,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -93,21 +96,13 @@ class AttentiveMaskLoss(nn.Module):
         views = image_features.unbind(1) if image_features.dim() == 3 else (image_features,)
         per_view = torch.stack([loss(features, text_features, logit_scale, *extra) for features in views])
         terms = {"contrastive_loss": per_view.mean()}
-        terms |= self.of_heads(simclr, byol, byol_target)
-        return terms if output_dict else torch.stack(list(terms.values())).sum()
-
-    def of_heads(
-        self, simclr: Tensor | None = None, byol: Tensor | None = None, byol_target: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The weighted self-supervised terms by name; arguments as of a call."""
-        terms = {}
         if simclr is not None:
             terms["simclr_loss"] = self.simclr_weight * self._simclr_loss(simclr)
         if (byol is None) != (byol_target is None):
             raise InputError("byol and byol_target belong together: the student's prediction and the teacher's target")
         if byol is not None and byol_target is not None:
             terms["byol_loss"] = self.byol_weight * byol_loss(byol, byol_target)
-        return terms
+        return terms if output_dict else torch.stack(list(terms.values())).sum()
 
     def _unit(self, features: Tensor) -> Tensor:
         with full_precision(features):

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from vtoken import checks
 from vtoken.core.watch import Watch
 from vtoken.core.wrapper import Wrapper, setting
-from vtoken.errors import ConfigError, ShapeError
+from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError
 from vtoken.methods.attentive_clip import cost, fit, heads
 from vtoken.methods.attentive_clip.ema import EmaTeacher, attach, momentum_after
 from vtoken.methods.attentive_clip.follow import StepWatch
@@ -96,11 +96,14 @@ class AttentiveMaskCLIP(Wrapper):
 
     def __new__(cls, model: Any = None, *args: Any, **settings: Any) -> Self:
         """An instance of the subclass for the model's library, where that has words of its own."""
-        kind: Any = cls
-        if cls is AttentiveMaskCLIP:
-            libraries = [base.__module__.partition(".")[0] for base in type(model).__mro__]
-            kind = next((cls._by_library[name] for name in libraries if name in cls._by_library), cls)
-        return super().__new__(kind)
+        libraries = [base.__module__.partition(".")[0] for base in type(model).__mro__]
+        kind: Any = next((cls._by_library[name] for name in libraries if name in cls._by_library), cls)
+        if cls is AttentiveMaskCLIP or issubclass(cls, kind):
+            return super().__new__(kind if cls is AttentiveMaskCLIP else cls)
+        raise UnsupportedModelError(
+            f"{cls.__name__} is called in open_clip's words; derive it from {kind.__module__}.{kind.__name__} to train "
+            f"a {type(model).__name__}"
+        )
 
     def __init__(
         self,

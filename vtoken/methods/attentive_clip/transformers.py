@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vtoken.core.calling import call_with
 from vtoken.errors import InputError
 from vtoken.methods.attentive_clip import fit
-from vtoken.methods.attentive_clip.loss import AttentiveMaskLoss
+from vtoken.methods.attentive_clip.loss import TEMPERATURE, byol_loss, simclr_loss
 from vtoken.methods.attentive_clip.model import AttentiveMaskCLIP
 
 
@@ -21,10 +22,10 @@ class AttentiveMaskTransformersCLIP(AttentiveMaskCLIP, library="transformers"):
     """What `AttentiveMaskCLIP` makes of a CLIPModel, SiglipModel or their like of transformers.
 
     It is called as the model is and returns what the model returns: with `return_loss=True` the model's own loss of
-    masked images (CLIP's contrastive one, SigLIP's sigmoid one, with its own logit scale). So a `Trainer` trains it, and
-    so does a script that was written for the model. The teacher follows by itself; `attach_ema` may be called. A
-    checkpoint of a `Trainer` holds all of it, teacher and count of steps, and resumes. `save_pretrained` writes the model
-    that is wrapped, which `from_pretrained` loads as ever; `unwrap(ema=True).save_pretrained(folder)` the average.
+    masked images (CLIP's contrastive one, SigLIP's sigmoid one, with its own logit scale). So a `Trainer` trains it, or
+    a script that was written for the model. The teacher follows by itself; `attach_ema` may be called. A checkpoint of
+    a `Trainer` holds all of it, teacher and count of steps, and resumes. `save_pretrained` writes the wrapped model,
+    which `from_pretrained` loads as ever, and `unwrap(ema=True).save_pretrained(folder)` the average.
     """
 
     #: Told to a `Trainer`: losses are means of a batch, so it divides them where it accumulates gradients.
@@ -87,10 +88,12 @@ class AttentiveMaskTransformersCLIP(AttentiveMaskCLIP, library="transformers"):
             batch = images.unflatten(0, (views, -1))[view]
             outs.append(call_with(self.model, parts, pixel_values=batch, **given, **sizes))
         out = outs[0] if views == 1 else _joined(outs)
-        if self.simclr_weight or self.byol_weight:
-            heads = self._heads(look.out.pooler_output, views, target)
-            of_heads = AttentiveMaskLoss(simclr_weight=self.simclr_weight, byol_weight=self.byol_weight).of_heads
-            out.loss = out.loss + torch.stack(list(of_heads(**heads).values())).sum()
+        heads = self._heads(look.out.pooler_output, views, target)
+        if "simclr" in heads:
+            z = F.normalize(heads["simclr"].float(), dim=-1)
+            out.loss = out.loss + self.simclr_weight * simclr_loss(z, temperature=TEMPERATURE)
+        if "byol" in heads:
+            out.loss = out.loss + self.byol_weight * byol_loss(heads["byol"], heads["byol_target"])
         return out
 
     def encode_image(self, image: Tensor, normalize: bool = False, *, ema: bool = False) -> Tensor:
@@ -98,7 +101,7 @@ class AttentiveMaskTransformersCLIP(AttentiveMaskCLIP, library="transformers"):
         if ema:
             return super().encode_image(image, normalize, ema=True)
         features: Tensor = self.model.get_image_features(pixel_values=image).pooler_output
-        return torch.nn.functional.normalize(features, dim=-1) if normalize else features
+        return F.normalize(features, dim=-1) if normalize else features
 
 
 class _Once:
