@@ -14,7 +14,7 @@ from torch import nn
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import AttentionMethod, BlockMethod, Method, Methods
 from vtoken.core.patch import PREDICTOR
-from vtoken.core.spec import HostSpec, ImageTokens, PatchSpec, Plan
+from vtoken.core.spec import HostSpec, ImageTokens, Pair, PatchSpec, Plan
 from vtoken.errors import ConfigError, UnsupportedModelError, VTokenError
 
 
@@ -85,6 +85,10 @@ class HostAdapter:
     def run_watched(self, model: nn.Module, watch: Any, image: Any) -> None:
         """Run the tower on [B, C, H, W] with the attention of its blocks read by a `vtoken.core.watch.Watch`."""
         raise UnsupportedModelError(f"{self.name}: vtoken cannot read class attention there")
+
+    def pair(self, model: nn.Module) -> Pair | None:
+        """Where a model that compares images with texts keeps its parts; None if the model does not."""
+        return None
 
     def patch_spec(self, model: nn.Module) -> PatchSpec:
         """What is known of the patches of a tower of which `masked` can leave some out.
@@ -246,9 +250,9 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
         VTokenError: if the model is wrapped or compiled; names the module to use instead.
     """
     refuse_wrappers(model)
-    for adapter in [*(a for a in _registered if a.part == part), *_builtin_adapters(model, part)]:
-        if adapter.matches(model):
-            return adapter
+    adapter = matching_adapter(model, part)
+    if adapter is not None:
+        return adapter
     if part == "prompt":
         raise UnsupportedModelError(
             f"cannot shorten the prompt of {type(model).__module__}.{type(model).__qualname__}: it is no multimodal "
@@ -266,6 +270,12 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
         f"class. Supported hosts: {_supported(part)}.{inner_hint(model)} "
         "`python -m vtoken models` lists names; vtoken.register_adapter adds your own. The model was left as it was."
     )
+
+
+def matching_adapter(model: nn.Module, part: str = "tower") -> HostAdapter | None:
+    """The adapter of the model's family, for one part of the model; None if there is none."""
+    known = [*(a for a in _registered if a.part == part), *_builtin_adapters(model, part)]
+    return next((adapter for adapter in known if adapter.matches(model)), None)
 
 
 def _supported(part: str) -> str:

@@ -21,10 +21,11 @@ def run_watched(model: Any, watch: Watch, image: Any) -> None:
 
 def read(block: Any, row: Row) -> dict[str, Any]:
     """What stands in a block that is read."""
-    return {"attn": functools.partial(_attend, block.attn, row)}
+    return {"attn": functools.partial(attend, block.attn, row)}
 
 
-def _attend(attn: Any, row: Row, *args: Any, **kwargs: Any) -> Any:
+def attend(attn: Any, row: Row, *args: Any, **kwargs: Any) -> Any:
+    """An attention, or an attention pool with a query of its own, that is read."""
     signature = inspect.signature(type(attn).forward)
     if "rope" in signature.parameters:
         rope = signature.bind(attn, *args, **kwargs).arguments.get("rope")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vtoken.core.host import HostAdapter
 from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import base_of, forward_is_replaced, is_patched
-from vtoken.core.spec import HostSpec, Plan
+from vtoken.core.spec import HostSpec, Pair, PatchSpec, Plan
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.tower import block_targets
@@ -31,10 +31,12 @@ from vtoken.hosts.transformers.families import (
     layer_known,
     layers_of,
     num_prefix,
+    pair_known,
     tower_known,
     towers,
     why_not,
 )
+from vtoken.hosts.transformers.masked import masked_tower, patch_spec, run_masked
 from vtoken.hosts.transformers.watched import watched_tower
 
 
@@ -151,6 +153,24 @@ class HFAdapter(HostAdapter):
             self.run_image(tower, image, vtoken_rows=watch)
         else:
             watched_tower(tower, family_of(tower).path, watch)(**_image_arguments(tower, image))
+
+    def pair(self, model: nn.Module) -> Pair | None:
+        """Of CLIP and its like."""
+        return pair_known(type(model))
+
+    def patch_spec(self, model: nn.Module) -> PatchSpec:
+        """Of a tower."""
+        return patch_spec(model)
+
+    def masked(
+        self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Patches are left out in front of the first layer; a projection is the holder's, so both are the same."""
+        return run_masked(model, images, rows, watch)
+
+    def masked_tower(self, model: nn.Module, rows: Tensor | None) -> Any:
+        """A tower whose call leaves out patches, to stand in the model around it; it returns what the tower returns."""
+        return masked_tower(model, rows)
 
     def check(self, model: nn.Module, methods: Methods) -> None:
         """A prompt must have a placeholder for every image token, so their number must be known before."""

@@ -54,7 +54,7 @@ class BackboneMixin(SavesSettings):
             bound_encoder = _encoder(encoder, state, _masked(given))
             stand_in = view(self, **{name: functools.partial(_dense_encoder, bound_encoder, state)})
             out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
-        _refuse_attentions(_asked(self, given, "output_attentions"), state)
+        _refuse_attentions(asked(self, given, "output_attentions"), state)
         return out
 
 
@@ -117,9 +117,9 @@ def run_tower(
     given, family = _arguments(tower, args, kwargs), family_of(tower)
     if family.images.padded:
         given = _without_mask(tower, given)
-    attentions = _asked(tower, given, "output_attentions")
-    if attentions or _asked(tower, given, "output_hidden_states"):
-        _install_hooks(tower, family.path[0])
+    attentions = asked(tower, given, "output_attentions")
+    if attentions or asked(tower, given, "output_hidden_states"):
+        install_hooks(tower, family.path[0])
     grid = functools.partial(family.images.grid, tower.config, given)
     with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched or family.rotary, dest=watched) as state:
         if state.grid is None and masks_attention(tower, len(layers_of(tower))):
@@ -144,7 +144,7 @@ def run_tower(
     return out, slot
 
 
-def _install_hooks(tower: Any, first: str) -> None:
+def install_hooks(tower: Any, first: str) -> None:
     """transformers' recording hooks on the modules themselves: it would install them anew on every stand-in."""
     # An unpatched DINOv2 installs them on its encoder; a second set on the tower would record every state twice.
     if not getattr(getattr(tower, first), "_output_capturing_hooks_installed", False):
@@ -157,7 +157,8 @@ def will_remove(tower: Any, patches: int) -> bool:
     return any(method.num_removed(layer, patches, patches) for layer in range(len(layers)))
 
 
-def _asked(model: Any, arguments: dict[str, Any], name: str) -> bool:
+def asked(model: Any, arguments: dict[str, Any], name: str) -> bool:
+    """Whether a call, or the configuration, wants hidden states or attention maps."""
     return bool(arguments.get(name, getattr(model.config, name, False)))
 
 
