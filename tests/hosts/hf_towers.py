@@ -29,12 +29,16 @@ class Tower:
         prefix: tokens in front of the patches.
         any_size: how a call says that images have another size than the configuration's; None: it cannot.
         dense: whether what it hands out has a value for every patch.
+        frames: of a video; 0: it takes images.
+        grid: patch rows and columns of all frames.
     """
 
     build: Callable[[], nn.Module]
     prefix: int
     any_size: dict[str, Any] | None
     dense: bool = False
+    frames: int = 0
+    grid: tuple[int, int] = (8, 8)
 
 
 def _made(cls: str, config: str, sizes: dict[str, Any] = _PLAIN, /, **options: Any) -> nn.Module:
@@ -66,6 +70,8 @@ _DPT = {
     "neck_ignore_stages": [],
 }  # fmt: skip
 _UPERNET = {"hidden_size": 8, "auxiliary_in_channels": 32, "auxiliary_channels": 8}
+_VIDEO = {k: v for k, v in _PLAIN.items() if k != "patch_size"} | {"num_frames": 8}
+_TUBES = _VIDEO | {"patch_size": 8, "tubelet_size": 2}
 _STAGES = {"out_features": ["stage1", "stage3"]}
 
 TOWERS: dict[str, Tower] = {
@@ -85,6 +91,31 @@ TOWERS: dict[str, Tower] = {
     "dinov3_gated": Tower(_part(_made, "DINOv3ViTModel", "DINOv3ViTConfig", use_gated_mlp=True), 1, {}),
     "dinov3_maps": Tower(
         _part(_made, "DINOv3ViTBackbone", "DINOv3ViTConfig", num_register_tokens=2, **_STAGES), 3, {}, True
+    ),
+    "pixio_maps": Tower(_part(_made, "PixioBackbone", "PixioConfig", _RATIO, n_cls_tokens=3, **_STAGES), 3, {}, True),
+    "radio": Tower(_part(_made, "RadioModel", "RadioConfig", _SIZE, mlp_ratio=2.0, max_img_size=64), 10, {}),
+    "clipseg": Tower(_part(_made, "CLIPSegVisionModel", "CLIPSegVisionConfig"), 1, {}),
+    "vit_mae": Tower(_part(_made, "ViTMAEModel", "ViTMAEConfig", mask_ratio=0.5), 1, _RESIZE, grid=(1, 32)),
+    "vitpose": Tower(
+        _part(_made, "VitPoseBackbone", "VitPoseBackboneConfig", _RATIO | {"patch_size": 8}, **_STAGES),
+        0,
+        None,
+        True,
+        grid=(4, 4),
+    ),
+    "vivit": Tower(
+        _part(_made, "VivitModel", "VivitConfig", _VIDEO, tubelet_size=[2, 8, 8]), 1, None, frames=8, grid=(16, 4)
+    ),
+    "vivit_head": Tower(
+        _part(_made, "VivitForVideoClassification", "VivitConfig", _VIDEO, tubelet_size=[2, 8, 8]),
+        1,
+        None,
+        frames=8,
+        grid=(16, 4),
+    ),
+    "videomae": Tower(_part(_made, "VideoMAEModel", "VideoMAEConfig", _TUBES), 0, None, frames=8, grid=(16, 4)),
+    "videomae_mean": Tower(
+        _part(_made, "VideoMAEForVideoClassification", "VideoMAEConfig", _TUBES), 0, None, frames=8, grid=(16, 4)
     ),
     "depth_anything": Tower(
         _part(_over_maps, "DepthAnythingForDepthEstimation", "DepthAnythingConfig", reshape=False, **_DEPTH),

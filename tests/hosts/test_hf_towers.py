@@ -22,10 +22,14 @@ every_tower = pytest.mark.parametrize("name", TOWERS)
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[Tower, Any, Tensor]:
     tower = TOWERS[name]
-    return tower, randomise_(tower.build(), 0).to(dtype).eval(), images((3, 32, 32), 2, 0, dtype)
+    x = images((3, 32, 32), 2 * max(tower.frames, 1), 0, dtype)
+    if tower.frames:
+        x = x.unflatten(0, (2, tower.frames))
+    return tower, randomise_(tower.build(), 0).to(dtype).eval(), x
 
 
 def outputs(model: Any, x: Tensor, **options: Any) -> dict[str, Any]:
+    torch.manual_seed(0)  # a ViT-MAE draws its patches
     with torch.no_grad():
         return dict(model(x, output_hidden_states=True, **options))
 
@@ -69,8 +73,8 @@ def test_counts_are_those_planned_and_costs_those_counted(name: str) -> None:
     plan = vtoken.plan(model)
     assert_planned(plan, trace)
     assert plan.num_prefix == trace.num_prefix == tower.prefix
-    assert trace.tokens[0] == 64 + tower.prefix
-    assert trace.grid == (8, 8)
+    assert trace.tokens[0] == tower.grid[0] * tower.grid[1] + tower.prefix
+    assert trace.grid == tower.grid
     hidden = outputs(model, x)["hidden_states"]
     assert [h.shape[1] for h in hidden] == ([trace.tokens[0]] * 4 if tower.dense else trace.tokens)
 
@@ -87,7 +91,7 @@ def test_images_of_another_size(name: str) -> None:
     with torch.no_grad():
         _, trace = vtoken.trace(model, x, **tower.any_size)
     assert tuple(trace.tokens) == vtoken.plan(model, img_size=(40, 24)).tokens
-    assert trace.grid == (10, 6)
+    assert trace.grid == ((1, 30) if name == "vit_mae" else (10, 6))
     assert vtoken.report(model, input_size=(3, 40, 24)).tokens == tuple(trace.tokens)
 
 
@@ -120,16 +124,17 @@ def test_sizes_are_a_mask_of_log_counts_on_the_keys(name: str) -> None:
         assert torch.equal(found[:, 0].sort(1).values, sizes.sort(1).values.float())
 
 
-@pytest.mark.parametrize("name", ["metaclip_2_mean", "ijepa_mean"])
+@pytest.mark.parametrize("name", ["metaclip_2_mean", "ijepa_mean", "videomae_mean"])
 def test_heads_that_average_weigh_tokens_by_their_size(name: str) -> None:
     tower, model, x = made(name, torch.float64)
     vtoken.apply(model, PITOME)
     with torch.no_grad():
         logits = model(x).logits
         out, trace = vtoken.trace(find_adapter(model).tower(model), x)  # type: ignore[attr-defined]
+        head = torch.nn.Sequential(getattr(model, "fc_norm", torch.nn.Identity()), model.classifier)
         rows = vtoken.unmerge(out.last_hidden_state, trace)[:, tower.prefix :]
-        plain = model.classifier(out.last_hidden_state[:, tower.prefix :].mean(1))
-        assert_close("logits", model.classifier(rows.mean(1)), logits, 1e-12)
+        plain = head(out.last_hidden_state[:, tower.prefix :].mean(1))
+        assert_close("logits", head(rows.mean(1)), logits, 1e-12)
     assert float((plain - logits).abs().max()) > 1e-3, "weighing was to matter"
 
 
@@ -144,7 +149,7 @@ def test_the_attention_pool_is_told_the_sizes(name: str) -> None:
         assert float((model.head(out.last_hidden_state) - out.pooler_output).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["dinov3_maps", "tipsv2_maps"])
+@pytest.mark.parametrize("name", ["dinov3_maps", "tipsv2_maps", "pixio_maps"])
 def test_maps_show_the_value_of_every_patchs_group(name: str) -> None:
     tower, model, x = made(name)
     vtoken.apply(model, PITOME)
@@ -243,7 +248,7 @@ def test_a_timm_model_that_keeps_a_grid_is_refused_behind_its_door_too() -> None
         vtoken.apply(_wrapper("TimmWrapperModel", "resnet18"), PITOME)
 
 
-@pytest.mark.parametrize("name", ["dinov3", "tipsv2", "pixio", "metaclip_2"])
+@pytest.mark.parametrize("name", ["dinov3", "tipsv2", "pixio", "metaclip_2", "radio", "clipseg"])
 def test_class_attention_is_that_of_the_hosts_own_maps(name: str) -> None:
     tower, model, x = made(name, torch.float64)
     if hasattr(attention(blocks(model)[0]), "attention"):

@@ -19,10 +19,12 @@ from vtoken.hosts.transformers.blocks import (
     LayerMixin,
     PixioLayerMixin,
     RotaryDinoLayerMixin,
+    VideoMaeLayerMixin,
+    VitPoseLayerMixin,
     ViTLayerMixin,
 )
 from vtoken.hosts.transformers.heads import Aimv2HeadMixin, SizedHeadMixin
-from vtoken.hosts.transformers.images import Grid, NativePixels, PatchRows, Pixels, patches
+from vtoken.hosts.transformers.images import Grid, KeptPixels, NativePixels, PatchRows, Pixels, Tubes
 
 
 def no_prefix(config: Any) -> int:
@@ -48,6 +50,11 @@ def class_tokens(config: Any) -> int:
     return int(config.n_cls_tokens)
 
 
+def class_tokens_and_registers(config: Any) -> int:
+    """RADIO has several of both."""
+    return int(config.num_summary_tokens)
+
+
 @dataclass(frozen=True)
 class Family:
     """What vtoken knows of the classes of one module of `transformers.models`.
@@ -56,6 +63,7 @@ class Family:
         layer: class of the tower's layers.
         mixin: of the layers.
         path: attributes that lead from a tower to the list of its layers.
+        backbone_path: the same from a backbone, where that is another.
         towers: classes that embed images and run the layers.
         backbones: the same for those that hand out maps, and must be given a value for every patch.
         holders: classes that hold a tower, and where.
@@ -70,6 +78,7 @@ class Family:
     layer: str = ""
     mixin: type = LayerMixin
     path: tuple[str, ...] = ()
+    backbone_path: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
     backbones: tuple[str, ...] = ()
     holders: Mapping[str, str] = field(default_factory=dict)
@@ -111,9 +120,7 @@ _REFUSED = {
     "its detection tokens stand behind the patches, where they would merge with them": "yolos",
     "it puts queries among the patches half way and reads masks off the patch grid": "eomt eomt_dinov3 videomt",
     "its attention is causal, so a token's place in the row is a part of the mask": "imagegpt",
-    "it drops a random part of the patches and shuffles the rest, so neither counts nor places are known; load its "
-    "weights into a ViTModel": "vit_mae",
-    "its tokens are tubes over several frames, which vtoken does not merge yet": "videomae vivit vjepa2",
+    "its attention works out positions from a token's place in the row": "vjepa2",
     "its attention goes over time and space in turns, on the grid of every frame": "timesformer",
     "its attention goes over space first and then over time, on the grid of every frame": "videoprism",
     "it packs several tiles of an image on a grid, which merged tokens no longer have": "llava_next llava_onevision",
@@ -226,10 +233,11 @@ FAMILIES: dict[str, Family] = {
         layer="PixioLayer",
         mixin=PixioLayerMixin,
         path=("layers",),
+        backbone_path=("pixio", "layers"),
         towers=("PixioModel",),
+        backbones=("PixioBackbone",),
         prefix=class_tokens,
         images=Pixels(resize=""),
-        why={"PixioBackbone": "it cuts maps out of the hidden states of its tower, which merged tokens no longer are"},
     ),
     "tipsv2": Family(
         **_DINO,
@@ -247,6 +255,54 @@ FAMILIES: dict[str, Family] = {
         images=Pixels(resize=""),
         rotary=True,
     ),
+    "radio": Family(
+        **_DINO
+        | {"images": Pixels(resize="", unserved={"image_grid_hw": "it packs the patches of all images into one row"})},
+        layer="RadioLayer",
+        towers=("RadioModel",),
+        prefix=class_tokens_and_registers,
+    ),
+    "clipseg": Family(
+        **_CLIP,
+        layer="CLIPSegEncoderLayer",
+        towers=("CLIPSegVisionModel",),
+        holders={"CLIPSegModel": "vision_model"},
+        why={"CLIPSegForImageSegmentation": "its decoder reads the hidden states of several layers and a map off them"},
+    ),
+    "vit_mae": Family(
+        **_VIT,
+        layer="ViTMAELayer",
+        towers=("ViTMAEModel",),
+        images=KeptPixels(),
+        why={"ViTMAEForPreTraining": "its decoder puts every kept token back at its place among the masked ones"},
+    ),
+    "vivit": Family(
+        **_VIT,
+        layer="VivitLayer",
+        towers=("VivitModel",),
+        holders={"VivitForVideoClassification": "vivit"},
+        images=Tubes(),
+    ),
+    "videomae": Family(
+        layer="VideoMAELayer",
+        mixin=VideoMaeLayerMixin,
+        path=("encoder", "layer"),
+        towers=("VideoMAEModel",),
+        holders={"VideoMAEForVideoClassification": "videomae"},
+        averaging=("VideoMAEForVideoClassification",),
+        prefix=no_prefix,
+        images=Tubes(unserved={"bool_masked_pos": "it names tubes that stay away"}),
+        why={"VideoMAEForPreTraining": "its decoder puts every visible token back at its place among the masked ones"},
+    ),
+    "vitpose_backbone": Family(
+        layer="VitPoseBackboneLayer",
+        mixin=VitPoseLayerMixin,
+        path=("encoder", "layer"),
+        backbones=("VitPoseBackbone",),
+        prefix=no_prefix,
+        images=Pixels(resize=None),
+    ),
+    "vitpose": Family(holders={"VitPoseForPoseEstimation": "backbone"}),
     "llava": Family(holders={"LlavaModel": "vision_tower", "LlavaForConditionalGeneration": "model.vision_tower"}),
     # A backbone's maps show a value for every patch, so whatever reads them need not know of merging.
     "depth_anything": Family(holders={"DepthAnythingForDepthEstimation": "backbone"}),
@@ -358,7 +414,17 @@ def family_of(tower: Any) -> Family:
 
 def layers_of(tower: Any) -> Any:
     """The list of a tower's layers."""
-    return functools.reduce(getattr, family_of(tower).path, tower)
+    return functools.reduce(getattr, path_of(tower), tower)
+
+
+def path_of(tower: Any) -> tuple[str, ...]:
+    """The attributes that lead to the list of a tower's layers."""
+    family, known = family_of(tower), tower_known(type(tower))
+    return (
+        family.backbone_path
+        if known is not None and known.name in family.backbones and family.backbone_path
+        else family.path
+    )
 
 
 def num_prefix(tower: Any) -> int:
@@ -368,4 +434,4 @@ def num_prefix(tower: Any) -> int:
 
 def grid_of(tower: Any, img_size: tuple[int, int]) -> Grid:
     """Patch rows and columns of an image of `img_size` (height, width) pixels."""
-    return patches(tower.config, img_size)
+    return family_of(tower).images.patches(tower.config, img_size)
