@@ -69,6 +69,10 @@ _DPT = {
     "hidden_size": 32, "neck_hidden_sizes": [8, 8, 8], "reassemble_factors": [2, 1, 0.5], "fusion_hidden_size": 8,
     "neck_ignore_stages": [],
 }  # fmt: skip
+_ZOE = {
+    "neck_hidden_sizes": [8, 8, 8], "fusion_hidden_size": 8, "bottleneck_features": 8, "num_relative_features": 8,
+    "reassemble_factors": [2, 1, 0.5], "add_projection": False,
+}  # fmt: skip
 _UPERNET = {"hidden_size": 8, "auxiliary_in_channels": 32, "auxiliary_channels": 8}
 _VIDEO = {k: v for k, v in _PLAIN.items() if k != "patch_size"} | {"num_frames": 8}
 _TUBES = _VIDEO | {"patch_size": 8, "tubelet_size": 2}
@@ -124,6 +128,10 @@ TOWERS: dict[str, Tower] = {
         True,
     ),
     "dpt": Tower(_part(_over_maps, "DPTForDepthEstimation", "DPTConfig", reshape=False, **_DPT), 1, {}, True),
+    "zoedepth": Tower(
+        _part(_over_maps, "ZoeDepthForDepthEstimation", "ZoeDepthConfig", reshape=False, **_ZOE), 1, {}, True
+    ),
+    "git": Tower(_part(_made, "GitVisionModel", "GitVisionConfig"), 1, _RESIZE),
     "upernet": Tower(
         _part(_over_maps, "UperNetForSemanticSegmentation", "UperNetConfig", reshape=True, **_UPERNET), 1, {}, True
     ),

@@ -177,6 +177,93 @@ def test_one_graph_serves_all_layers(name: str) -> None:
         assert model(x[:1]).last_hidden_state.shape[1] == expected.shape[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("radio", {"pixel_values": torch.zeros(128, 48), "image_grid_hw": torch.tensor([[8, 8], [8, 8]])}),
+        ("videomae", {"pixel_values": torch.zeros(2, 8, 3, 32, 32), "bool_masked_pos": torch.arange(64).gt(31) > 0}),
+    ],
+)
+def test_calls_that_name_rows_are_refused_while_tokens_are_removed(name: str, inputs: dict[str, Tensor]) -> None:
+    _, model, _ = made(name)
+    if "bool_masked_pos" in inputs:
+        inputs = inputs | {"bool_masked_pos": inputs["bool_masked_pos"].expand(2, -1)}
+    with torch.no_grad():
+        stock = model(**inputs).last_hidden_state
+        with vtoken.applied(model, vtoken.PiToMe(ratio=1.0)):
+            assert torch.equal(model(**inputs).last_hidden_state, stock)
+        vtoken.apply(model, PITOME)
+        with pytest.raises(vtoken.InputError, match=[*inputs][1]):
+            model(**inputs)
+
+
+def test_all_that_radio_hands_out_is_of_the_same_rows() -> None:
+    _, model, x = made("radio")
+    vtoken.apply(model, vtoken.PiToMe(ratio=0.75, order="raster"))
+    with torch.no_grad():
+        out, trace = vtoken.trace(model, x)
+    assert torch.equal(out.features, out.last_hidden_state[:, 10:])
+    assert torch.equal(out.summary, out.last_hidden_state[:, :2].flatten(1))
+    firsts = trace.anchor[:, 10:]
+    assert torch.equal(firsts, firsts.sort(1).values), "rows in raster order"
+
+
+@pytest.mark.parametrize("name", ["vivit", "vitpose"])
+def test_class_attention_is_not_read_where_it_is_not_understood(name: str) -> None:
+    _, model, _ = made(name)
+    with pytest.raises(vtoken.VTokenError, match="videos" if name == "vivit" else "no class token"):
+        vtoken.cls_attention_scores(model, torch.zeros(1, 3, 32, 32))
+
+
+def test_heads_of_video_models_that_read_the_first_tube_are_refused() -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
+    model = hf.VideoMAEForVideoClassification(hf.VideoMAEConfig(**small, use_mean_pooling=False))
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"first tube.*use_mean_pooling=True"):
+        vtoken.apply(model, PITOME)
+    with pytest.raises(vtoken.UnsupportedModelError, match="4 experts"):
+        vtoken.apply(hf.VitPoseBackbone(hf.VitPoseBackboneConfig(num_hidden_layers=1, num_experts=4)), PITOME)
+
+
+_VISION = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 4, "image_size": 32}
+_LANGUAGE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def _git() -> Any:
+    text = _LANGUAGE | {"vocab_size": 60, "max_position_embeddings": 32}
+    return hf.GitForCausalLM(hf.GitConfig(vision_config=_VISION | {"intermediate_size": 32}, **text))
+
+
+def _janus() -> Any:
+    codes = {"embed_dim": 8, "num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1, 1],
+             "num_res_blocks": 1, "latent_channels": 8, "projection_dim": 32}  # fmt: skip
+    vision = _VISION | {"num_image_tokens": 64, "projection_dim": 32}
+    text = _LANGUAGE | {"model_type": "llama", "vocab_size": 60}
+    return hf.JanusForConditionalGeneration(
+        hf.JanusConfig(vision_config=vision, text_config=text, vq_config=codes, image_token_id=50)
+    )
+
+
+@pytest.mark.parametrize(("build", "prefix", "asks"), [(_git, 1, False), (_janus, 0, True)])
+def test_language_models_that_read_any_number_of_image_tokens(build: Any, prefix: int, asks: bool) -> None:
+    model, x = randomise_(build(), 0).eval(), images((3, 32, 32), 2, 0, torch.float32)
+
+    def logits(tokens: int) -> Tensor:
+        ids = torch.tensor([[5, 6], [7, 8]])
+        if asks:
+            ids = torch.cat([torch.full((2, tokens), 50), ids], dim=1)
+        with torch.no_grad():
+            return model(input_ids=ids, pixel_values=x).logits  # type: ignore[no-any-return]
+
+    stock = logits(64)
+    with vtoken.applied(model, vtoken.PiToMe(ratio=1.0)):
+        assert torch.equal(logits(64), stock)
+    with vtoken.applied(model, PITOME):
+        left = vtoken.num_tokens(model)
+        assert left == prefix + 27
+        assert logits(left).shape[1] == stock.shape[1] - (64 + prefix - left)
+    assert torch.equal(logits(64), stock)
+
+
 def test_a_pooler_that_reads_the_first_patch_is_refused() -> None:
     config = hf.IJepaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
     with pytest.raises(vtoken.UnsupportedModelError, match=r"first patch.*add_pooling_layer=False"):

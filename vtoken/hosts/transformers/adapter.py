@@ -53,7 +53,10 @@ class HFAdapter(HostAdapter):
 
     def tower(self, model: nn.Module) -> Any:
         """The module that runs the image layers."""
-        if tower_known(type(model)) is not None:
+        known = tower_known(type(model))
+        if known is not None:
+            if known.name in known.family.why:  # served inside of what holds it alone
+                raise UnsupportedModelError(_refusal(model, known.family.why[known.name]))
             return model
         held = holder_known(type(model))
         if held is None:
@@ -214,6 +217,8 @@ def _layer_problem(layer: Any) -> str | None:
     if getattr(layer, "num_experts", 1) > 1:
         return f"a {kind.__qualname__} of {layer.num_experts} experts, whose choice merged tokens do not carry"
     attn = attention_of(layer)
+    if not isinstance(getattr(attn, "k_norm", nn.Identity()), nn.Identity):
+        return f"a {kind.__qualname__} whose attention norms its keys, which vtoken reads before that"
     if not (hasattr(attn, "k_proj") or hasattr(getattr(attn, "attention", None), "key")):
         return f"a {kind.__qualname__} whose attention has no key projection that vtoken knows"
     return None
