@@ -3,7 +3,8 @@
     python -m lmms_eval --model vtoken --tasks mme \
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=vtc_cls,keep_ratio=0.25
 
-An exception ends the evaluation: nothing is scored that was not answered.
+An exception ends the evaluation: nothing is scored that was not answered. `ReducedModel`, which lmms-eval loads, is
+made when it is asked for: it derives from lmms-eval's own class, which need not be there otherwise.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
-from lmms_eval.api.model import lmms
 
 from vtoken import checks
 from vtoken.core.apply import apply, config_of
@@ -30,7 +29,7 @@ SAVED, PLAIN = "saved", "none"
 _GREEDY = ("temperature", "top_p", "top_k")
 
 
-class ReducedModel(lmms):  # type: ignore[misc]
+class Answering:
     """A model loaded by name, with a method applied, for tasks that generate.
 
     Args:
@@ -50,6 +49,7 @@ class ReducedModel(lmms):  # type: ignore[misc]
     """
 
     is_simple = False  # its requests hold messages
+    task_dict: dict[str, Any]
 
     def __init__(
         self,
@@ -65,6 +65,8 @@ class ReducedModel(lmms):  # type: ignore[misc]
         revision: str = "main",
         **settings: Any,
     ) -> None:
+        from accelerate import Accelerator
+
         super().__init__()
         config = _config(method, settings)
         if max_batch_size is not None or not str(batch_size).isdigit():
@@ -155,6 +157,15 @@ class ReducedModel(lmms):  # type: ignore[misc]
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not served."""
         raise NotImplementedError("lmms-eval's model vtoken answers one round; tasks of several are not served")
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ReducedModel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lmms_eval.api.model import lmms
+
+    globals()[name] = type(name, (Answering, lmms), {"__module__": __name__, "__doc__": Answering.__doc__})
+    return globals()[name]
 
 
 def _config(method: str, settings: dict[str, Any]) -> Any:

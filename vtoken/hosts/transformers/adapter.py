@@ -185,7 +185,7 @@ def _layer(layer: Any) -> Known:
 
 
 def _layer_mixin(layer: Any) -> type:
-    mixin = _layer(layer).family.mixin
+    mixin: Any = _layer(layer).family.mixin
     nested = hasattr(attention_of(layer), "attention")
     return MasklessDinoLayerMixin if nested and mixin._vtoken_takes_mask else mixin
 

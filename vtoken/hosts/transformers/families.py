@@ -468,12 +468,12 @@ def layer_known(cls: type) -> Known | None:
 
 def towers() -> list[str]:
     """Names of the classes that are towers."""
-    return sorted({name for family in FAMILIES.values() for name in family.towers})
+    return sorted({name for family in FAMILIES.values() for name in family.towers if name not in family.why})
 
 
 def classes() -> list[str]:
     """Names of all classes that are supported."""
-    return sorted({n for f in FAMILIES.values() for n in (*f.towers, *f.backbones, *f.holders)})
+    return sorted({n for f in FAMILIES.values() for n in (*f.towers, *f.backbones, *f.holders) if n not in f.why})
 
 
 def why_not(cls: type) -> str:
