@@ -193,8 +193,8 @@ def _turned(rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
     return options if rope is None else {**options, "position_embeddings": rope.chunk(2, dim=-1)}
 
 
-class MasklessDinoLayerMixin(DinoLayerMixin):
-    """DINOv2 as in transformers 5.17 (nested attention): its layers take no mask, so sizes are added here."""
+class MasklessLayerMixin(LayerMixin):
+    """Layers whose nested attention takes no mask, so sizes are added here."""
 
     _vtoken_takes_mask = False
 
@@ -213,6 +213,30 @@ class MasklessDinoLayerMixin(DinoLayerMixin):
             raise changed(f"the attention of block {self._vtoken_index}", self.attention)
         out: Tensor = self.attention(x, vtoken_tap=tap, vtoken_mask=attn_mask)
         return out
+
+
+class MasklessDinoLayerMixin(MasklessLayerMixin, DinoLayerMixin):
+    """DINOv2 as in transformers 5.17."""
+
+
+class VideoMaeLayerMixin(MasklessLayerMixin):
+    """VideoMAE: what ends the MLP adds the residual itself."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.layernorm_before(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.output(self.intermediate(self.layernorm_after(x)), x.new_zeros(()))
+
+
+class VitPoseLayerMixin(MasklessLayerMixin):
+    """ViTPose without experts."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.layernorm_before(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.mlp(self.layernorm_after(x))
 
 
 class NestedAttentionMixin:
