@@ -35,7 +35,10 @@ FAMILIES: dict[str, set[str]] = {
     "open_clip": {"timm"},  # whose models it takes as trunks
     "transformers": set(),
     "llava": {"transformers"},
-    "internvl": {"transformers", "llava"},
+    "internvl": {"llava"},
+    "idefics": set(),
+    "gemma": set(),
+    "cohere": {"llava"},
     "qwen": set(),
     "video": {"transformers", "llava", "qwen"},
 }
