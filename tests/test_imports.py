@@ -39,6 +39,7 @@ FAMILIES: dict[str, set[str]] = {
     "idefics": set(),
     "gemma": set(),
     "cohere": {"llava"},
+    "pixtral": {"llava"},
     "qwen": set(),
     "video": {"transformers", "llava", "qwen"},
 }

@@ -27,11 +27,38 @@ KINDS = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe")
 ATTENTION = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe")
 
 
+GLM = ("glm4v", "glm4v_moe", "glm46v")
+
+
+def _glm(kind: str) -> Any:
+    t, ids = transformers, builders._tokens()
+    vision: dict[str, Any] = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "image_size": 32,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 48,
+    }  # fmt: skip
+    text = TEXT | {"rope_parameters": MERGED | {"partial_rotary_factor": 1.0}, "head_dim": 12}
+    ids = {name: value for name, value in ids.items() if not name.startswith("vision_")}
+    if kind == "glm4v_moe":
+        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+                 "n_group": 1, "topk_group": 1, "n_shared_experts": 1}  # fmt: skip
+    config_class, cls = {
+        "glm4v": (t.Glm4vConfig, t.Glm4vForConditionalGeneration),
+        "glm4v_moe": (t.Glm4vMoeConfig, t.Glm4vMoeForConditionalGeneration),
+        "glm46v": (t.Glm46VConfig, t.Glm46VForConditionalGeneration),
+    }[kind]
+    parts: dict[str, Any] = {"text_config": text, "vision_config": vision}
+    if kind == "glm46v":
+        parts = {"text_config": t.models.glm4v.Glm4vTextConfig(**text), "vision_config": t.models.glm4v.Glm4vVisionConfig(**vision)}
+    return _loud(lively(cls(config_class(**parts, **ids, image_start_token_id=START, image_end_token_id=END))))
+
+
 def build(kind: str) -> Any:
     """A tiny model, with weights under which its answer depends on what it sees."""
     if kind in builders.QWEN:
         return builders.build(kind)
     t, ids = transformers, builders._tokens()
+    if kind in GLM:
+        return _glm(kind)
     moe = MOE if kind.endswith("moe") else {}
     if kind == "qwen3_moe":
         text = TEXT | MOE | {"rope_parameters": MERGED, "head_dim": 12}
@@ -46,7 +73,10 @@ def build(kind: str) -> Any:
         cls = t.Qwen3_5MoeConfig if moe else t.Qwen3_5Config
         config = cls(vision_config=VISION, text_config=text, **ids)
         model = (t.Qwen3_5MoeForConditionalGeneration if moe else t.Qwen3_5ForConditionalGeneration)(config)
-    model = lively(model)
+    return _loud(lively(model))
+
+
+def _loud(model: Any) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1 and ("merger" in name or ("language_model" in name and "self_attn" in name)):

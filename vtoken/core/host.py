@@ -123,8 +123,11 @@ _BUILTIN = (
     ("open_clip", "tower", "vtoken.hosts.open_clip.adapter", "OpenClipAdapter"),
     ("transformers", "tower", "vtoken.hosts.transformers.timm_wrapper", "TimmWrapperAdapter"),
     ("transformers", "tower", "vtoken.hosts.transformers.adapter", "HFAdapter"),
+    ("transformers", "prompt", "vtoken.hosts.pixtral.family", "LlavaPixtral"),  # asked first: it looks at the tower
     ("transformers", "prompt", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
+    ("transformers", "prompt", "vtoken.hosts.pixtral.family", "Mistral3"),
     ("transformers", "prompt", "vtoken.hosts.qwen.family", "QwenVL"),
+    ("transformers", "prompt", "vtoken.hosts.qwen.glm", "Glm4V"),
     ("transformers", "prompt", "vtoken.hosts.internvl.family", "InternVL"),
     ("transformers", "prompt", "vtoken.hosts.idefics.family", "Idefics"),
     ("transformers", "prompt", "vtoken.hosts.gemma.gemma3", "Gemma3"),

@@ -138,7 +138,7 @@ class Tiles(Family):
             parts[self.tower_name] = watch.over(tower, self.path, self.attention, self.keys)
         if "before" in needs.features:
             parts |= self.reading(model, seen.append)
-        named = named_for(inner.get_image_features, given, self.side)
+        named = self.arguments(model, given)
         out = (view(inner, **parts) if parts else inner).get_image_features(**named, return_dict=True)
         lengths = [v.length for v in visuals]
         self.check_tokens(model, out, given, lengths)
@@ -149,10 +149,10 @@ class Tiles(Family):
 
         found, attention, keys = watch.attention(), None, None
         if found is not None:
-            attention = [rows.T for rows in split(self._means(model, torch.stack(found, dim=-1)))]
+            attention = [rows.T for rows in split(self.means(model, given, torch.stack(found, dim=-1)))]
         if watch.projected is not None:
             heads = int(tower.config.num_attention_heads)
-            keys = split(self._means(model, watch.projected.unflatten(-1, (heads, -1)).float().mean(-2)))
+            keys = split(self.means(model, given, watch.projected.unflatten(-1, (heads, -1)).float().mean(-2)))
         return Encoded({"image": out}, [split(rows_of(out))], attention, split(seen[0]) if seen else None, keys)
 
     def check_tokens(self, model: Any, out: Any, given: dict[str, Any], lengths: Sequence[int]) -> None:
@@ -164,7 +164,11 @@ class Tiles(Family):
                 "processor and the model disagree on the token count"
             )
 
-    def _means(self, model: Any, rows: Tensor) -> Tensor:
+    def arguments(self, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """What `get_image_features` is called with."""
+        return named_for(model.model.get_image_features, given, self.side)
+
+    def means(self, model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
         """Means [tiles, n, c] over the patches of every token, of rows [tiles, prefix + patches, c]."""
         (height, width), side = self.grid(model), self.side_of(model)
         return rows[:, self.prefix :].unflatten(1, (height, side, width, side)).mean((2, 4)).flatten(1, 2)
@@ -206,7 +210,7 @@ class Tiles(Family):
         tokens = rows * columns + self.prefix
         embedding = [p.numel() for n, p in tower.embeddings.named_parameters() if "patch" in n and n.endswith("weight")]
         blocks = sum(tokens * linear_macs(block) + 2 * width * tokens**2 for block in self._blocks(model))
-        total = rows * columns * sum(embedding) + blocks
+        total = rows * columns * sum(embedding) + blocks + (_head_macs(tower, tokens) if hasattr(tower, "head") else 0)
         return total, total
 
     def scoring_macs(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> int:
@@ -257,6 +261,12 @@ def named_in_front(ids: Tensor, runs: Sequence[Run], tiles: Sequence[int], *, cl
             found[-1] += count
             begins = closing and name == told
     return found
+
+
+def _head_macs(tower: Any, tokens: int) -> int:
+    """Of SigLIP's pooling head, which runs although nobody reads it: one query over all tokens."""
+    width = int(tower.config.hidden_size)
+    return (2 + 2 * tokens) * width**2 + 2 * tokens * width + linear_macs(tower.head.mlp)
 
 
 def pair_of(value: Any) -> tuple[int, int]:

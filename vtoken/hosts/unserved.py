@@ -15,10 +15,15 @@ from vtoken.hosts.gemma.paligemma import PaliGemma
 from vtoken.hosts.idefics.family import Idefics
 from vtoken.hosts.internvl.family import InternVL
 from vtoken.hosts.llava.adapter import LlavaAdapter
+from vtoken.hosts.pixtral.family import Mistral3
 from vtoken.hosts.qwen.family import QwenVL
+from vtoken.hosts.qwen.glm import Glm4V
+from vtoken.prompts.family import Family
 
 #: The families that are served.
-FAMILIES = (LlavaAdapter, QwenVL, InternVL, Idefics, Gemma3, PaliGemma, AyaVision, Cohere2Vision)
+FAMILIES: tuple[type[Family], ...] = (
+    LlavaAdapter, QwenVL, Glm4V, InternVL, Idefics, Gemma3, PaliGemma, AyaVision, Cohere2Vision, Mistral3,
+)  # fmt: skip
 #: Why well-known relatives are refused, by the module of transformers.models.
 REASONS = {
     "llava_next_video": "its video frames are pooled before the projector, which is not supported yet",

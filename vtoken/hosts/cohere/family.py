@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from vtoken.core.patch import view
+from vtoken.core.calling import call_with
 from vtoken.core.visual import Needs
 from vtoken.errors import ConfigError
 from vtoken.hosts.llava.features import feature_layer
@@ -42,7 +42,7 @@ class Cohere2Vision(Tiles):
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
         """By the projector, whose shuffle has been done."""
-        projected: Tensor = view(model.model.multi_modal_projector, pixel_shuffle=lambda x: x)(rows)
+        projected: Tensor = call_with(model.model.multi_modal_projector, {"pixel_shuffle": nn.Identity()}, rows)
         return projected
 
     def cut(self, model: Any, size: tuple[int, int]) -> int:
