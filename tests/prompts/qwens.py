@@ -39,8 +39,8 @@ def _glm(kind: str) -> Any:
     text = TEXT | {"rope_parameters": MERGED | {"partial_rotary_factor": 1.0}, "head_dim": 12}
     ids = {name: value for name, value in ids.items() if not name.startswith("vision_")}
     if kind == "glm4v_moe":
-        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
-                 "n_group": 1, "topk_group": 1, "n_shared_experts": 1}  # fmt: skip
+        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1}
+        text |= {"first_k_dense_replace": 1, "topk_group": 1, "n_shared_experts": 1}
     config_class, cls = {
         "glm4v": (t.Glm4vConfig, t.Glm4vForConditionalGeneration),
         "glm4v_moe": (t.Glm4vMoeConfig, t.Glm4vMoeForConditionalGeneration),
@@ -48,7 +48,8 @@ def _glm(kind: str) -> Any:
     }[kind]
     parts: dict[str, Any] = {"text_config": text, "vision_config": vision}
     if kind == "glm46v":
-        parts = {"text_config": t.models.glm4v.Glm4vTextConfig(**text), "vision_config": t.models.glm4v.Glm4vVisionConfig(**vision)}
+        own = t.models.glm4v
+        parts = {"text_config": own.Glm4vTextConfig(**text), "vision_config": own.Glm4vVisionConfig(**vision)}
     return _loud(lively(cls(config_class(**parts, **ids, image_start_token_id=START, image_end_token_id=END))))
 
 

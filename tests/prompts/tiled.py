@@ -30,7 +30,7 @@ SIGLIP: dict[str, Any] = {
 def build(kind: str, **options: Any) -> Any:
     """A tiny model, with weights under which its answer depends on what it sees."""
     t = transformers
-    text = {name: value for name, value in TEXT.items()}
+    text = dict(TEXT)
     if kind in ("smolvlm", "idefics3"):
         config_class, vision_class, cls = (
             (t.SmolVLMConfig, t.models.smolvlm.SmolVLMVisionConfig, t.SmolVLMForConditionalGeneration)
@@ -59,7 +59,11 @@ def build(kind: str, **options: Any) -> Any:
         )  # fmt: skip
     elif kind in SIDE:
         pixtral = t.PixtralVisionConfig(**SIGLIP | {"hidden_size": 48, "head_dim": 16})
-        common = {"vision_config": pixtral, "text_config": t.MistralConfig(**text), "image_token_index": IMAGE} | options
+        common = {
+            "vision_config": pixtral,
+            "text_config": t.MistralConfig(**text),
+            "image_token_index": IMAGE,
+        } | options
         if kind == "mistral3":
             cls, config = t.Mistral3ForConditionalGeneration, t.Mistral3Config(**common, spatial_merge_size=2)
         else:

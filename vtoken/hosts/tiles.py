@@ -35,7 +35,7 @@ class Tiles(Family):
     prefix: ClassVar[int] = 0
     #: Whether one row in front of the projector can be projected by itself.
     per_token: ClassVar[bool] = True
-    side = ("pixel_values",)
+    side: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     def side_of(self, model: Any) -> int:
         """Patches along one side of a token."""
@@ -206,7 +206,8 @@ class Tiles(Family):
 
     def tower_macs(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
         """Of one tile: patch embedding, linear layers, attention."""
-        tower, (rows, columns), width = self.tower(model), self.patches(model), int(self.tower(model).config.hidden_size)
+        tower, (rows, columns) = self.tower(model), self.patches(model)
+        width = int(tower.config.hidden_size)
         tokens = rows * columns + self.prefix
         embedding = [p.numel() for n, p in tower.embeddings.named_parameters() if "patch" in n and n.endswith("weight")]
         blocks = sum(tokens * linear_macs(block) + 2 * width * tokens**2 for block in self._blocks(model))

@@ -23,7 +23,9 @@ class Idefics(Tiles):
     """Rows of a batch are filled up with black tiles, which the model leaves out."""
 
     name = "transformers Idefics3 and SmolVLM"
-    models = frozenset({("idefics3", "Idefics3ForConditionalGeneration"), ("smolvlm", "SmolVLMForConditionalGeneration")})
+    models = frozenset(
+        {("idefics3", "Idefics3ForConditionalGeneration"), ("smolvlm", "SmolVLMForConditionalGeneration")}
+    )
     towers = frozenset({("idefics3", "Idefics3VisionTransformer"), ("smolvlm", "SmolVLMVisionTransformer")})
     tower_name = "vision_model"
     side = ("pixel_values", "pixel_attention_mask")
@@ -37,7 +39,7 @@ class Idefics(Tiles):
         return named_in_front(ids, runs, tiles, closing=True)
 
     def tiles(self, model: Any, given: dict[str, Any], runs: list[Run]) -> list[int]:
-        """From placeholders alone: of the tiles [B, T, C, H, W] some fill rows up, which only their values would tell."""
+        """By placeholders alone: of the tiles [B, T, C, H, W] some fill rows up, as only values would tell."""
         pixels, rows = given["pixel_values"], len(given["input_ids"])
         self._check_pixels(model, pixels, rows)
         size, most = Cell(self.grid(model)).tokens, int(pixels.shape[1])

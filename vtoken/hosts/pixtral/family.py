@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Mistral3(Tiles):
     models = frozenset({("mistral3", "Mistral3ForConditionalGeneration")})
     towers = frozenset({("pixtral", "PixtralVisionModel")})
     path, attention = ("transformer", "layers"), "attention"
-    side = ("pixel_values", "image_sizes", "vision_feature_layer")
+    side: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "vision_feature_layer")
 
     def side_of(self, model: Any) -> int:
         """By its settings."""
@@ -90,7 +90,9 @@ class Mistral3(Tiles):
     def means(self, model: Any, given: dict[str, Any], rows: Tensor) -> Tensor:
         """Tokens [n, c] of all images, from patches [1, N, c]; what is left at an edge belongs to no token."""
         side, found = self.side_of(model), []
-        for part, (height, width) in zip(rows[0].split(self._rows(model, given)), self._grids(model, given), strict=True):
+        for part, (height, width) in zip(
+            rows[0].split(self._rows(model, given)), self._grids(model, given), strict=True
+        ):
             high, wide = height // side, width // side
             grid = part.unflatten(0, (height, width))[: high * side, : wide * side]
             found.append(grid.unflatten(0, (high, side)).unflatten(2, (wide, side)).mean((1, 3)).flatten(0, 1))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class QwenVL(Family):
             ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
         }
     )
-    kinds = ("image", "video")
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
     axes = 3
     side = _SIDE
 
