@@ -37,7 +37,7 @@ FAMILIES: dict[str, set[str]] = {
     "llava": {"transformers"},
     "internvl": {"llava"},
     "idefics": set(),
-    "gemma": set(),
+    "gemma": {"qwen"},
     "cohere": {"llava"},
     "pixtral": {"llava"},
     "qwen": set(),

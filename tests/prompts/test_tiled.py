@@ -24,14 +24,9 @@ from tests.prompts.tiled import IMAGE, KINDS, SIDE, SIZE, TILES, alone, build, c
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE]}
 BEAMS = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
-#: Whose generate takes no embeddings: it wants ready outputs, which older releases have no argument for.
-IDS_ALONE = ("gemma3", "paligemma")
+#: Whose image tokens see each other, so that a chunk of a prompt lacks the rest of its image.
+BOTH_WAYS = ("gemma3", "paligemma")
 ready = pytest.mark.skipif(not tiled.takes_outputs(), reason="this release takes no ready outputs")
-
-
-def generates(kind: str) -> bool:
-    """Whether prompts of this kind can be generated from in this release."""
-    return tiled.takes_outputs() or kind not in IDS_ALONE
 
 
 def of_row(kind: str, values: Any, row: int) -> list[Any]:
@@ -78,7 +73,7 @@ def test_pruned_is_hand_fed(kind: str, config: Any) -> None:
     with vtoken.applied(model, config):
         out, trace = vtoken.trace(model, **given)
         right = vtoken.trace(model, **call(kind, "right"))[0].logits
-        ids = model.generate(**given, **GREEDY) if generates(kind) else None
+        ids = model.generate(**given, **GREEDY)
         finals = vtoken.encode_images(model, given)
     record = trace.prompt
     assert list(record.full_lengths) == sizes(kind)
@@ -89,22 +84,18 @@ def test_pruned_is_hand_fed(kind: str, config: Any) -> None:
         mine = [k.tolist() for k in of_row(kind, record.kept, row)]
         logits, new = fed(
             kind, model, alone(kind, given, row), of_row(kind, rows, row), mine, original=original,
-            new=4 if ids is not None else 0,
+            new=4,
         )  # fmt: skip
         seen = record.index[row] >= 0
         assert_close("logits", logits, out.logits[row][seen], 1e-5)
         assert_close("right padding", logits, right[row][: len(logits)], 1e-5)
-        if ids is not None:
-            assert ids[row, -4:].tolist() == new, row
-    if ids is not None:
-        assert torch.equal(ids[:, :-4], given["input_ids"])
+        assert ids[row, -4:].tolist() == new, row
+    assert torch.equal(ids[:, :-4], given["input_ids"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_beams_static_caches_and_chunks_with_unequal_counts(kind: str) -> None:
-    if not generates(kind):
-        pytest.skip("this release takes no ready outputs")
     model, given = build(kind), call(kind)
     counts = [1 + (3 * i + 1) % 4 for i in range(len(sizes(kind)))]
     assert len(set(counts)) > 1
@@ -112,8 +103,9 @@ def test_beams_static_caches_and_chunks_with_unequal_counts(kind: str) -> None:
     with vtoken.budget(model, num_tokens=counts):
         greedy, together = model.generate(**given, **GREEDY), model.generate(**given, **BEAMS)
         assert torch.equal(model.generate(**given, **GREEDY, cache_implementation="static"), greedy)
-        assert torch.equal(model.generate(**given, **GREEDY, use_cache=False), greedy)
-        if tiled.takes_outputs() and kind not in IDS_ALONE:  # a chunk of those does not see the rest of its image
+        if kind != "paligemma" or tiled.takes_outputs():  # older releases take new tokens for a part of the prefix
+            assert torch.equal(model.generate(**given, **GREEDY, use_cache=False), greedy)
+        if tiled.takes_outputs() and kind not in BOTH_WAYS:  # a chunk of those does not see the rest of its image
             assert torch.equal(model.generate(**given, **GREEDY, prefill_chunk_size=7), greedy)
     for row in range(len(TILES)):
         if not TILES[row]:
@@ -213,8 +205,6 @@ def test_labels_and_gradients(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_promises_of_a_family(kind: str) -> None:
-    if not generates(kind):
-        pytest.skip("this release takes no ready outputs")
     vtoken.testing.check_family(build(kind), call(kind))
 
 
@@ -369,7 +359,10 @@ def test_what_a_prompt_costs(kind: str) -> None:
         one = {"pixel_values": one["pixel_values"][None]}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.get_image_features(**one)
-    assert report.before.tower_macs + report.before.projector_macs == counter.get_total_flops() // 2
+    expected = counter.get_total_flops() // 2
+    if kind in SIDE:  # older releases make angles by a product
+        expected = pytest.approx(expected, rel=2e-4)
+    assert report.before.tower_macs + report.before.projector_macs == expected
     full = 24 * 16 // SIDE[kind] ** 2 if kind in SIDE else SIZE[kind]
     assert (report.before.image_tokens, report.after.image_tokens) == (full, 2)
     assert report.exact

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vtoken.hosts.tiles import Tiles
+from vtoken.hosts.gemma.route import Gemma
 from vtoken.hosts.watch import Exchanged, Reader
 
 
-class Gemma3(Tiles):
+class Gemma3(Gemma):
     """A token is the mean over a block of patches."""
 
     name = "transformers Gemma 3"

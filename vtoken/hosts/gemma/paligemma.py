@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vtoken.hosts.tiles import Tiles
+from vtoken.hosts.gemma.route import Gemma
 
 
-class PaliGemma(Tiles):
+class PaliGemma(Gemma):
     """A token is a patch; `token_type_ids` tell the prefix from the suffix and are shortened with the ids."""
 
     name = "transformers PaliGemma"
