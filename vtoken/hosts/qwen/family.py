@@ -19,6 +19,7 @@ from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
 from vtoken.errors import ConfigError, InputError, ShapeError, UnsupportedModelError
 from vtoken.hosts.qwen.positions import places
 from vtoken.hosts.watch import Reader, Watch
+from vtoken.prompts.calls import refuse_chunks
 from vtoken.prompts.family import Family, linear_macs, named_for, need, takes_outputs
 
 _SIDE = (
@@ -201,6 +202,8 @@ class QwenVL(Family):
             from vtoken.hosts.qwen.old import encoded
 
             features = call.pop("features")
+            if generating:
+                refuse_chunks(model, call, "needs a transformers whose generate takes mm_encoder_outputs (5.18 does)")
             return encoded(model, call | {"mm_encoder_outputs": features}, self.token_ids(model))
         return super().hand_over(model, call, generating=generating)
 
