@@ -36,7 +36,11 @@ FAMILIES: dict[str, set[str]] = {
     "open_clip": {"timm"},  # whose models it takes as trunks
     "transformers": set(),
     "llava": {"transformers"},
-    "internvl": {"transformers", "llava"},
+    "internvl": {"llava"},
+    "idefics": set(),
+    "gemma": {"qwen"},
+    "cohere": {"llava"},
+    "pixtral": {"llava"},
     "qwen": set(),
     "video": {"transformers", "llava", "qwen"},
 }

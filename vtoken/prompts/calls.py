@@ -163,6 +163,18 @@ def is_decided(inner: Any) -> bool:
     return any(module is inner for module in _decided.get())
 
 
+def fresh(output: Any, **fields: Any) -> Any:
+    """A new output object of the same class with the same values, but for `fields`.
+
+    Some releases keep rows in an attribute that the class has no field for.
+    """
+    made = type(output)(**output)
+    for name, value in {**vars(output), **fields}.items():
+        if value is not None:
+            setattr(made, name, value)
+    return made
+
+
 def chosen(output: Any) -> Any:
     """An output of features, marked as holding what a method chose."""
     output._vtoken_chosen = True

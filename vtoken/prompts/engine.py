@@ -19,7 +19,7 @@ from vtoken.core.trace import current_trace
 from vtoken.core.visual import Chosen, Encoded, Needs, Seen, Visual, in_prompt_order, length_of, placed
 from vtoken.errors import InputError, ShapeError, VTokenError
 from vtoken.prompts.budget import asked_of, clues_for, methods_for
-from vtoken.prompts.calls import cache_of, chosen, is_filled
+from vtoken.prompts.calls import cache_of, chosen, fresh, is_filled
 from vtoken.prompts.shrink import (
     ShortPrompt,
     check_ids,
@@ -406,7 +406,7 @@ def _features(model: Any, visuals: Sequence[Visual], kept: Sequence[Kept], encod
     for kind, output in encoded.outputs.items():
         mine = [i for i, v in enumerate(visuals) if v.kind == kind]
         if all(kept[i].rows is None and len(kept[i].places) == visuals[i].length for i in mine):
-            found[kind] = chosen(type(output)(**output))
+            found[kind] = chosen(fresh(output))
             continue
         levels = [
             [rows_of_level(level[i], kept[i], number) for i in mine] for number, level in enumerate(encoded.levels)
