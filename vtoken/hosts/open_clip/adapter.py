@@ -15,7 +15,7 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from vtoken.core.host import HostAdapter, find_adapter
-from vtoken.core.method import Method
+from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.core.spec import HostSpec, Pair, PatchSpec
 from vtoken.core.watch import Watch
@@ -32,7 +32,7 @@ class OpenClipAdapter(HostAdapter):
 
     name = "open_clip image towers"
     package = "open_clip"
-    hooks = frozenset({"on_block", "on_attention"})
+    serves = (BlockMethod, AttentionMethod)
 
     def tower(self, model: nn.Module) -> tuple[HostAdapter, Any]:
         """The module that runs the image blocks, and the adapter that knows it."""
@@ -89,7 +89,7 @@ class OpenClipAdapter(HostAdapter):
             return adapter.blocks(tower)
         return [(f"transformer.resblocks.{i}", block) for i, block in enumerate(tower.transformer.resblocks)]
 
-    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The tower, then every block with its index."""
         adapter, tower = self.tower(model)
         if adapter is not self:

@@ -12,7 +12,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtoken.core.bound import BoundBlocks, bound, changed
 from vtoken.core.carried import SavesSettings
-from vtoken.core.forward import block_method, forward_of
+from vtoken.core.forward import block_method, forward_of, masks_attention
 from vtoken.core.patch import base_of, forward_with, is_patched, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
@@ -41,7 +41,7 @@ class TowerMixin(SavesSettings):
         return out if return_dict else out.to_tuple()
 
 
-class BackboneMixin:
+class BackboneMixin(SavesSettings):
     """A backbone: it reshapes hidden states to maps, so it gets them spread over all patches."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,11 +95,11 @@ def _without_mask(tower: Any, given: dict[str, Any]) -> dict[str, Any]:
     mask = given.get("pixel_attention_mask")
     if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())):
         return given | {"pixel_attention_mask": None}
-    if will_remove(tower, given["pixel_values"].shape[1]):
+    if will_remove(tower, given["pixel_values"].shape[1]) or masks_attention(tower, len(layers_of(tower))):
         raise InputError(
             "pixel_attention_mask marks padding (or may: a compiled graph cannot look), and padded rows cannot be "
-            "told from image tokens when they merge; batch images of one size with max_num_patches set to their "
-            "patch count, and pass pixel_attention_mask=None"
+            "told from image tokens when they merge, nor have they places on the grid of connectivity masks; batch "
+            "images of one size with max_num_patches set to their patch count, and pass pixel_attention_mask=None"
         )
     return given
 
@@ -122,6 +122,11 @@ def run_tower(
         install_hooks(tower, family.path[0])
     grid = functools.partial(family.images.grid, tower.config, given)
     with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched or family.rotary, dest=watched) as state:
+        if state.grid is None and masks_attention(tower, len(layers_of(tower))):
+            raise InputError(
+                "connectivity masks belong to places on a patch grid, so all images of a batch must have one patch "
+                "grid (spatial_shapes); batch images of one size, or use vtoken.remove(model)"
+            )
         state.watch = rows
         stand_in = _bind(tower, family.path, state, _masked(given))
         if getattr(tower, "use_head", False):
@@ -158,6 +163,11 @@ def asked(model: Any, arguments: dict[str, Any], name: str) -> bool:
 
 
 def _refuse_attentions(asked: bool, state: TokenState) -> None:
+    if asked and any(state.masks(layer) for layer in state.slots):
+        raise InputError(
+            "output_attentions=True cannot be served while a connectivity mask thins out attention: its maps are not "
+            "made. Use vtoken.tracing(model, maps=('attention',)), or vtoken.remove(model)"
+        )
     if asked and state.last is not state.first:
         raise InputError(
             "output_attentions=True cannot be served while tokens are removed: attention maps of different layers then "

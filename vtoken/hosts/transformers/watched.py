@@ -50,7 +50,7 @@ def read(layer: Any, row: Row) -> dict[str, Any]:
 
 def _attend(attn: Any, row: Row, *args: Any, **kwargs: Any) -> Any:
     row.rotate = _rotation(kwargs.get("position_embeddings"))
-    return call_with(attn, Reader(row=row).parts(attn, "k_proj", "q_proj"), *args, **kwargs)
+    return call_with(attn, Reader(row).parts(attn, "k_proj", "q_proj"), *args, **kwargs)
 
 
 def _rotation(table: tuple[Tensor, Tensor] | None) -> Rotation | None:
