@@ -67,6 +67,8 @@ class HFAdapter(HostAdapter):
         if tower_known(type(tower)) is None:
             why = why_not(type(tower)) or why_not(type(model)) or "which vtoken does not know"
             raise UnsupportedModelError(_refusal(model, f"its image tower is a {type(tower).__qualname__}; {why}"))
+        if family_of(tower).images.packed:
+            raise UnsupportedModelError(_refusal(model, "it splits the rows of its tower by the sizes of the images"))
         return tower
 
     def spec(self, model: nn.Module) -> HostSpec:
