@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "hosting": {"core", "hosts"},
     "testing": GROUND | {"core", "ops", "methods", "accounting", "prompts"},
     "cli": GROUND | {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video"},
+    "harness": GROUND | {"core"},
     "__main__": {"errors", "cli"},
 }
 #: The same inside hosts/: a family sees what lies in hosts/ itself, which sees no family, and of the others these.

@@ -71,7 +71,7 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
         ShapeError: if the placeholders fit neither the full nor the kept tokens.
         InputError: if something else of the call cannot be shortened.
     """
-    family, method = model._vtoken_family, model._vtoken.methods["on_features"]
+    family, method = model._vtoken_family, model._vtoken.methods[PromptMethod]
     tokens, embeds = family.token_ids(model), given.get("inputs_embeds")
     if embeds is None:
         ids = given["input_ids"]
@@ -166,7 +166,7 @@ class Layout:
 
 def lay_out(model: Any, given: dict[str, Any], ids: Tensor) -> Layout:
     """The visuals of a call and how much stays of them; nothing has run yet."""
-    family, method = model._vtoken_family, model._vtoken.methods["on_features"]
+    family, method = model._vtoken_family, model._vtoken.methods[PromptMethod]
     needs = method.needs(family.facts(model, given))
     family.refuse(model, given, needs)
     visuals = family.layout(model, given | {"input_ids": ids})

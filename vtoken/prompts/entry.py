@@ -6,12 +6,13 @@ Source: docs/methods/vtc_cls.md 5 to 7.
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.core.carried import SavesSettings
+from vtoken.core.method import PromptMethod
 from vtoken.errors import InputError, VTokenWarning
 from vtoken.prompts.calls import (
     as_it_is,
@@ -44,7 +45,6 @@ class PromptMixin(SavesSettings):
 
     _vtoken: Any
     _vtoken_family: Any
-    _vtoken_part: ClassVar[str] = "prompt"
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
@@ -102,8 +102,6 @@ class PromptMixin(SavesSettings):
 class InnerMixin(SavesSettings):
     """The model inside, which has no place to shorten the labels and the ids that its caller holds."""
 
-    _vtoken_part: ClassVar[str] = "prompt"
-
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
         if (len(args) >= 2 or _has_vision(kwargs)) and not is_decided(self):
@@ -159,7 +157,7 @@ def _generated(
 
 
 def _check_generation(model: Any, call: dict[str, Any]) -> None:
-    method, family = model._vtoken.methods["on_features"], model._vtoken_family
+    method, family = model._vtoken.methods[PromptMethod], model._vtoken_family
     uncached = setting(model, call, "use_cache") is False
     if uncached and call.get("position_ids") is not None and family.axes == 1 and family.original(method):
         raise InputError("positions='original' leaves gaps, which generate(use_cache=False) takes for packed sequences")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vtoken.core.apply import build_methods
 from vtoken.core.config import MethodConfig
 from vtoken.core.host import Host, HostAdapter, keys_of
-from vtoken.core.method import Method, PromptMethod
+from vtoken.core.method import Methods, PromptMethod
 from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.core.spec import ImageTokens
 from vtoken.core.visual import Encoded, Needs, TowerFacts, Visual, length_of
@@ -35,7 +35,7 @@ class Family(HostAdapter):
 
     part = "prompt"
     package = "transformers"
-    hooks = frozenset({"on_features"})
+    serves = (PromptMethod,)
     #: Classes that it knows: module of transformers.models and class name.
     models: ClassVar[frozenset[tuple[str, str]]] = frozenset()
     #: What it shortens, of "image" and "video".
@@ -145,10 +145,9 @@ class Family(HostAdapter):
 
     # What follows from it.
 
-    def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
+    def check(self, model: nn.Module, methods: Methods) -> None:
         """The method must fit the tower, and its positions and separators the model."""
-        method = methods["on_features"]
-        assert isinstance(method, PromptMethod)
+        method: PromptMethod = methods[PromptMethod]
         self.refuse(model, {}, method.needs(self.facts(model, {})))
         if method.positions == "compact" and self.axes == 3:
             raise ConfigError(
@@ -162,7 +161,7 @@ class Family(HostAdapter):
         """Whether kept tokens keep their places."""
         return self.axes == 3 or method.positions == "original"
 
-    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, and the one inside for those who run it alone."""
         inner: Any = model.model
         return [(model, PromptMixin, {"_vtoken_family": self}), (inner, InnerMixin, {})]
@@ -209,7 +208,7 @@ class Family(HostAdapter):
     def method(self, model: nn.Module, configs: Sequence[MethodConfig]) -> Any:
         """What the settings of the prompt, among these, make; None if there are none."""
         prompt = tuple(c for c in configs if c.part == "prompt")
-        return build_methods(Host(self, model, self.spec(model)), prompt)["on_features"] if prompt else None
+        return build_methods(Host(self, model, self.spec(model)), prompt)[PromptMethod] if prompt else None
 
 
 def linear_macs(module: nn.Module) -> int:
