@@ -41,7 +41,7 @@ class TowerMixin(SavesSettings):
         return out if return_dict else out.to_tuple()
 
 
-class BackboneMixin:
+class BackboneMixin(SavesSettings):
     """A backbone: it reshapes hidden states to maps, so it gets them spread over all patches."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
