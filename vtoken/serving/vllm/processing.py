@@ -52,9 +52,11 @@ class PruningInfo:
         """Part of every image's hash, by which features are cached: the settings belong to it."""
         return f"{self.ctx.model_config.model}|{json.dumps(self.pruning.settings.to_dict())}"
 
-    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+    @cached_property
+    def allowed_mm_limits(self: Any) -> Mapping[str, int]:
         """Images alone."""
-        return {"image": None}
+        own = super().allowed_mm_limits  # type: ignore[misc]
+        return {kind: limit if kind == "image" else 0 for kind, limit in own.items()}
 
     def get_mm_max_tokens_per_item(self: Any, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
         """Of the whole image, which a request may ask for."""

@@ -44,7 +44,7 @@ for _stock in (
 need(SupportsMultiModalPruning, "recompute_mrope_positions", *_RECOMPUTE)
 
 
-class _Qwen(SupportsMultiModalPruning):
+class _Qwen:
     """Mixin in front of vLLM's class."""
 
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
@@ -145,6 +145,9 @@ class _Parser(qwen2_vl.Qwen2VLMultiModalDataParser):
             raise InputError("ready rows of this model come with their grids, as vtoken.serving.image_embeds gives them")
         return super()._parse_image_data(data)
 
+    def _parse_video_data(self, data: Any) -> Any:
+        raise InputError("videos are not shortened inside vLLM: this class takes images alone")
+
 
 def _checked(data: dict[str, Any], merge: int, width: int | None) -> Any:
     """Items of ready rows; raises InputError for what would end the engine, or place rows wrongly."""
@@ -242,7 +245,9 @@ class _Qwen3VLProcessor(_QwenProcessor, qwen3_vl.Qwen3VLMultiModalProcessor):
 @MULTIMODAL_REGISTRY.register_processor(
     _Qwen2VLProcessor, info=_Qwen2VLInfo, dummy_inputs=qwen2_vl.Qwen2VLDummyInputsBuilder
 )
-class VTokenQwen2VLForConditionalGeneration(_Qwen, qwen2_vl.Qwen2VLForConditionalGeneration):
+class VTokenQwen2VLForConditionalGeneration(
+    _Qwen, qwen2_vl.Qwen2VLForConditionalGeneration, SupportsMultiModalPruning
+):  # fmt: skip
     """Qwen2-VL, images alone."""
 
 
