@@ -1,0 +1,299 @@
+"""vtoken inside a real vLLM engine, which gives the ids of transformers with vtoken. Run by `make test-vllm`.
+
+Engines live in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), but for the server and for what could hang.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+import transformers
+import vllm
+
+import vtoken
+from tests.serving import tiny
+from vtoken.core.config import make_config
+
+#: A model, a method in it, and how the engine is set; chunks are smaller than a prompt, and than two images.
+ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llava": ("llava", "vtc_cls", {"num_tokens": 8}),
+    "llava-merged": ("llava", "visionzip", {"num_tokens": 8}),
+    "llava_next": ("llava_next", "vtc_cls", {"num_tokens": 8, "newline": "all"}),
+    "qwen2_vl": ("qwen2_vl", "divprune", {"num_tokens": 4, "space": "before"}),
+    "qwen2_5_vl": ("qwen2_5_vl", "vtc_cls", {"num_tokens": 4, "scorer": "received"}),
+    "qwen3_vl": ("qwen3_vl", "visionzip", {"num_tokens": 4}),
+}
+SIZES = [(56, 56), (112, 84), (84, 140), (140, 56)]
+ASKED: list[dict[str, Any]] = [{}, {"num_tokens": 3}, {"num_tokens": 5}, {"num_tokens": 999}, {"keep_ratio": 0.7}]
+NEW = 10
+Call = tuple[str, list[Any], dict[str, Any]]
+
+
+def calls(kind: str, count: int = 20) -> list[Call]:
+    """Prompts with no image, one or two, and what each asks for."""
+    found: list[Call] = []
+    for i in range(count):
+        n = (1, 1, 2, 0, 1)[i % 5]
+        sizes = [SIZES[0] if kind == "llava" else SIZES[(i + j) % 4] for j in range(n)]
+        images = [tiny.image(100 + 2 * i + j, size) for j, size in enumerate(sizes)]
+        found.append((tiny.prompt(kind, i, n), images, ASKED[3 * i % 5] if n else {}))
+    return found
+
+
+def loaded(folder: Path, settings: Any) -> Any:
+    """transformers' model with the method."""
+    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return vtoken.apply(model, settings)
+
+
+def reference(model: Any, folder: Path, wanted: list[Call]) -> list[list[int]]:
+    """Ids of transformers with vtoken, one prompt at a time."""
+    found = []
+    for text, images, asked in wanted:
+        given = processed(folder, text, images)
+        with vtoken.budget(model, **asked):
+            ids = model.generate(**given, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+        found.append(ids[0, given["input_ids"].shape[1] :].tolist())
+    return found
+
+
+def processed(folder: Path, text: str, images: list[Any]) -> Any:
+    """What the model's processor makes of a prompt."""
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    return processor(text=[text], return_tensors="pt", **({"images": images} if images else {}))
+
+
+def request(text: str, images: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """The same prompt for vLLM."""
+    found: dict[str, Any] = {"prompt": text}
+    if images is not None and len(images):
+        found["multi_modal_data"] = {"image": images}
+    return found | ({"mm_processor_kwargs": {"vtoken": asked}} if asked else {})
+
+
+def answers(engine: Any, requests: list[dict[str, Any]]) -> list[list[int]]:
+    """Ids of an engine, all prompts at once."""
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    return [list(out.outputs[0].token_ids) for out in engine.generate(requests, sampling, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("models")
+    return {kind: tiny.save(kind, place / kind) for kind in tiny.KINDS}
+
+
+@contextlib.contextmanager
+def engine(folder: Path, settings: Any, **options: Any) -> Iterator[Any]:
+    """A small engine, gone afterwards."""
+    made = vllm.LLM(
+        model=str(folder), hf_overrides=vtoken.serving.check(folder, settings), dtype="float32", enforce_eager=True,
+        max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=32 << 20, limit_mm_per_prompt={"image": 2},
+        enable_mm_embeds=True, **options,
+    )  # fmt: skip
+    try:
+        yield made
+    finally:
+        made.llm_engine.engine_core.shutdown()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_gives_the_ids_of_transformers(name: str, folders: dict[str, Path]) -> None:
+    kind, method, options = ENGINES[name]
+    folder, settings, wanted = folders[kind], make_config(method, options), calls(kind)
+    model = loaded(folder, settings)
+    expected = reference(model, folder, wanted)
+    assert len({tuple(ids) for ids in expected}) > 15  # images and budgets matter
+    short = {} if kind == "llava_next" else {"max_num_batched_tokens": 24}
+    with engine(folder, settings, **short) as made:
+        requests = [request(*call) for call in wanted]
+        assert answers(made, requests) == expected
+        assert answers(made, requests[::-1]) == expected[::-1]  # from the prefix cache, in another batch
+        assert [answers(made, [one])[0] for one in requests[:3]] == expected[:3]
+        mixed = [*(ready(model, folder, call) for call in wanted), *requests[:4]]
+        assert answers(made, mixed) == [*expected, *expected[:4]]
+        _refused_and_answered(kind, made, requests[0], expected[0])
+
+
+def ready(model: Any, folder: Path, call: Call) -> dict[str, Any]:
+    """A request with rows that were made outside the engine."""
+    text, images, asked = call
+    if not images:
+        return request(text, None, {})
+    given = processed(folder, text, images)
+    with vtoken.budget(model, **asked):
+        return request(text, vtoken.serving.image_embeds(vtoken.encode_images(model, given), given), {})
+
+
+def _refused_and_answered(kind: str, made: Any, good: dict[str, Any], expected: list[int]) -> None:
+    """What is wrong is refused in front of the engine, which goes on."""
+    flat = kind.startswith("llava")
+    place = "<image>" if flat else "<|vision_start|> <|image_pad|> <|vision_end|>"
+    narrow, grid = torch.zeros(1, 4, 32), torch.tensor([[1, 4, 4]])
+    wrong: list[tuple[Any, str]] = [
+        (request(good["prompt"], good["multi_modal_data"]["image"], {"num_tokens": 0}), "num_tokens"),
+        (request(good["prompt"], good["multi_modal_data"]["image"], {"tokens": 3}), "num_tokens per request"),
+        (request(good["prompt"], good["multi_modal_data"]["image"], {"num_tokens": [3, 4]}), "one number"),
+        (request(f"{place} w1", narrow if flat else {"image_embeds": narrow[0], "image_grid_thw": grid}, {}), "64|\\[rows"),
+    ]  # fmt: skip
+    if not flat:
+        width = 64 * (3 if kind == "qwen3_vl" else 1)
+
+        def shortened(rows: int, kept: list[int], count: int) -> Any:
+            data = {"image_embeds": torch.zeros(rows, width), "image_grid_thw": grid}
+            return request(f"{place} w1", data | {"image_kept": torch.tensor(kept), "image_rows": torch.tensor([count])}, {})
+
+        wrong += [
+            (shortened(2, [0], 1), "image_rows=\\[1\\]"), (shortened(2, [1, 4], 2), "ascending indices of an image's 4"),
+            (shortened(2, [2, 1], 2), "ascending"), (request("w1 <|image_pad|>", [tiny.image(0)], {}), "ends in an image"),
+            ({"prompt": "w1 <|video_pad|> w2", "multi_modal_data": {"video": torch.zeros(4, 56, 56, 3).numpy()}}, "video"),
+        ]  # fmt: skip
+    for bad, told in wrong:
+        with pytest.raises(Exception, match=told):
+            answers(made, [bad])
+        assert answers(made, [good]) == [expected]
+
+
+def test_settings_that_do_not_fit_are_refused_before_an_engine_starts(folders: dict[str, Path]) -> None:
+    code = """
+import sys, vllm
+from vtoken.errors import VTokenError
+try:
+    vllm.LLM(model=sys.argv[1], hf_overrides={"architectures": [sys.argv[2]], "vtoken": eval(sys.argv[3])},
+             dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=32 << 20)
+except VTokenError as error:
+    print("REFUSED", error)
+"""
+    for kind, settings, told in (
+        ("llava", {"method": "vtc_cls", "num_tokens": 0}, "num_tokens"),
+        ("qwen2_5_vl", {"method": "cdpruner", "num_tokens": 4}, "reads the text"),
+    ):
+        name = tiny.ARCHITECTURES[kind]
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folders[kind]), name, repr(settings)], capture_output=True, text=True,
+            timeout=180, check=False,
+        )  # fmt: skip
+        assert "REFUSED" in done.stdout, done.stderr[-2000:]
+        assert told in done.stdout
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }} "
+    "{% else %}PLACE {% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_server_gives_the_ids_of_transformers(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    kind, method, options = ENGINES[name]
+    folder, settings, wanted = folders[kind], make_config(method, options), calls(kind)
+    model = loaded(folder, settings)
+    expected = reference(model, folder, wanted)
+    place = "<image>" if kind == "llava" else "<|vision_start|> <|image_pad|> <|vision_end|>"
+    (tmp_path / "chat.jinja").write_text(TEMPLATE.replace("PLACE", place))
+    with server(folder, settings, tmp_path) as url:
+        assert [_asked_over_http(url, call, place) for call in wanted] == expected
+        narrow: Any = {"image_embeds": _encoded(torch.zeros(4, 32))}
+        rows: Any = ready(model, folder, wanted[0])["multi_modal_data"]["image"]
+        if kind == "llava":
+            narrow, rows = narrow["image_embeds"], _encoded(rows[0])
+        else:
+            narrow["image_grid_thw"] = _encoded(torch.tensor([[1, 4, 4]]))
+            rows = {name: _encoded(value) for name, value in rows.items()}
+        with pytest.raises(urllib.error.HTTPError) as told:
+            _post(url, [{"type": "image_embeds", "image_embeds": narrow}, {"type": "text", "text": "w1"}], {})
+        assert told.value.code == 400
+        before, _, behind = wanted[0][0].partition(place)
+        parts = [{"type": "text", "text": before}, {"type": "image_embeds", "image_embeds": rows}]
+        assert _post(url, [*parts, {"type": "text", "text": behind}], {}) == expected[0]
+        with pytest.raises(urllib.error.HTTPError) as told:
+            _post(url, [*parts, {"type": "text", "text": behind}], {"num_tokens": 0})
+        assert told.value.code == 400
+        assert _asked_over_http(url, wanted[1], place) == expected[1]
+
+
+@contextlib.contextmanager
+def server(folder: Path, settings: Any, place: Path) -> Iterator[str]:
+    """vLLM's HTTP server in processes of its own; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "m",
+        "--hf-overrides", json.dumps(vtoken.serving.check(folder, settings)), "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "256", "--max-num-seqs", "4", "--kv-cache-memory-bytes", str(32 << 20), "--port", str(port),
+        "--limit-mm-per-prompt", '{"image": 2}', "--enable-mm-embeds", "--trust-request-mm-kwargs", "--chat-template",
+        str(place / "chat.jinja"), "--host", "127.0.0.1",
+    ]  # fmt: skip
+    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with open(place / "log", "w") as log:
+        running = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+    try:
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 240
+        while True:
+            assert running.poll() is None, (place / "log").read_text()[-3000:]
+            assert time.monotonic() < end, (place / "log").read_text()[-3000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=5)
+                break
+            time.sleep(1)
+        yield url
+    finally:
+        os.killpg(running.pid, signal.SIGTERM)
+        try:
+            running.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+
+
+def _encoded(tensor: torch.Tensor) -> str:
+    file = io.BytesIO()
+    torch.save(tensor.contiguous(), file)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _asked_over_http(url: str, call: Call, place: str) -> list[int]:
+    text, images, asked = call
+    texts, parts = text.split(place), []
+    for i, piece in enumerate(texts):
+        parts.append({"type": "text", "text": piece})
+        if i < len(images):
+            file = io.BytesIO()
+            images[i].save(file, "PNG")
+            data = base64.b64encode(file.getvalue()).decode()
+            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+    return _post(url, parts, asked)
+
+
+def _post(url: str, parts: list[dict[str, Any]], asked: dict[str, Any]) -> list[int]:
+    body: dict[str, Any] = {
+        "model": "m", "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": NEW,
+        "ignore_eos": True, "return_token_ids": True, "add_generation_prompt": False,
+    }  # fmt: skip
+    if asked:
+        body["mm_processor_kwargs"] = {"vtoken": asked}
+    sent = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(sent, timeout=60) as got:
+        found: list[int] = json.load(got)["choices"][0]["token_ids"]
+        return found
