@@ -156,11 +156,12 @@ def _checked(data: dict[str, Any], merge: int, width: int | None) -> Any:
     names = {"image_embeds", "image_grid_thw", ROWS, KEPT}
     if not {"image_embeds", "image_grid_thw"} <= set(data) <= names:
         raise InputError(f"ready images are {', '.join(sorted(names))} (the last two if shortened), got {sorted(data)}")
-    rows, grids = data["image_embeds"], torch.as_tensor(data["image_grid_thw"])
-    if rows.dim() != 2 or (width is not None and rows.shape[1] != width):
+    rows, grids = torch.as_tensor(data["image_embeds"]), torch.as_tensor(data["image_grid_thw"])
+    if rows.dim() < 2 or (width is not None and rows.shape[-1] != width):
         raise InputError(f"image_embeds must be [rows, {width}], got {tuple(rows.shape)}")
-    if grids.dim() != 2 or grids.shape[1] != 3 or bool((grids < 1).any()) or bool((grids[:, 1:] % merge).any()):
+    if grids.dim() < 1 or grids.shape[-1] != 3 or bool((grids < 1).any()) or bool((grids[..., 1:] % merge).any()):
         raise InputError(f"image_grid_thw must be [images, 3] of patches that {merge} divides, got {grids.tolist()}")
+    rows, grids = rows.flatten(0, -2), grids.reshape(-1, 3)  # parts of a message come stacked
     if bool((grids[:, 0] != 1).any()):
         raise InputError(f"an image has one frame, got grids {grids.tolist()}")
     tokens = (grids.prod(1) // merge**2).tolist()
@@ -176,13 +177,13 @@ def _checked(data: dict[str, Any], merge: int, width: int | None) -> Any:
     for index, n in zip(kept.split(counts), tokens, strict=True):
         if bool((index < 0).any()) or bool((index >= n).any()) or bool((index.diff() < 0).any()):
             raise InputError(f"{KEPT} must be ascending indices of an image's {n} tokens, got {index.tolist()}")
-    data = data | {"image_grid_thw": grids, ROWS: torch.tensor(counts), KEPT: kept.to(torch.int64)}
+    data = {"image_embeds": rows, "image_grid_thw": grids, ROWS: torch.tensor(counts), KEPT: kept.to(torch.int64)}
     return DictEmbeddingItems(data, "image", required_fields=names, fields_factory=_ready_fields)
 
 
 def _ready_fields(data: Any) -> dict[str, Any]:
     """How the fields of ready rows belong to images."""
-    flat = MultiModalFieldConfig.flat_from_sizes("image", data[ROWS])
+    flat = MultiModalFieldConfig.flat_from_sizes("image", torch.as_tensor(data[ROWS]).flatten())
     whole = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
     return {"image_embeds": flat, KEPT: flat, "image_grid_thw": whole, ROWS: whole}
 
