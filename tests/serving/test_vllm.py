@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -24,8 +25,12 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("vllm")
-
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed here: make test-vllm", allow_module_level=True)
+# Read by vLLM when it is imported.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1"
+)
 import transformers
 import vllm
 
@@ -42,6 +47,8 @@ ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2_5_vl": ("qwen2_5_vl", "vtc_cls", {"num_tokens": 4, "scorer": "received"}),
     "qwen3_vl": ("qwen3_vl", "visionzip", {"num_tokens": 4}),
 }
+#: Where an image stands in a prompt, of Qwen-VL and of LLaVA.
+PLACES = ("<|vision_start|> <|image_pad|> <|vision_end|>", "<image>")
 SIZES = [(56, 56), (112, 84), (84, 140), (140, 56)]
 ASKED: list[dict[str, Any]] = [{}, {"num_tokens": 3}, {"num_tokens": 5}, {"num_tokens": 999}, {"keep_ratio": 0.7}]
 NEW = 10
@@ -146,27 +153,25 @@ def ready(model: Any, folder: Path, call: Call) -> dict[str, Any]:
 
 def _refused_and_answered(kind: str, made: Any, good: dict[str, Any], expected: list[int]) -> None:
     """What is wrong is refused in front of the engine, which goes on."""
-    flat = kind.startswith("llava")
-    place = "<image>" if flat else "<|vision_start|> <|image_pad|> <|vision_end|>"
-    narrow, grid = torch.zeros(1, 4, 32), torch.tensor([[1, 4, 4]])
-    wrong: list[tuple[Any, str]] = [
-        (request(good["prompt"], good["multi_modal_data"]["image"], {"num_tokens": 0}), "num_tokens"),
-        (request(good["prompt"], good["multi_modal_data"]["image"], {"tokens": 3}), "num_tokens per request"),
-        (request(good["prompt"], good["multi_modal_data"]["image"], {"num_tokens": [3, 4]}), "one number"),
-        (request(f"{place} w1", narrow if flat else {"image_embeds": narrow[0], "image_grid_thw": grid}, {}), "64|\\[rows"),
-    ]  # fmt: skip
+    flat, grid = kind.startswith("llava"), torch.tensor([[1, 4, 4]])
+    text = f"{PLACES[flat]} w1"
+    narrow = torch.zeros(1, 4, 32) if flat else {"image_embeds": torch.zeros(4, 32), "image_grid_thw": grid}
+    wrong: list[tuple[Any, str]] = [(request(text, narrow, {}), "64|\\[rows, 192")]
+    for asked, told in (
+        ({"num_tokens": 0}, "num_tokens"), ({"tokens": 3}, "num_tokens per request"),
+        ({"num_tokens": [3, 4]}, "one number"),
+    ):  # fmt: skip
+        wrong.append((good | {"mm_processor_kwargs": {"vtoken": asked}}, told))
     if not flat:
-        width = 64 * (3 if kind == "qwen3_vl" else 1)
-
-        def shortened(rows: int, kept: list[int], count: int) -> Any:
-            data = {"image_embeds": torch.zeros(rows, width), "image_grid_thw": grid}
-            return request(f"{place} w1", data | {"image_kept": torch.tensor(kept), "image_rows": torch.tensor([count])}, {})
-
+        rows = torch.zeros(2, 64 * (3 if kind == "qwen3_vl" else 1))
+        whole = {"image_embeds": rows, "image_grid_thw": grid, "image_rows": torch.tensor([2])}
+        for kept, told in (([0], "1 image_kept"), ([1, 4], "indices of an image's 4"), ([2, 1], "ascending")):
+            wrong.append((request(text, whole | {"image_kept": torch.tensor(kept)}, {}), told))
+        video = {"video": torch.zeros(4, 56, 56, 3).numpy()}
         wrong += [
-            (shortened(2, [0], 1), "image_rows=\\[1\\]"), (shortened(2, [1, 4], 2), "ascending indices of an image's 4"),
-            (shortened(2, [2, 1], 2), "ascending"), (request("w1 <|image_pad|>", [tiny.image(0)], {}), "ends in an image"),
-            ({"prompt": "w1 <|video_pad|> w2", "multi_modal_data": {"video": torch.zeros(4, 56, 56, 3).numpy()}}, "video"),
-        ]  # fmt: skip
+            (request("w1 <|image_pad|>", [tiny.image(0)], {}), "ends in an image"),
+            ({"prompt": "w1 <|video_pad|> w2", "multi_modal_data": video}, "video"),
+        ]
     for bad, told in wrong:
         with pytest.raises(Exception, match=told):
             answers(made, [bad])
@@ -175,25 +180,40 @@ def _refused_and_answered(kind: str, made: Any, good: dict[str, Any], expected: 
 
 def test_settings_that_do_not_fit_are_refused_before_an_engine_starts(folders: dict[str, Path]) -> None:
     code = """
-import sys, vllm
+import json, sys, vllm
 from vtoken.errors import VTokenError
-try:
-    vllm.LLM(model=sys.argv[1], hf_overrides={"architectures": [sys.argv[2]], "vtoken": eval(sys.argv[3])},
-             dtype="float32", enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=32 << 20)
-except VTokenError as error:
-    print("REFUSED", error)
+for folder, name, settings, told in json.loads(sys.argv[1]):
+    try:
+        vllm.LLM(model=folder, hf_overrides={"architectures": [name], "vtoken": settings}, dtype="float32",
+                 enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=32 << 20)
+    except VTokenError as error:
+        print("REFUSED" if told in str(error) else f"WRONG {error}")
 """
-    for kind, settings, told in (
+    cases = [
         ("llava", {"method": "vtc_cls", "num_tokens": 0}, "num_tokens"),
+        ("llava", {"method": "pitome", "ratio": 0.9}, "cannot be served"),
+        ("llava", {"num_tokens": 4}, 'names no "method"'),
+        ("llava_next", {"method": "vtc_cls", "num_tokens": 4}, "newline='all'"),
         ("qwen2_5_vl", {"method": "cdpruner", "num_tokens": 4}, "reads the text"),
-    ):
-        name = tiny.ARCHITECTURES[kind]
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folders[kind]), name, repr(settings)], capture_output=True, text=True,
-            timeout=180, check=False,
-        )  # fmt: skip
-        assert "REFUSED" in done.stdout, done.stderr[-2000:]
-        assert told in done.stdout
+        ("qwen2_5_vl", {"method": "vtc_cls", "num_tokens": 4, "start_layer": 0}, "windows"),
+    ]
+    given = json.dumps([(str(folders[kind]), tiny.ARCHITECTURES[kind], *rest) for kind, *rest in cases])
+    done = subprocess.run(
+        [sys.executable, "-c", code, given], capture_output=True, text=True, timeout=240, check=False
+    )  # fmt: skip
+    assert done.stdout.split() == ["REFUSED"] * len(cases), done.stdout + done.stderr[-2000:]
+
+
+def test_serve_check_counts_as_the_library(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    from vtoken.__main__ import main
+
+    words = "--method divprune keep_ratio=0.25 --size 112 84 --requests 2 --new 4 --json --engine dtype=float32"
+    options = f"{words} max_model_len=256 kv_cache_memory_bytes={32 << 20}".split()
+    assert main(["serve-check", str(folders["qwen2_5_vl"]), *options]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [found[name]["image_tokens"] for name in ("whole", "short")] == [12, 3]
+    assert found["whole"]["prompt_tokens"] - found["short"]["prompt_tokens"] == 9
+    assert found["short"]["cache_bytes"] == found["short"]["prompt_tokens"] * 2 * 2 * 64 * 4
 
 
 TEMPLATE = (
@@ -208,7 +228,7 @@ def test_a_server_gives_the_ids_of_transformers(name: str, folders: dict[str, Pa
     folder, settings, wanted = folders[kind], make_config(method, options), calls(kind)
     model = loaded(folder, settings)
     expected = reference(model, folder, wanted)
-    place = "<image>" if kind == "llava" else "<|vision_start|> <|image_pad|> <|vision_end|>"
+    place = PLACES[kind == "llava"]
     (tmp_path / "chat.jinja").write_text(TEMPLATE.replace("PLACE", place))
     with server(folder, settings, tmp_path) as url:
         assert [_asked_over_http(url, call, place) for call in wanted] == expected
@@ -225,7 +245,9 @@ def test_a_server_gives_the_ids_of_transformers(name: str, folders: dict[str, Pa
         before, _, behind = wanted[0][0].partition(place)
         parts = [{"type": "text", "text": before}, {"type": "image_embeds", "image_embeds": rows}]
         assert _post(url, [*parts, {"type": "text", "text": behind}], {}) == expected[0]
-        assert "num_tokens" in _refused(url, [{"type": "text", "text": "w1"}, _picture(wanted[0][1][0])], {"num_tokens": 0})
+        assert "num_tokens" in _refused(
+            url, [{"type": "text", "text": "w1"}, _picture(wanted[0][1][0])], {"num_tokens": 0}
+        )
         assert _asked_over_http(url, wanted[1], place) == expected[1]
 
 

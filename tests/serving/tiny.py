@@ -11,7 +11,9 @@ import transformers
 from PIL import Image
 
 WORDS = [f"w{i}" for i in range(80)]
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+SPECIAL = [
+    "<pad>", "<s>", "</s>", "<unk>", "<image>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
 ID = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
 TEXT: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models import llava as llava
-from vllm.model_executor.models import llava_next as llava_next
+from vllm.model_executor.models import llava, llava_next
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
@@ -100,9 +99,7 @@ class _LlavaNextProcessor(PruningProcessor, llava_next.LlavaNextMultiModalProces
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    _LlavaProcessor, info=_LlavaInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
-)
+@MULTIMODAL_REGISTRY.register_processor(_LlavaProcessor, info=_LlavaInfo, dummy_inputs=llava.LlavaDummyInputsBuilder)
 class VTokenLlavaForConditionalGeneration(_Llava, llava.LlavaForConditionalGeneration):
     """LLaVA with a CLIP or SigLIP tower."""
 

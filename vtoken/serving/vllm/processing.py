@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement
 
-from vtoken.errors import ConfigError
+from vtoken.errors import ConfigError, InputError
 from vtoken.serving.pruning import SETTINGS, Pruning, settings_in
 from vtoken.serving.vllm.hooks import need
 
@@ -28,7 +28,7 @@ need(BaseMultiModalProcessor, "_get_mm_fields_config", "hf_inputs", "hf_processo
 
 
 def written(asked: Mapping[str, Any]) -> Tensor:
-    """What a request asks for, as bytes [n] uint8: a field must be a tensor, and floats might lose digits on the way."""
+    """What a request asks for, as bytes [n] uint8: fields are tensors, and floats might lose digits on the way."""
     return torch.tensor(list(json.dumps(asked).encode()), dtype=torch.uint8)
 
 
@@ -71,7 +71,7 @@ class PruningProcessor:
         if SETTINGS in given:
             raise ConfigError(f"{SETTINGS} in mm_processor_kwargs is for requests; the engine's own is in hf_overrides")
         info.pruning  # noqa: B018 - settings that do not fit are refused when the engine starts
-        super().__init__(info, *args, **kwargs)
+        super().__init__(info, *args, **kwargs)  # type: ignore[call-arg]
 
     def _apply_hf_processor_main(self: Any, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         pruning: Pruning = self.info.pruning
@@ -81,6 +81,8 @@ class PruningProcessor:
             lengths = [pruning.length(visual, asked) for visual in pruning.visuals(data)]
             data[ROWS] = torch.tensor(lengths)
             data[ASKED] = written(asked).expand(len(lengths), -1)
+        elif "image_embeds" in data and asked:
+            raise InputError(f"{SETTINGS}={asked} asks for fewer rows of images that come as ready rows")
         elif "image_embeds" in data and ROWS not in data:
             data[ROWS] = torch.tensor([len(rows) for rows in data["image_embeds"]])
         return data

@@ -142,7 +142,9 @@ class _Parser(qwen2_vl.Qwen2VLMultiModalDataParser):
         if isinstance(data, dict):
             return _checked(data, self._spatial_merge_size, self.expected_hidden_size)
         if self.is_embeddings(data):
-            raise InputError("ready rows of this model come with their grids, as vtoken.serving.image_embeds gives them")
+            raise InputError(
+                "ready rows of this model come with their grids, as vtoken.serving.image_embeds gives them"
+            )
         return super()._parse_image_data(data)
 
     def _parse_video_data(self, data: Any) -> Any:
@@ -227,11 +229,11 @@ class _Qwen2VLProcessor(_QwenProcessor, qwen2_vl.Qwen2VLMultiModalProcessor):
     pass
 
 
-class _Qwen2_5_VLInfo(_QwenInfo, qwen2_5_vl.Qwen2_5_VLProcessingInfo):  # noqa: N801 - as vLLM spells it
+class _Qwen2_5_VLInfo(_QwenInfo, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
     pass
 
 
-class _Qwen2_5_VLProcessor(_QwenProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):  # noqa: N801
+class _Qwen2_5_VLProcessor(_QwenProcessor, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
     pass
 
 
@@ -255,7 +257,7 @@ class VTokenQwen2VLForConditionalGeneration(
 @MULTIMODAL_REGISTRY.register_processor(
     _Qwen2_5_VLProcessor, info=_Qwen2_5_VLInfo, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder
 )
-class VTokenQwen2_5_VLForConditionalGeneration(_Qwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):  # noqa: N801
+class VTokenQwen2_5_VLForConditionalGeneration(_Qwen, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL, images alone."""
 
 

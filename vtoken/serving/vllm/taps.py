@@ -94,7 +94,8 @@ class Taps:
         if get_tensor_model_parallel_world_size() > 1:
             raise UnsupportedModelError("keys of this tower cannot be read under tensor parallelism")
         made = out[0] if isinstance(out, tuple) else out  # [T, 1, 3 * H * D]
-        head = int(self._attentions[0].head_size)
+        first: Any = self._attentions[0]
+        head = int(first.head_size)
         self.keys = made.flatten(0, -2).unflatten(1, (3, -1, head))[:, 1].float().mean(1)
 
     def _entered(self, module: Any, args: tuple[Any, ...]) -> None:
