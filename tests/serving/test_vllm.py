@@ -110,12 +110,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def engine(folder: Path, settings: Any, **options: Any) -> Iterator[Any]:
-    """A small engine, gone afterwards."""
+def engine(folder: Path, settings: Any, images: int = 2, **options: Any) -> Iterator[Any]:
+    """A small engine, gone afterwards; without settings, vLLM's own class."""
+    overrides = {} if settings is None else vtoken.serving.check(folder, settings)
     made = vllm.LLM(
-        model=str(folder), hf_overrides=vtoken.serving.check(folder, settings), dtype="float32", enforce_eager=True,
-        max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=32 << 20, limit_mm_per_prompt={"image": 2},
-        enable_mm_embeds=True, **options,
+        model=str(folder), hf_overrides=overrides, dtype="float32", enforce_eager=True, max_model_len=256,
+        max_num_seqs=8, kv_cache_memory_bytes=32 << 20, limit_mm_per_prompt={"image": images}, enable_mm_embeds=True,
+        **options,
     )  # fmt: skip
     try:
         yield made
@@ -176,6 +177,15 @@ def _refused_and_answered(kind: str, made: Any, good: dict[str, Any], expected: 
         with pytest.raises(Exception, match=told):
             answers(made, [bad])
         assert answers(made, [good]) == [expected]
+
+
+def test_ready_rows_on_a_stock_engine_without_a_tower(folders: dict[str, Path]) -> None:
+    """The tower may be on another machine. vLLM's own class wants one count for all."""
+    folder, settings = folders["llava"], vtoken.VTCCLS(num_tokens=8)
+    wanted = [(text, images, {}) for text, images, _ in calls("llava", 10)]
+    model = loaded(folder, settings)
+    with engine(folder, None, images=0) as made:
+        assert answers(made, [ready(model, folder, call) for call in wanted]) == reference(model, folder, wanted)
 
 
 def test_settings_that_do_not_fit_are_refused_before_an_engine_starts(folders: dict[str, Path]) -> None:

@@ -19,7 +19,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.platforms import current_platform
 
 from vtoken.core.visual import Encoded, Visual
-from vtoken.errors import InputError
+from vtoken.errors import InputError, UnsupportedModelError
 from vtoken.serving.pruning import Pruning, settings_in
 from vtoken.serving.vllm.hooks import need
 from vtoken.serving.vllm.processing import ASKED, ROWS, PruningInfo, PruningProcessor, read
@@ -48,6 +48,9 @@ class _Qwen:
     """Mixin in front of vLLM's class."""
 
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
+        if vllm_config.speculative_config is not None:
+            # Its drafter looks at the rows of an image one token further on, and would place them there.
+            raise UnsupportedModelError("speculative decoding cannot be combined with shortened images of Qwen-VL")
         media = vllm_config.model_config.get_multimodal_config()
         # Prunes no video (1 - 1e-18 is 1.0), but lets vLLM call recompute_mrope_positions.
         media.video_pruning_rate = media.video_pruning_rate or 1e-18
