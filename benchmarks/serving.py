@@ -68,7 +68,7 @@ def measure(args: Any) -> list[dict[str, Any]]:
         for method, options in runs:
             found: Trial = trial(
                 folder, make_config(method, options), (SIDE, SIDE), question=question, requests=args.requests,
-                new=args.new, options=engine,
+                new=args.new, rounds=args.rounds, options=engine,
             )  # fmt: skip
             values = {name: value for name, value in asdict(found).items() if name != "ids"}
             base = rows[0] if rows else values
@@ -86,12 +86,18 @@ def measure(args: Any) -> list[dict[str, Any]]:
 
 def show(rows: Sequence[dict[str, Any]], args: Any) -> None:
     """A line per engine."""
-    print(
-        f"LLaVA in vLLM {rows[0]['vllm']}: {args.layers} layers of width {args.width}, {args.requests} prompts at once"
+    size = f"{args.layers} layers of width {args.width}"
+    print(f"LLaVA in vLLM {rows[0]['vllm']}: {size}, {args.requests} prompts at once")
+    head = (
+        ("", 16),
+        ("image", 8),
+        ("prompt", 8),
+        ("cache MiB", 11),
+        ("fewer", 8),
+        ("requests/s", 12),
+        ("tokens/s", 10),
     )
-    print(
-        f"{'':>16}{'image':>8}{'prompt':>8}{'cache MiB':>11}{'fewer':>8}{'requests/s':>12}{'tokens/s':>10}{'faster':>8}"
-    )
+    print("".join(f"{name:>{width}}" for name, width in (*head, ("faster", 8))))
     for row in rows:
         print(
             f"{row['name']:>16}{row['image_tokens']:>8}{row['prompt_tokens']:>8}{row['cache_bytes'] / 2**20:>11.1f}"
@@ -104,7 +110,7 @@ def show(rows: Sequence[dict[str, Any]], args: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, write the result file; 1 if a count is wrong."""
-    top = parser("serving", __doc__)
+    top = parser("serving", __doc__, rounds=3)
     top.add_argument("--method", nargs="+", default=["vtc_cls"], help="methods in the prompt (vtc_cls)")
     top.add_argument("--tokens", type=int, nargs="+", default=[288, 144, 64], help=f"image tokens kept of {PATCHES}")
     top.add_argument("--text", type=int, default=40, help="words behind the image (40)")

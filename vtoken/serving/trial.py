@@ -157,7 +157,8 @@ def _measured(
     kind, _ = vllm.ModelRegistry.resolve_model_cls(overrides["architectures"], engine.llm_engine.model_config)
     prompt = f"{kind.get_placeholder_str('image', 1)} {question}"
     sampling = vllm.SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-    clock, seconds, found = time.process_time if current_platform.is_cpu() else time.perf_counter, list[float](), None
+    clock, seconds = time.process_time if current_platform.is_cpu() else time.perf_counter, list[float]()
+    found: Any = None
     for i in range(rounds + 1):  # the first warms up
         images = [_moved(picture, i * requests + j) for j in range(requests)]
         asked = [{"prompt": prompt, "multi_modal_data": {"image": image}} for image in images]
