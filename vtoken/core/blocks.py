@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtoken.core.bound import alone
 from vtoken.core.calling import is_heard_within
-from vtoken.core.compiled import CompiledBlocks, mark
+from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.method import BlockMethod
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
@@ -111,10 +111,8 @@ def compiled_block(
     """`merged_block` by the graph that serves all layers; what is particular to this one goes in as arguments."""
     method, slot = state.method, state.slots[layer]
     tensors = (slot.size, slot.anchor, slot.dest, slot.protect)
-    for known in (x, *tensors):
-        mark(known)
-    mark(attention.get("rope"), rows=2)
-    fixed = (method, state.num_prefix, slot.track_anchor, slot.track_dest)
+    # torch makes a symbol of a number in its shapes, with a guard for each of them, but a constant of a word.
+    fixed = (method, str(state.num_prefix), slot.track_anchor, slot.track_dest)
     case = (x.shape[0] == 1, min(r, 2), block.training, torch.is_grad_enabled(), x.dtype, x.device, fixed[2:])
     if r == 0:
         state.skip(layer)
@@ -136,13 +134,13 @@ def compiled_block(
 
 
 def _local(
-    fixed: tuple[BlockMethod, int, bool, bool], tensors: Sequence[Tensor | None], x: Tensor, attention: dict[str, Any]
+    fixed: tuple[BlockMethod, str, bool, bool], tensors: Sequence[Tensor | None], x: Tensor, attention: dict[str, Any]
 ) -> tuple[TokenState, dict[str, Any]]:
     """One block's own state, whose slot is at 0, and the arguments of its attention."""
     method, num_prefix, track_anchor, track_dest = fixed
-    state = TokenState(method, num_prefix, track_anchor=track_anchor, track_dest=track_dest)
+    state = TokenState(method, int(num_prefix), track_anchor=track_anchor, track_dest=track_dest)
     size, anchor, dest, protect = tensors
-    state.slots[0] = replace(state.first, size=size, anchor=anchor, dest=dest, protect=protect)
+    state.slots[0] = Slot(size, anchor, dest, protect, track_anchor=track_anchor, track_dest=track_dest)
     bias = state.bias(0, x.dtype)
     return state, attention if bias is None else attention | {"attn_mask": bias}
 

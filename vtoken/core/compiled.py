@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.errors import ConfigError, VTokenError
@@ -49,9 +49,23 @@ class CompiledBlocks:
         # torch keeps its graphs by code object. One of its own for each model and case, so that they do not look
         # through each other's graphs, nor use up each other's limit.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        limit: dict[str, Any] = {"recompile_limit": _GRAPHS} if "recompile_limit" in _ACCEPTED else {}
-        made: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=True, **limit, **self._options)
+        options = dict(self._options)
+        if "recompile_limit" in _ACCEPTED:
+            options["recompile_limit"] = _GRAPHS
+        if "mode" not in options:  # torch takes but one of the two
+            options["options"] = {"guard_filter_fn": _varies, **(options.get("options") or {})}
+        made: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=True, **options)
         return made
+
+
+#: What code is made of. A graph need not ask at each call of each layer whether torch's functions are still themselves:
+#: several hundred questions, behind the weights of a layer all out of cache.
+_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
+
+
+def _varies(guards: Any) -> list[bool]:
+    """Which guards a graph keeps: all but those on the classes and functions of imported files."""
+    return [not (guard.is_global and (isinstance(guard.value, _CODE) or not guard.has_value)) for guard in guards]
 
 
 _ACCEPTED = inspect.signature(torch.compile).parameters
@@ -120,13 +134,3 @@ def _check(methods: Methods) -> None:
         raise ConfigError(
             f"vtoken.compile serves merging methods, not {type(which).__name__}; torch.compile(model) serves all"
         )
-
-
-def mark(tensor: Tensor | None, rows: int = 1) -> None:
-    """Tell the compiler that the batch, dimension 0, and the tokens, dimension `rows`, of a tensor vary.
-
-    A batch of one has a graph of its own.
-    """
-    if tensor is not None:
-        for dim in (0, rows) if tensor.shape[0] > 1 else (rows,):
-            torch._dynamo.mark_dynamic(tensor, dim)

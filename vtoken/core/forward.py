@@ -65,6 +65,12 @@ def applied_methods(model: Any) -> Methods:
     return {} if carried is None else carried.methods
 
 
+def masks_attention(model: Any, depth: int) -> bool:
+    """Whether connectivity masks thin out the attention of any of the `depth` blocks of a patched model."""
+    attention: AttentionMethod | None = applied_methods(model).get(AttentionMethod)
+    return attention is not None and any(attention.acts_on(i) and not attention.is_stock(i) for i in range(depth))
+
+
 def block_method(model: Any) -> BlockMethod:
     """What removes tokens in a patched model."""
     method: BlockMethod = applied_methods(model).get(BlockMethod) or KeepAll()

@@ -14,7 +14,7 @@ from torch import nn
 from vtoken.core.config import MethodConfig
 from vtoken.core.method import AttentionMethod, BlockMethod, Method, Methods
 from vtoken.core.patch import PREDICTOR
-from vtoken.core.spec import HostSpec, ImageTokens, PatchSpec, Plan
+from vtoken.core.spec import HostSpec, ImageTokens, Pair, PatchSpec, Plan
 from vtoken.errors import ConfigError, UnsupportedModelError, VTokenError
 
 
@@ -86,6 +86,10 @@ class HostAdapter:
         """Run the tower on [B, C, H, W] with the attention of its blocks read by a `vtoken.core.watch.Watch`."""
         raise UnsupportedModelError(f"{self.name}: vtoken cannot read class attention there")
 
+    def pair(self, model: nn.Module) -> Pair | None:
+        """Where a model that compares images with texts keeps its parts; None if the model does not."""
+        return None
+
     def patch_spec(self, model: nn.Module) -> PatchSpec:
         """What is known of the patches of a tower of which `masked` can leave some out.
 
@@ -112,6 +116,17 @@ class HostAdapter:
         """
         raise UnsupportedModelError(f"{self.name}: vtoken cannot leave out patches there")
 
+    def logits_and_tokens(self, model: nn.Module, images: Any) -> tuple[Any, Any]:
+        """Logits [B, classes] and patch tokens behind the final norm [B, N, C], of images [B, C, H, W].
+
+        Raises:
+            UnsupportedModelError: if the model is no classifier, or the family cannot tell.
+        """
+        raise UnsupportedModelError(
+            f"{self.name}: vtoken cannot tell the logits and patch tokens of a {type(model).__name__}, as it can for "
+            "timm's models and the image classifiers of transformers; make TeacherOutput from your own frozen model"
+        )
+
     def run_image(self, model: nn.Module, image: Any) -> Any:
         """Run the model's image part on [B, C, H, W]; for models whose forward wants more than an image."""
         return model(image)
@@ -127,9 +142,17 @@ _BUILTIN = {
         ("transformers", "vtoken.hosts.transformers.adapter", "HFAdapter"),
     ),
     "prompt": (
+        ("transformers", "vtoken.hosts.pixtral.family", "LlavaPixtral"),  # asked first: it looks at the tower
         ("transformers", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
+        ("transformers", "vtoken.hosts.pixtral.family", "Mistral3"),
         ("transformers", "vtoken.hosts.qwen.family", "QwenVL"),
+        ("transformers", "vtoken.hosts.qwen.glm", "Glm4V"),
         ("transformers", "vtoken.hosts.internvl.family", "InternVL"),
+        ("transformers", "vtoken.hosts.idefics.family", "Idefics"),
+        ("transformers", "vtoken.hosts.gemma.gemma3", "Gemma3"),
+        ("transformers", "vtoken.hosts.gemma.paligemma", "PaliGemma"),
+        ("transformers", "vtoken.hosts.cohere.family", "Cohere2Vision"),
+        ("transformers", "vtoken.hosts.cohere.family", "AyaVision"),
         ("transformers", "vtoken.hosts.unserved", "UnservedPrompts"),
     ),
     "video": (
@@ -235,9 +258,9 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
         VTokenError: if the model is wrapped or compiled; names the module to use instead.
     """
     refuse_wrappers(model)
-    for adapter in [*(a for a in _registered if a.part == part), *_builtin_adapters(model, part)]:
-        if adapter.matches(model):
-            return adapter
+    adapter = matching_adapter(model, part)
+    if adapter is not None:
+        return adapter
     if part == "prompt":
         raise UnsupportedModelError(
             f"cannot shorten the prompt of {type(model).__module__}.{type(model).__qualname__}: it is no multimodal "
@@ -255,6 +278,12 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
         f"class. Supported hosts: {_supported(part)}.{inner_hint(model)} "
         "`python -m vtoken models` lists names; vtoken.register_adapter adds your own. The model was left as it was."
     )
+
+
+def matching_adapter(model: nn.Module, part: str = "tower") -> HostAdapter | None:
+    """The adapter of the model's family, for one part of the model; None if there is none."""
+    known = [*(a for a in _registered if a.part == part), *_builtin_adapters(model, part)]
+    return next((adapter for adapter in known if adapter.matches(model)), None)
 
 
 def _supported(part: str) -> str:

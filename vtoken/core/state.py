@@ -131,6 +131,15 @@ class TokenState:
         """Whether somebody reads the attention of block `layer` on the way."""
         return self.watch is not None and layer in self.watch.layers
 
+    def masks(self, layer: int) -> bool:
+        """Whether block `layer` attends by the attention method rather than as the host does; if a trace looks on, so
+        does a block that keeps every key.
+        """
+        attention = self.attention
+        return attention is not None and attention.acts_on(layer) and not (
+            attention.is_stock(layer) and self.maps is None
+        )  # fmt: skip
+
     def bias(self, layer: int, dtype: torch.dtype) -> Tensor | None:
         """The size term of block `layer`'s attention, [B, 1, 1, T]; None (not zeros) before the first merge."""
         size = self.slots[layer].size

@@ -114,6 +114,8 @@ class Row:
         self._score = class_row if scorer == "cls" else received_row
         self._bias = bias
         self._keep = keep
+        #: Whether it is made of the attention of all tokens, not of the first one's alone.
+        self.of_all = scorer != "cls"
         #: Set by the host where its attention rotates.
         self.rotate: Rotation | None = None
         self._q: Tensor | None = None

@@ -46,7 +46,7 @@ def block_targets(
         chosen = method is not None and method.acts_on(index)
         attributes: dict[str, Any] = {}
         if chosen:
-            _check_attention(index, block.attn, sparse)
+            _check_attention(index, _child_with(block, attn), sparse)
             attributes = {"_vtoken_index": index, "_vtoken_method": method, "_vtoken_prefix": num_prefix}
         found.append((attn, attention_mixin, attributes))
     return found
@@ -57,6 +57,11 @@ class Mixins(dict[type, type]):
 
     def __missing__(self, kind: type) -> type:
         return self[next(base for base in base_of(kind).__mro__ if base in self)]
+
+
+def _child_with(block: nn.Module, attn: nn.Module) -> nn.Module:
+    """The attention, or what wraps it inside the block (peft's LoRA layer), whose forward is the one that runs."""
+    return next((child for child in block.children() if any(m is attn for m in child.modules())), attn)
 
 
 def _check_attention(index: int, attn: Any, sparse: Collection[type]) -> None:

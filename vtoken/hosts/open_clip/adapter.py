@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from open_clip import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
     Attention,
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from vtoken.core.host import HostAdapter, find_adapter
 from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import base_of, forward_is_replaced
-from vtoken.core.spec import HostSpec, PatchSpec
+from vtoken.core.spec import HostSpec, Pair, PatchSpec
 from vtoken.core.watch import Watch
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.open_clip.blocks import BLOCKS, PoolMixin, parts, plain_attention
@@ -112,6 +113,10 @@ class OpenClipAdapter(HostAdapter):
         """Class attention of the packed projection, or behind the norms of open_clip's own attention."""
         adapter, tower = self.tower(model)
         (run_watched if adapter is self else adapter.run_watched)(tower, watch, image)
+
+    def pair(self, model: nn.Module) -> Pair | None:
+        """Of the two models that do nothing else."""
+        return Pair("visual") if isinstance(model, (CLIP, CustomTextCLIP)) else None
 
     def patch_spec(self, model: nn.Module) -> PatchSpec:
         """Of a built-in tower, or of a timm trunk that can."""

@@ -89,7 +89,7 @@ class CustomBlockMixin:
     _vtoken_mlp = BlockMixin._vtoken_mlp
 
 
-def packed_attention(attn: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None) -> Tensor:
+def packed_attention(attn: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None) -> Tensor:
     """Self-attention [B, T, C] with the packed weights of `nn.MultiheadAttention`, kept fused; its keys go to the tap.
 
     nn.MultiheadAttention itself would expand a mask to every head and query, and gives no keys.
@@ -97,13 +97,11 @@ def packed_attention(attn: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | 
     packed = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     dropout = attn.dropout if attn.training else 0.0
-    if tap is not None and tap.acts_in(attn):
-        call = tap.call(attn.head_dim**-0.5, attn_mask, dropout)
-        out = attn._vtoken_method.attend(q, k, v, attn.predictor, call)
-        tap.done(call, k)
+    if tap.wants_keys:
+        tap.keys = k
+    if tap.acts_in(attn):
+        out = tap.run(attn, q, k, v, scale=attn.head_dim**-0.5, mask=attn_mask, dropout=dropout)
     else:
-        if tap is not None:
-            tap.keys = k
         out = masked_attention(q, k, v, attn_mask, dropout_p=dropout)
     projected: Tensor = attn.out_proj(out.transpose(1, 2).flatten(2))
     return projected

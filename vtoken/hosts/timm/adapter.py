@@ -14,7 +14,7 @@ from vtoken.core.spec import HostSpec, PatchSpec
 from vtoken.core.watch import Watch
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
-from vtoken.hosts.timm.blocks import ATTENTIONS, BLOCKS, SPARSE, parts
+from vtoken.hosts.timm.blocks import ATTENTIONS, BLOCKS, parts
 from vtoken.hosts.timm.entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
 from vtoken.hosts.timm.masked import patch_spec, run_masked
 from vtoken.hosts.timm.unsupported import reason
@@ -87,7 +87,7 @@ class TimmAdapter(HostAdapter):
     def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, then every block with its index."""
         tower: Any = model
-        found = block_targets(methods, tower.blocks, parts, num_prefix=int(tower.num_prefix_tokens), sparse=SPARSE)
+        found = block_targets(methods, tower.blocks, parts, num_prefix=int(tower.num_prefix_tokens), sparse=ATTENTIONS)
         return [(model, TimmMixin, {}), *found]
 
     def run_watched(self, model: nn.Module, watch: Watch, image: Any) -> None:

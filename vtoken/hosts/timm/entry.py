@@ -13,8 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vtoken.core.bound import BoundBlocks, bound
-from vtoken.core.forward import applied_methods, block_method, forward_of
-from vtoken.core.method import AttentionMethod
+from vtoken.core.forward import block_method, forward_of, masks_attention
 from vtoken.core.patch import base_of, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
@@ -177,10 +176,7 @@ def _forward_of(model: Any, images: Any, *, raster: bool = False, dense: bool = 
     if isinstance(images, Tensor):
         size = (images.shape[-2], images.shape[-1])
         return forward_of(model, model.num_prefix_tokens, lambda: grid_of(model, size), anchor=anchor, dest=dense)
-    attention = applied_methods(model).get(AttentionMethod)
-    if attention is not None and not all(
-        attention.is_stock(i) for i in range(len(model.blocks)) if attention.acts_on(i)
-    ):
+    if masks_attention(model, len(model.blocks)):
         raise InputError(
             "connectivity masks belong to places on a patch grid, so the model must be given images [B, C, H, W], not "
             "packed (NaFlex) patches; use vtoken.remove(model)"
