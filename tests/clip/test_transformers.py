@@ -402,7 +402,7 @@ def test_a_frozen_patch_embedding() -> None:
     assert frozen == {"vision_model.embeddings.patch_embedding.weight"}
 
 
-@pytest.mark.parametrize("name", OWN_LOSS)
+@pytest.mark.parametrize("name", ["clip", pytest.param("siglip", marks=pytest.mark.slow)])
 def test_the_training_forward_compiles_to_one_graph(name: str) -> None:
     torch._dynamo.reset()
     wrapper, given = hf_wrap(name), hf_batch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.contract.table import assert_planned, attention, blocks, snapshot
 from tests.helpers import assert_all_close, assert_close, assert_same, counted, images, randomise_
 from tests.methods.sparse_hosts import taught
 from vtoken.core.host import find_adapter
+from vtoken.core.patch import base_of
 
 hf = pytest.importorskip("transformers")
 from tests.hosts.hf_towers import TOWERS, Tower  # noqa: E402
@@ -109,6 +111,18 @@ def test_counts_are_those_planned_and_costs_those_counted(name: str) -> None:
     assert trace.grid == tower.grid
     hidden = outputs(model, x)["hidden_states"]
     assert [h.shape[1] for h in hidden] == ([trace.tokens[0]] * 4 if tower.dense else trace.tokens)
+
+
+@every_tower
+def test_settings_travel_with_a_checkpoint(name: str, tmp_path: Path) -> None:
+    _, model, x = made(name)
+    vtoken.apply(model, PITOME)
+    model.save_pretrained(tmp_path)
+    again = vtoken.restore(base_of(type(model)).from_pretrained(tmp_path)).eval()
+    assert vtoken.config_of(again) == vtoken.config_of(model)
+    again.load_state_dict(model.state_dict())  # transformers 5.24 itself loads one norm of PixioBackbone as the other's
+    rows = outputs(model, x)["hidden_states"][-1], outputs(again, x)["hidden_states"][-1]
+    assert_close(f"{name} loaded again", *rows, 1e-5)
 
 
 @every_tower

@@ -73,7 +73,7 @@ def test_pruned_is_hand_fed(kind: str, config: Any) -> None:
     with vtoken.applied(model, config):
         out, trace = vtoken.trace(model, **given)
         right = vtoken.trace(model, **call(kind, "right"))[0].logits
-        ids = model.generate(**given, **GREEDY)
+        told = model.generate(**given, **GREEDY, output_logits=True, return_dict_in_generate=True)
         finals = vtoken.encode_images(model, given)
     record = trace.prompt
     assert list(record.full_lengths) == sizes(kind)
@@ -82,15 +82,15 @@ def test_pruned_is_hand_fed(kind: str, config: Any) -> None:
         assert_close("final rows", own[kept], final.rows, 1e-6)
     for row in range(len(TILES)):
         mine = [k.tolist() for k in of_row(kind, record.kept, row)]
-        logits, new = fed(
+        logits, steps = fed(
             kind, model, alone(kind, given, row), of_row(kind, rows, row), mine, original=original,
             new=4,
         )  # fmt: skip
         seen = record.index[row] >= 0
         assert_close("logits", logits, out.logits[row][seen], 1e-5)
         assert_close("right padding", logits, right[row][: len(logits)], 1e-5)
-        assert ids[row, -4:].tolist() == new, row
-    assert torch.equal(ids[:, :-4], given["input_ids"])
+        assert_close("generated", steps, torch.stack([step[row] for step in told.logits]), 1e-5)
+    assert torch.equal(told.sequences[:, :-4], given["input_ids"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

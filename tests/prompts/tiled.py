@@ -196,8 +196,8 @@ def fed(
     original: bool = False,
     new: int = 0,
     more: tuple[int, ...] = (),
-) -> tuple[Tensor, list[int]]:
-    """Logits [k, V] of one unpadded row whose kept rows are put into the prompt one by one, and greedily chosen ids.
+) -> tuple[Tensor, Tensor]:
+    """Logits [k, V] of one unpadded row whose kept rows are put into the prompt one by one, and of greedy steps [n, V].
 
     Nothing is cached. Behind the prompt stand ids `more`.
     """
@@ -216,11 +216,9 @@ def fed(
             kinds.append(types[place])
             places.append(place)
     assert at == len(values)
-    found: list[int] = []
-    logits = torch.zeros(0)
-    for step in range(new + 1):
-        if step == 0:
-            waiting = list(more)
+    steps: list[Tensor] = []
+    logits, waiting = torch.zeros(0), list(more)
+    for step in range(max(new, 1)):
         for token in waiting:
             embeds.append(table(torch.tensor(token)))
             kinds.append(1 if kind == "paligemma" else 0)
@@ -232,7 +230,6 @@ def fed(
             call["position_ids"] = torch.tensor([places])
         out = model(inputs_embeds=torch.stack(embeds).unsqueeze(0), **call).logits[0]
         logits = out if step == 0 else logits
-        if step < new:
-            found.append(int(out[-1].index_fill(0, torch.tensor([IMAGE]), -torch.inf).argmax()))
-            waiting = found[-1:]
-    return logits, found
+        steps.append(out[-1])
+        waiting = [int(out[-1].index_fill(0, torch.tensor([IMAGE]), -torch.inf).argmax())]
+    return logits, torch.stack(steps)

@@ -7,12 +7,15 @@ Source: docs/methods/quota.md 9.5.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtoken.core.calling import call as call_as
 from vtoken.core.patch import view
+from vtoken.hosts.watch import Exchanged
 from vtoken.prompts.calls import fresh
 from vtoken.prompts.family import like, rows_of
 
@@ -37,8 +40,12 @@ def encoded(model: Any, call: dict[str, Any], token_ids: dict[str, int]) -> tupl
         ids, kwargs = model._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, kwargs | pixels
 
-    inner = view(model.model, **{f"get_{kind}_features": tower for kind, tower in towers.items()})
-    return view(model, model=inner, _expand_inputs_for_generation=expand), rest
+    inner = Exchanged(model.model, {f"get_{kind}_features": tower for kind, tower in towers.items()})
+    stand_in = view(model, model=inner, _expand_inputs_for_generation=expand)
+    # What torch calls in a module's place: its forward as a call of the model, whose hooks then get the model.
+    run = functools.partial(type(stand_in).forward, stand_in)
+    stand_in.__dict__["_compiled_call_impl"] = functools.partial(call_as, model, run)
+    return stand_in, rest
 
 
 class _Encoded:
