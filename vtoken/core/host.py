@@ -142,9 +142,17 @@ _BUILTIN = {
         ("transformers", "vtoken.hosts.transformers.adapter", "HFAdapter"),
     ),
     "prompt": (
+        ("transformers", "vtoken.hosts.pixtral.family", "LlavaPixtral"),  # asked first: it looks at the tower
         ("transformers", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
+        ("transformers", "vtoken.hosts.pixtral.family", "Mistral3"),
         ("transformers", "vtoken.hosts.qwen.family", "QwenVL"),
+        ("transformers", "vtoken.hosts.qwen.glm", "Glm4V"),
         ("transformers", "vtoken.hosts.internvl.family", "InternVL"),
+        ("transformers", "vtoken.hosts.idefics.family", "Idefics"),
+        ("transformers", "vtoken.hosts.gemma.gemma3", "Gemma3"),
+        ("transformers", "vtoken.hosts.gemma.paligemma", "PaliGemma"),
+        ("transformers", "vtoken.hosts.cohere.family", "Cohere2Vision"),
+        ("transformers", "vtoken.hosts.cohere.family", "AyaVision"),
         ("transformers", "vtoken.hosts.unserved", "UnservedPrompts"),
     ),
     "video": (

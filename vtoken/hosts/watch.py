@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtoken.core.calling import call_with
+from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.attending import attending
 from vtoken.ops import class_row, received_row
 
@@ -124,9 +125,27 @@ def _watch(
     **options: Any,
 ) -> Any:  # fmt: skip
     """The attention function that would have run, and the row of scores that is read."""
-    scale = options["scaling"]
-    rows.append(
-        class_row(query[:, :, 0], key, scale=scale) if kind == "class" else received_row(query, key, scale=scale)
-    )
+    scale, bias = options["scaling"], _bias(module, mask)
+    if kind == "class":
+        rows.append(class_row(query[:, :, 0], key, scale=scale, bias=None if bias is None else bias[:, :, 0]))
+    else:
+        rows.append(received_row(query, key, scale=scale, bias=bias))
     own = sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS.get_interface(stock, own)(module, query, key, value, mask, **options)
+
+
+def _bias(module: Any, mask: Any) -> Tensor | None:
+    """What a mask adds to logits, broadcastable to [B, H, T, T]; implementations are given it in forms of their own."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):  # a block mask of flex attention
+        raise UnsupportedModelError(
+            f"the attention of {type(module).__name__} cannot be read under its masks of type {type(mask).__name__}; "
+            "set_attn_implementation('sdpa') on the image tower"
+        )
+    if mask.dim() == 2:  # flash attention's: which keys are there
+        mask = mask[:, None, None, :] != 0
+    if mask.dtype == torch.bool:
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
+    return mask

@@ -165,7 +165,8 @@ def _check_generation(model: Any, call: dict[str, Any]) -> None:
 
 def _is_prunable(model: Any, given: dict[str, Any], stacklevel: int) -> bool:
     """Whether the call's visuals are still to be encoded and can be pruned; warns, at that level, of what cannot."""
-    ready, family = given.get("mm_encoder_outputs") or {}, model._vtoken_family
+    ready, family = given.get("mm_encoder_outputs"), model._vtoken_family
+    ready = {"image": ready} if isinstance(ready, Tensor) else ready or {}  # Idefics3 and SmolVLM take rows alone, too
     name = model._vtoken.configs[0].method
     if "video" not in family.kinds and any(given.get(n) is not None for n in VIDEOS):
         _warn("does not prune video tokens: this call runs unpruned, its images too", name, stacklevel)

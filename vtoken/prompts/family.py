@@ -18,7 +18,7 @@ from vtoken.core.spec import ImageTokens
 from vtoken.core.visual import Encoded, Needs, TowerFacts, Visual, length_of
 from vtoken.errors import ConfigError, InputError, UnsupportedModelError
 from vtoken.prompts.budget import asked_of, likely_methods
-from vtoken.prompts.calls import refuse_chunks
+from vtoken.prompts.calls import fresh, refuse_chunks
 from vtoken.prompts.entry import InnerMixin, PromptMixin
 from vtoken.prompts.shrink import placeholders_in
 
@@ -93,13 +93,12 @@ class Family(HostAdapter):
 
     def outputs(self, model: Any, output: Any, levels: Sequence[Sequence[Tensor]]) -> Any:
         """A fresh output object like `output` that holds, of every level, these rows of every visual of a kind."""
-        first = output.pooler_output
-        fields = {**output, "pooler_output": like(first, levels[0])}
+        fields = {"pooler_output": like(output.pooler_output, levels[0])}
         if len(levels) > 1:
             fields["deepstack_features"] = [
                 like(old, level) for old, level in zip(output.deepstack_features, levels[1:], strict=True)
             ]
-        return type(output)(**fields)
+        return fresh(output, **fields)
 
     def places(
         self, model: Any, given: dict[str, Any], *, generating: bool

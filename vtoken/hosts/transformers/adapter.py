@@ -32,10 +32,12 @@ from vtoken.hosts.transformers.families import (
     layers_of,
     num_prefix,
     pair_known,
+    path_of,
     tower_known,
     towers,
     why_not,
 )
+from vtoken.hosts.transformers.images import Tubes
 from vtoken.hosts.transformers.masked import masked_tower, patch_spec, run_masked
 from vtoken.hosts.transformers.watched import watched_tower
 
@@ -53,7 +55,10 @@ class HFAdapter(HostAdapter):
 
     def tower(self, model: nn.Module) -> Any:
         """The module that runs the image layers."""
-        if tower_known(type(model)) is not None:
+        known = tower_known(type(model))
+        if known is not None:
+            if known.name in known.family.why:  # served inside of what holds it alone
+                raise UnsupportedModelError(_refusal(model, known.family.why[known.name]))
             return model
         held = holder_known(type(model))
         if held is None:
@@ -62,6 +67,8 @@ class HFAdapter(HostAdapter):
         if tower_known(type(tower)) is None:
             why = why_not(type(tower)) or why_not(type(model)) or "which vtoken does not know"
             raise UnsupportedModelError(_refusal(model, f"its image tower is a {type(tower).__qualname__}; {why}"))
+        if family_of(tower).images.packed:
+            raise UnsupportedModelError(_refusal(model, "it splits the rows of its tower by the sizes of the images"))
         return tower
 
     def spec(self, model: nn.Module) -> HostSpec:
@@ -79,6 +86,10 @@ class HFAdapter(HostAdapter):
         if getattr(tower, "pooler", None) is not None and not num_prefix(tower):
             why = "its pooler reads the first patch, which may have merged with others; build it with"
             raise UnsupportedModelError(_refusal(model, f"{why} add_pooling_layer=False"))
+        held = holder_known(type(model))
+        if held is not None and not num_prefix(tower) and not getattr(model.config, "use_mean_pooling", True):
+            why = "its head reads the first tube, which may have merged with others; build it with"
+            raise UnsupportedModelError(_refusal(model, f"{why} use_mean_pooling=True"))
         _check_feature_layer(model)
         config, family = tower.config, family_of(tower)
         heads = int(config.num_attention_heads)
@@ -112,8 +123,8 @@ class HFAdapter(HostAdapter):
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The tower's layers."""
         tower = self.tower(model)
-        path = ".".join(family_of(tower).path)
-        if functools.reduce(lambda m, name: getattr(m, name, None), family_of(tower).path, tower) is None:
+        path = ".".join(path_of(tower))
+        if functools.reduce(lambda m, name: getattr(m, name, None), path_of(tower), tower) is None:
             raise UnsupportedModelError(_refusal(model, f"this release of transformers keeps no layers in {path}"))
         return [(f"{path}.{i}", layer) for i, layer in enumerate(tower.get_submodule(path))]
 
@@ -149,10 +160,14 @@ class HFAdapter(HostAdapter):
     def run_watched(self, model: nn.Module, watch: Watch, image: Tensor) -> None:
         """Class attention of the query and key projections."""
         tower = self.tower(model)
+        if isinstance(family_of(tower).images, Tubes):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} takes videos: vtoken cannot read class attention there"
+            )
         if is_patched(tower):  # from a LLaVA around it, whose towers are not rotary
             self.run_image(tower, image, vtoken_rows=watch)
         else:
-            watched_tower(tower, family_of(tower).path, watch)(**_image_arguments(tower, image))
+            watched_tower(tower, path_of(tower), watch)(**_image_arguments(tower, image))
 
     def pair(self, model: nn.Module) -> Pair | None:
         """Of CLIP and its like."""
@@ -213,7 +228,9 @@ def _layer(layer: Any) -> Known:
 
 
 def _layer_mixin(layer: Any) -> type:
-    return MasklessDinoLayerMixin if hasattr(attention_of(layer), "attention") else _layer(layer).family.mixin
+    mixin: Any = _layer(layer).family.mixin
+    nested = hasattr(attention_of(layer), "attention")
+    return MasklessDinoLayerMixin if nested and mixin._vtoken_takes_mask else mixin
 
 
 def _parts(layer: Any) -> tuple[type, Any, type]:
@@ -246,7 +263,11 @@ def _layer_problem(layer: Any) -> str | None:
     ]
     if own or forward_is_replaced(layer):
         return f"a {kind.__qualname__} with a forward of its own, which merging would bypass"
+    if getattr(layer, "num_experts", 1) > 1:
+        return f"a {kind.__qualname__} of {layer.num_experts} experts, whose choice merged tokens do not carry"
     attn = attention_of(layer)
+    if not isinstance(getattr(attn, "k_norm", nn.Identity()), nn.Identity):
+        return f"a {kind.__qualname__} whose attention norms its keys, which vtoken reads before that"
     if not (hasattr(attn, "k_proj") or hasattr(getattr(attn, "attention", None), "key")):
         return f"a {kind.__qualname__} whose attention has no key projection that vtoken knows"
     return None

@@ -153,8 +153,8 @@ class Aimv2LayerMixin(LayerMixin):
         return self.ffn(self.rms_norm2(x))
 
 
-class RotaryDinoLayerMixin(DinoLayerMixin):
-    """DINOv3: attention turns patches by a table, from which merged tokens take the row of their anchor.
+class RotaryLayerMixin(LayerMixin):
+    """Attention turns patches by a table, from which merged tokens take the row of their anchor.
 
     The table travels as one tensor, cosines next to sines, so that `vtoken.compile` knows its rows.
     """
@@ -179,22 +179,38 @@ class RotaryDinoLayerMixin(DinoLayerMixin):
     def _vtoken_stock(
         self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Any:  # fmt: skip
-        return super()._vtoken_stock(stock, x, tap, attn_mask, **_turned(**options))  # type: ignore[misc]
+        return super()._vtoken_stock(stock, x, tap, attn_mask, **self._vtoken_turned(**options))
 
     def _vtoken_attend(
         self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:  # fmt: skip
-        out: Tensor = super()._vtoken_attend(x, tap, attn_mask, **_turned(**options))  # type: ignore[misc]
+        out: Tensor = super()._vtoken_attend(x, tap, attn_mask, **self._vtoken_turned(**options))
         return out
 
+    def _vtoken_turned(self, rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
+        """The host's own argument for a table [..., N, 2D]."""
+        return options if rope is None else {**options, "position_embeddings": rope.chunk(2, dim=-1)}
 
-def _turned(rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
-    """DINOv3's own argument for a table [..., N, 2D]."""
-    return options if rope is None else {**options, "position_embeddings": rope.chunk(2, dim=-1)}
+
+class RotaryDinoLayerMixin(RotaryLayerMixin, DinoLayerMixin):
+    """DINOv3."""
 
 
-class MasklessDinoLayerMixin(DinoLayerMixin):
-    """DINOv2 as in transformers 5.17 (nested attention): its layers take no mask, so sizes are added here."""
+class PixtralLayerMixin(RotaryLayerMixin):
+    """Pixtral, one image: the table has no dimension for a batch."""
+
+    def _vtoken_turned(self, rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
+        return super()._vtoken_turned(rope if rope is None else rope.flatten(0, -2), **options)
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.attention_norm(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.feed_forward(self.ffn_norm(x))
+
+
+class MasklessLayerMixin(LayerMixin):
+    """Layers whose nested attention takes no mask, so sizes are added here."""
 
     _vtoken_takes_mask = False
 
@@ -213,6 +229,30 @@ class MasklessDinoLayerMixin(DinoLayerMixin):
             raise changed(f"the attention of block {self._vtoken_index}", self.attention)
         out: Tensor = self.attention(x, vtoken_tap=tap, vtoken_mask=attn_mask)
         return out
+
+
+class MasklessDinoLayerMixin(MasklessLayerMixin, DinoLayerMixin):
+    """DINOv2 as in transformers 5.17."""
+
+
+class VideoMaeLayerMixin(MasklessLayerMixin):
+    """VideoMAE: what ends the MLP adds the residual itself."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.layernorm_before(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.output(self.intermediate(self.layernorm_after(x)), x.new_zeros(()))
+
+
+class VitPoseLayerMixin(MasklessLayerMixin):
+    """ViTPose without experts."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.layernorm_before(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.mlp(self.layernorm_after(x))
 
 
 class NestedAttentionMixin:

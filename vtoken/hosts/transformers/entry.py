@@ -18,7 +18,7 @@ from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
 from vtoken.core.watch import Watch
 from vtoken.errors import InputError
-from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, tower_known
+from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, path_of, tower_known
 from vtoken.ops.rows import take_rows
 
 
@@ -46,13 +46,12 @@ class BackboneMixin(SavesSettings):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given, family = _arguments(self, args, kwargs), family_of(self)
-        name = family.path[0]
+        name = path_of(self)[0]
         encoder = getattr(self, name)
         maybe_install_capturing_hooks(encoder)
         grid = functools.partial(family.images.grid, self.config, given)
         with forward_of(self, num_prefix(self), grid, anchor=family.rotary, dest=True) as state:
-            bound_encoder = _encoder(encoder, state, _masked(given))
-            stand_in = view(self, **{name: functools.partial(_dense_encoder, bound_encoder, state)})
+            stand_in = view(self, **{name: _DenseEncoder(encoder, state, _masked(given))})
             out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
         _refuse_attentions(asked(self, given, "output_attentions"), state)
         return out
@@ -104,6 +103,18 @@ def _without_mask(tower: Any, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _refuse_unserved(tower: Any, given: dict[str, Any]) -> None:
+    """Raise InputError for an argument that names rows which will be gone."""
+    for name, why in family_of(tower).images.unserved.items():
+        if given.get(name) is not None and removes(tower):
+            raise InputError(f"{name} cannot be combined with removed tokens: {why}; use vtoken.remove(model)")
+    if family_of(tower).images.packed and given["pixel_values"].shape[0] > 1 and removes(tower):
+        raise InputError(
+            f"{type(tower).__name__} packs the patches of all images of a call into one row, where tokens of different "
+            "images would merge; give it one image at a time, or use vtoken.remove(model)"
+        )
+
+
 def run_tower(
     tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Watch | None = None
 ) -> tuple[Any, Slot]:  # fmt: skip
@@ -115,11 +126,15 @@ def run_tower(
     raster = block_method(tower).order == "raster"
     watched = rows is not None  # then it must be known what became of every token
     given, family = _arguments(tower, args, kwargs), family_of(tower)
+    path = path_of(tower)
     if family.images.padded:
         given = _without_mask(tower, given)
+    _refuse_unserved(tower, given)
+    # The mask that keeps packed images apart is all that tells them from one image, which needs none.
+    masked = _masked(given) or (family.images.packed and not removes(tower))
     attentions = asked(tower, given, "output_attentions")
     if attentions or asked(tower, given, "output_hidden_states"):
-        install_hooks(tower, family.path[0])
+        install_hooks(tower, path[0])
     grid = functools.partial(family.images.grid, tower.config, given)
     with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched or family.rotary, dest=watched) as state:
         if state.grid is None and masks_attention(tower, len(layers_of(tower))):
@@ -128,7 +143,7 @@ def run_tower(
                 "grid (spatial_shapes); batch images of one size, or use vtoken.remove(model)"
             )
         state.watch = rows
-        stand_in = _bind(tower, family.path, state, _masked(given))
+        stand_in = _bind(tower, path, state, masked)
         if getattr(tower, "use_head", False):
             stand_in.__dict__["head"] = functools.partial(_sized, tower.head, state)
         out = base_of(type(tower)).forward(stand_in, **{**given, "return_dict": True})  # type: ignore[attr-defined]
@@ -136,6 +151,8 @@ def run_tower(
     slot = state.last
     if raster:
         out.last_hidden_state, slot = slot.in_raster_order(out.last_hidden_state)
+        if getattr(out, "features", None) is not None:  # RADIO's name for the patches among the same rows
+            out.features = out.last_hidden_state[:, num_prefix(tower) :]
         if out.hidden_states is not None:
             out.hidden_states = tuple(
                 rows if rows is None else state.slots[layer].in_raster_order(rows)[0]
@@ -155,6 +172,12 @@ def will_remove(tower: Any, patches: int) -> bool:
     """Whether any layer takes tokens away from an image of so many patches."""
     method, layers = block_method(tower), layers_of(tower)
     return any(method.num_removed(layer, patches, patches) for layer in range(len(layers)))
+
+
+def removes(tower: Any) -> bool:
+    """Whether any layer takes tokens away from an image of the tower's own size."""
+    height, width = family_of(tower).images.patches(tower.config, family_of(tower).images.size(tower.config))
+    return will_remove(tower, height * width)
 
 
 def asked(model: Any, arguments: dict[str, Any], name: str) -> bool:
@@ -223,11 +246,11 @@ def tower_targets(tower: Any) -> list[tuple[Any, type, dict[str, Any]]]:
     """What `patch` needs for the tower itself and the modules around its layers."""
     known = tower_known(type(tower))
     assert known is not None
-    family = known.family
+    family, path = known.family, path_of(tower)
     mixin = BackboneMixin if known.name in family.backbones else TowerMixin
     found: list[tuple[Any, type, dict[str, Any]]] = [(tower, mixin, {"_vtoken_family": known.module})]
-    if len(family.path) > 1:
-        found.append((getattr(tower, family.path[0]), EncoderMixin, {"_vtoken_list": family.path[-1]}))
+    if len(path) > 1:
+        found.append((getattr(tower, path[0]), EncoderMixin, {"_vtoken_list": path[-1]}))
     if getattr(tower, "use_head", False):
         found.append((tower.head, family.pool, {}))
     return found
@@ -254,13 +277,24 @@ def _weighed(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return out
 
 
-def _dense_encoder(encoder: Any, state: TokenState, *args: Any, **kwargs: Any) -> Any:
-    """The encoder's output with every hidden state spread over all patches."""
-    out = encoder(*args, **kwargs)
-    out.hidden_states = tuple(
-        None if rows is None else _spread(rows, state.slots[layer]) for layer, rows in enumerate(out.hidden_states)
-    )
-    return out
+class _DenseEncoder:
+    """An encoder for one call, whose output has every hidden state spread over all patches.
+
+    What else a backbone asks of its encoder, the encoder answers.
+    """
+
+    def __init__(self, encoder: Any, state: TokenState, masked: bool) -> None:
+        self._bound, self._state, self._own = _encoder(encoder, state, masked), state, encoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out, slots = self._bound(*args, **kwargs), self._state.slots
+        out.hidden_states = tuple(
+            None if rows is None else _spread(rows, slots[layer]) for layer, rows in enumerate(out.hidden_states)
+        )
+        return out
 
 
 def _spread(rows: Tensor, slot: Slot) -> Tensor:

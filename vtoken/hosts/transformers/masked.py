@@ -16,7 +16,7 @@ from vtoken.core.spec import PatchSpec
 from vtoken.core.watch import Row, Watch
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.transformers.entry import asked, install_hooks
-from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix
+from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, path_of
 from vtoken.hosts.transformers.images import Pixels, pair
 from vtoken.hosts.transformers.watched import read, with_layers
 from vtoken.hosts.watched import watched
@@ -57,7 +57,7 @@ def masked_tower(tower: Any, rows: Tensor | None, watch: Watch | None = None) ->
         raise _refused(tower, _PATCHED)
     if rows is None and watch is None:
         return tower  # type: ignore[no-any-return]
-    parts = with_layers(tower, family_of(tower).path, functools.partial(_layers, rows, watch))
+    parts = with_layers(tower, path_of(tower), functools.partial(_layers, rows, watch))
     row = None if watch is None else watch.row(len(layers_of(tower)))
     if row is not None:
         parts["head"] = functools.partial(_pool, tower.head, row)
@@ -75,7 +75,7 @@ def run_masked(tower: Any, images: Tensor, rows: Tensor | None, watch: Watch | N
 
 def _run(tower: Any, parts: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     if any(asked(tower, kwargs, f"output_{name}") for name in ("hidden_states", "attentions")):
-        install_hooks(tower, family_of(tower).path[0])
+        install_hooks(tower, path_of(tower)[0])
     return call_with(tower, parts, *args, **kwargs)
 
 
