@@ -175,7 +175,7 @@ class HFAdapter(HostAdapter):
 
     def patch_spec(self, model: nn.Module) -> PatchSpec:
         """Of a tower."""
-        return patch_spec(model)
+        return super().patch_spec(model) if tower_known(type(model)) is None else patch_spec(model)
 
     def masked(
         self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
