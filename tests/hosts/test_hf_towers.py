@@ -11,7 +11,8 @@ from torch import Tensor
 
 import vtoken
 from tests.contract.table import assert_planned, attention, blocks, snapshot
-from tests.helpers import assert_close, assert_same, counted, images, randomise_
+from tests.helpers import assert_all_close, assert_close, assert_same, counted, images, randomise_
+from tests.methods.sparse_hosts import taught
 from vtoken.core.host import find_adapter
 from vtoken.core.patch import base_of
 
@@ -52,6 +53,37 @@ def test_nothing_changes_where_nothing_is_removed_and_everything_is_undone(name:
         assert [m.shape for m in reduced["feature_maps"]] == [m.shape for m in stock["feature_maps"]]
     assert_same(f"{name} undone", stock, outputs(model, x))
     assert [entry[:2] for entry in snapshot(model)] == [entry[:2] for entry in before]
+
+
+@every_tower
+def test_connectivity_masks_are_put_into_the_hosts_own_attention(name: str) -> None:
+    """Bit-equal where all keys are kept; else plain attention of that library under the masks that a trace shows."""
+    _, model, x = made(name, torch.float64)
+    if hasattr(attention(blocks(model)[0]), "attention"):
+        pytest.skip("nested attention of transformers before 5.18 is refused")
+    stock = outputs(model, x)
+    with vtoken.applied(model, vtoken.Sparsifiner(keep_ratio=1.0)):
+        assert_same(f"{name} with all keys", stock, outputs(model, x))
+    with vtoken.applied(model, vtoken.Sparsifiner(keep_ratio=0.3)):
+        taught(model)
+        with vtoken.tracing(model, maps=("mask",)) as trace:
+            masked = outputs(model, x)
+    assert_same(f"{name} undone", stock, outputs(model, x))
+    masks = iter([record.mask for record in trace.attention])
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scaling: float, **options: Any) -> Any:
+        kept = next(masks)
+        assert kept is not None
+        logits = (q @ k.transpose(-1, -2) * scaling).masked_fill(~kept, -torch.inf)
+        return (logits.softmax(-1) @ v).transpose(1, 2), None
+
+    hf.AttentionInterface.register("masks_of_a_trace", attend)
+    for block in blocks(model):
+        attention(block).config._attn_implementation_internal = "masks_of_a_trace"
+    expected = outputs(model, x)
+    assert next(masks, None) is None
+    assert not torch.allclose(masked["hidden_states"][-1], stock["hidden_states"][-1], rtol=1e-3, atol=1e-3)
+    assert_all_close(name, expected, masked, 1e-9)
 
 
 @every_tower

@@ -6,7 +6,7 @@ knows the other. Source: docs/methods/vtc_cls.md 5 and 6.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from vtoken.core.trace import current_trace
 from vtoken.core.visual import Chosen, Encoded, Needs, Seen, Visual, in_prompt_order, length_of, placed
 from vtoken.errors import InputError, ShapeError, VTokenError
 from vtoken.prompts.budget import asked_of, clues_for, methods_for
-from vtoken.prompts.calls import cache_of, chosen, is_filled
+from vtoken.prompts.calls import cache_of, chosen, fresh, is_filled
 from vtoken.prompts.shrink import (
     ShortPrompt,
     check_ids,
@@ -71,7 +71,7 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
         ShapeError: if the placeholders fit neither the full nor the kept tokens.
         InputError: if something else of the call cannot be shortened.
     """
-    family, method = model._vtoken_family, model._vtoken.methods["on_features"]
+    family, method = model._vtoken_family, model._vtoken.methods[PromptMethod]
     tokens, embeds = family.token_ids(model), given.get("inputs_embeds")
     if embeds is None:
         ids = given["input_ids"]
@@ -166,14 +166,14 @@ class Layout:
 
 def lay_out(model: Any, given: dict[str, Any], ids: Tensor) -> Layout:
     """The visuals of a call and how much stays of them; nothing has run yet."""
-    family, method = model._vtoken_family, model._vtoken.methods["on_features"]
+    family, method = model._vtoken_family, model._vtoken.methods[PromptMethod]
     needs = method.needs(family.facts(model, given))
     family.refuse(model, given, needs)
     visuals = family.layout(model, given | {"input_ids": ids})
     asked, order = asked_of(model), _order(ids, family.token_ids(model), visuals)
     methods = _back(methods_for(method, asked, len(visuals)), order)
     clues = _back(clues_for(method, asked, len(visuals)), order)
-    counts = [_count(m, v, c) for m, v, c in zip(methods, visuals, clues, strict=True)]
+    counts = [count_of(m, v, c) for m, v, c in zip(methods, visuals, clues, strict=True)]
     return Layout(visuals, methods, clues, counts, order, needs)
 
 
@@ -239,7 +239,8 @@ def _keeps_all(method: PromptMethod, visual: Visual, count: int) -> bool:
     return count >= visual.content and not method.replaces
 
 
-def _count(method: PromptMethod, visual: Visual, clues: dict[str, Any]) -> int:
+def count_of(method: PromptMethod, visual: Visual, clues: dict[str, Any]) -> int:
+    """How many content tokens of a visual stay; raises VTokenError where a method breaks its contract."""
     for name, value in clues.items():
         if name == "relevance" and len(value) != visual.content:
             raise InputError(f"budget({name}=...) has {len(value)} values for a visual of {visual.content} tokens")
@@ -329,33 +330,39 @@ def _select(
     traced: bool,
 ) -> Kept:
     """What stays of visual i."""
-    seen = _seen(method, visual, count, clues, encoded, i, text)
+    seen = seen_of(visual, count, clues, encoded, i, text)
+    levels = [level[i] for level in encoded.levels]
+    kept = stays(method, seen, levels, lambda rows: model._vtoken_family.project(model, rows))
+    return replace(kept, scores=_shown(method, seen, encoded, i)) if traced else kept
+
+
+def stays(method: PromptMethod, seen: Seen, levels: Sequence[Tensor], project: Callable[[Tensor], Tensor]) -> Kept:
+    """What stays of one visual.
+
+    Args:
+        levels: rows [length, C] of all its placeholders, of every level of features.
+        project: from in front of the projector to behind it.
+    """
     places, picked = select(method, seen)
-    scores = _shown(method, seen, encoded, i) if traced else None
     if picked.rows is None:
-        return Kept(places, None, scores)
-    rows = model._vtoken_family.project(model, picked.rows) if picked.before else picked.rows
+        return Kept(places)
+    visual, rows = seen.visual, project(picked.rows) if picked.before else picked.rows
     content = torch.zeros(visual.length, dtype=torch.bool)
     content[visual.places()] = True
     found, start = [], 0
-    for level in encoded.levels:
-        width = level[i].shape[1]
-        own = level[i].index_select(0, places.to(level[i].device))
+    for level in levels:
+        width = level.shape[1]
+        own = level.index_select(0, places.to(level.device))
         at = content[places].nonzero()[:, 0].to(own.device)
         found.append(own.index_copy(0, at, rows[:, start : start + width].to(own)))
         start += width
-    return Kept(places, tuple(found), scores)
+    return Kept(places, tuple(found))
 
 
-def _seen(
-    method: PromptMethod,
-    visual: Visual,
-    count: int,
-    clues: dict[str, Any],
-    encoded: Encoded,
-    i: int,
-    text: Tensor | None,
-) -> Seen:
+def seen_of(
+    visual: Visual, count: int, clues: Mapping[str, Any], encoded: Encoded, i: int, text: Tensor | None
+) -> Seen:  # fmt: skip
+    """What a method is shown of visual i."""
     rows = [level[i] for level in encoded.levels]
     own = rows
     if visual.length != visual.content:
@@ -406,7 +413,7 @@ def _features(model: Any, visuals: Sequence[Visual], kept: Sequence[Kept], encod
     for kind, output in encoded.outputs.items():
         mine = [i for i, v in enumerate(visuals) if v.kind == kind]
         if all(kept[i].rows is None and len(kept[i].places) == visuals[i].length for i in mine):
-            found[kind] = chosen(type(output)(**output))
+            found[kind] = chosen(fresh(output))
             continue
         levels = [
             [rows_of_level(level[i], kept[i], number) for i in mine] for number, level in enumerate(encoded.levels)

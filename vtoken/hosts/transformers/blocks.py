@@ -15,6 +15,7 @@ from vtoken.core.patch import forward_with
 from vtoken.core.state import TokenState
 from vtoken.core.tap import Tap, TappedMixin
 from vtoken.errors import InputError
+from vtoken.hosts.attending import attending
 from vtoken.hosts.tower import gather_rope
 from vtoken.ops.merging.attention import masked_attention
 
@@ -44,7 +45,7 @@ class LayerMixin:
         self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Any:  # fmt: skip
         mask = self._vtoken_mask(x, attn_mask)
-        if tap.row is not None:
+        if tap.row is not None or tap.acts_in(attention_of(self)):
             name = "self_attn" if hasattr(self, "self_attn") else "attention"
             attn = functools.partial(getattr(self, name), vtoken_tap=tap)
             # Checkpointing has begun outside; the host's forward would begin it again on a view of its own class.
@@ -71,9 +72,35 @@ class LayerMixin:
 
 
 class AttentionMixin(TappedMixin):
-    """What the layers' attentions share: projections of their own for queries and keys."""
+    """What the layers' attentions share: projections of their own for queries and keys, and a core called by name.
+
+    That core may be an attention method's.
+    """
 
     _vtoken_keys, _vtoken_queries = "k_proj", "q_proj"
+
+    def forward(  # type: ignore[override]
+        self: Any, hidden_states: Tensor, *args: Any, vtoken_tap: Tap | None = None, **options: Any
+    ) -> Any:  # fmt: skip
+        tap = Tap.acting(self, vtoken_tap, hidden_states.shape[1])
+        if tap is None:
+            return super().forward(hidden_states, *args, vtoken_tap=vtoken_tap, **options)
+        parts = tap.parts(self, self._vtoken_keys, self._vtoken_queries)
+        parts |= attending(self, functools.partial(_by_method, self, tap))
+        return forward_with(self, parts, hidden_states, *args, **options)
+
+
+def _by_method(
+    attn: Any, tap: Tap, view: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float,
+    dropout: float = 0.0, **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """An attention function: the method that `attn` carries."""
+    if mask is not None:
+        if mask.dtype != torch.bool:  # what eager attention calls masked is a finite number: no key may be left by it
+            mask = mask.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
+        if mask.stride(-2) == 0:  # one row for all queries
+            mask = mask[..., :1, :]
+    return tap.run(attn, q, k, v, scale=scaling, mask=mask, dropout=dropout).transpose(1, 2), None
 
 
 class ClipLayerMixin(LayerMixin):

@@ -12,7 +12,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtoken.core.bound import BoundBlocks, bound, changed
 from vtoken.core.carried import SavesSettings
-from vtoken.core.forward import block_method, forward_of
+from vtoken.core.forward import block_method, forward_of, masks_attention
 from vtoken.core.patch import base_of, forward_with, is_patched, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
@@ -53,7 +53,7 @@ class BackboneMixin(SavesSettings):
         with forward_of(self, num_prefix(self), grid, anchor=family.rotary, dest=True) as state:
             stand_in = view(self, **{name: _DenseEncoder(encoder, state, _masked(given))})
             out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
-        _refuse_attentions(_asked(self, given, "output_attentions"), state)
+        _refuse_attentions(asked(self, given, "output_attentions"), state)
         return out
 
 
@@ -94,11 +94,11 @@ def _without_mask(tower: Any, given: dict[str, Any]) -> dict[str, Any]:
     mask = given.get("pixel_attention_mask")
     if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())):
         return given | {"pixel_attention_mask": None}
-    if will_remove(tower, given["pixel_values"].shape[1]):
+    if will_remove(tower, given["pixel_values"].shape[1]) or masks_attention(tower, len(layers_of(tower))):
         raise InputError(
             "pixel_attention_mask marks padding (or may: a compiled graph cannot look), and padded rows cannot be "
-            "told from image tokens when they merge; batch images of one size with max_num_patches set to their "
-            "patch count, and pass pixel_attention_mask=None"
+            "told from image tokens when they merge, nor have they places on the grid of connectivity masks; batch "
+            "images of one size with max_num_patches set to their patch count, and pass pixel_attention_mask=None"
         )
     return given
 
@@ -132,11 +132,16 @@ def run_tower(
     _refuse_unserved(tower, given)
     # The mask that keeps packed images apart is all that tells them from one image, which needs none.
     masked = _masked(given) or (family.images.packed and not removes(tower))
-    attentions = _asked(tower, given, "output_attentions")
-    if attentions or _asked(tower, given, "output_hidden_states"):
-        _install_hooks(tower, path[0])
+    attentions = asked(tower, given, "output_attentions")
+    if attentions or asked(tower, given, "output_hidden_states"):
+        install_hooks(tower, path[0])
     grid = functools.partial(family.images.grid, tower.config, given)
     with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched or family.rotary, dest=watched) as state:
+        if state.grid is None and masks_attention(tower, len(layers_of(tower))):
+            raise InputError(
+                "connectivity masks belong to places on a patch grid, so all images of a batch must have one patch "
+                "grid (spatial_shapes); batch images of one size, or use vtoken.remove(model)"
+            )
         state.watch = rows
         stand_in = _bind(tower, path, state, masked)
         if getattr(tower, "use_head", False):
@@ -156,7 +161,7 @@ def run_tower(
     return out, slot
 
 
-def _install_hooks(tower: Any, first: str) -> None:
+def install_hooks(tower: Any, first: str) -> None:
     """transformers' recording hooks on the modules themselves: it would install them anew on every stand-in."""
     # An unpatched DINOv2 installs them on its encoder; a second set on the tower would record every state twice.
     if not getattr(getattr(tower, first), "_output_capturing_hooks_installed", False):
@@ -175,11 +180,17 @@ def removes(tower: Any) -> bool:
     return will_remove(tower, height * width)
 
 
-def _asked(model: Any, arguments: dict[str, Any], name: str) -> bool:
+def asked(model: Any, arguments: dict[str, Any], name: str) -> bool:
+    """Whether a call, or the configuration, wants hidden states or attention maps."""
     return bool(arguments.get(name, getattr(model.config, name, False)))
 
 
 def _refuse_attentions(asked: bool, state: TokenState) -> None:
+    if asked and any(state.masks(layer) for layer in state.slots):
+        raise InputError(
+            "output_attentions=True cannot be served while a connectivity mask thins out attention: its maps are not "
+            "made. Use vtoken.tracing(model, maps=('attention',)), or vtoken.remove(model)"
+        )
     if asked and state.last is not state.first:
         raise InputError(
             "output_attentions=True cannot be served while tokens are removed: attention maps of different layers then "

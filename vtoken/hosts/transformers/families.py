@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vtoken.core.host import keys_of
+from vtoken.core.spec import Pair
 from vtoken.hosts.transformers.blocks import (
     Aimv2LayerMixin,
     ClipLayerMixin,
@@ -69,6 +70,7 @@ class Family:
         backbones: the same for those that hand out maps, and must be given a value for every patch.
         holders: classes that hold a tower, and where.
         averaging: those of the holders that average the tower's tokens.
+        pairs: those of the holders that compare images with texts, and their parts.
         prefix: number of class, register and distillation tokens, by the tower's configuration.
         images: how the towers take their images.
         pool: mixin of the attention pool `head`, where a tower has one.
@@ -84,6 +86,7 @@ class Family:
     backbones: tuple[str, ...] = ()
     holders: Mapping[str, str] = field(default_factory=dict)
     averaging: tuple[str, ...] = ()
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
     prefix: Callable[[Any], int] = class_and_registers
     images: Pixels = PIXELS
     pool: type = SizedHeadMixin
@@ -91,6 +94,8 @@ class Family:
     why: Mapping[str, str] = field(default_factory=dict)
 
 
+_PROJECTED = Pair("vision_model", "text_model", "visual_projection")
+_UNPROJECTED = Pair("vision_model", "text_model")
 _CLIP: dict[str, Any] = {"mixin": ClipLayerMixin, "path": ("encoder", "layers")}
 _VIT: dict[str, Any] = {"mixin": ViTLayerMixin, "path": ("layers",)}
 _DINO: dict[str, Any] = {"mixin": DinoLayerMixin, "path": ("encoder", "layer"), "images": Pixels(resize="")}
@@ -195,6 +200,7 @@ FAMILIES: dict[str, Family] = {
             "CLIPForImageClassification": "vision_model",
         },
         averaging=("CLIPForImageClassification",),
+        pairs={"CLIPModel": _PROJECTED},
     ),
     "siglip": Family(
         **_CLIP,
@@ -202,6 +208,7 @@ FAMILIES: dict[str, Family] = {
         towers=("SiglipVisionModel",),
         holders={"SiglipModel": "vision_model", "SiglipForImageClassification": "vision_model"},
         averaging=("SiglipForImageClassification",),
+        pairs={"SiglipModel": _UNPROJECTED},
         prefix=no_prefix,
     ),
     "siglip2": Family(
@@ -247,18 +254,21 @@ FAMILIES: dict[str, Family] = {
             "MetaClip2ForImageClassification": "vision_model",
         },
         averaging=("MetaClip2ForImageClassification",),
+        pairs={"MetaClip2Model": _PROJECTED},
     ),
     "altclip": Family(
         **_CLIP,
         layer="AltCLIPEncoderLayer",
         towers=("AltCLIPVisionModel",),
         holders={"AltCLIPModel": "vision_model"},
+        pairs={"AltCLIPModel": _PROJECTED},
     ),
     "chinese_clip": Family(
         **_CLIP,
         layer="ChineseCLIPVisionLayer",
         towers=("ChineseCLIPVisionModel",),
         holders={"ChineseCLIPModel": "vision_model"},
+        pairs={"ChineseCLIPModel": _PROJECTED},
     ),
     "vit_msn": Family(
         **_VIT, layer="ViTMSNLayer", towers=("ViTMSNModel",), holders={"ViTMSNForImageClassification": "vit"}
@@ -411,7 +421,9 @@ FAMILIES: dict[str, Family] = {
             "have; DPTForDepthEstimation over a plain backbone (backbone_config) is supported"
         },
     ),
-    "vision_text_dual_encoder": Family(holders={"VisionTextDualEncoderModel": "vision_model"}),
+    "vision_text_dual_encoder": Family(
+        holders={"VisionTextDualEncoderModel": "vision_model"}, pairs={"VisionTextDualEncoderModel": _PROJECTED}
+    ),
     "zoedepth": Family(holders={"ZoeDepthForDepthEstimation": "backbone"}),
     "maskformer": Family(
         why={
@@ -464,6 +476,12 @@ def tower_known(cls: type) -> Known | None:
 def holder_known(cls: type) -> Known | None:
     """What a class that holds a tower is known as."""
     return _named(cls, "holders")
+
+
+def pair_known(cls: type) -> Pair | None:
+    """Where a class that compares images with texts keeps its parts."""
+    found = _named(cls, "pairs")
+    return None if found is None else found.family.pairs[found.name]
 
 
 def layer_known(cls: type) -> Known | None:
