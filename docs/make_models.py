@@ -84,7 +84,7 @@ COLUMNS: dict[str, Callable[[Any], bool]] = {
 
 
 #: Classes over the maps of a backbone that their default configurations take from families without tokens.
-OVER_MAPS = ("DPTForDepthEstimation", "UperNetForSemanticSegmentation")
+OVER_MAPS = ("DPTForDepthEstimation", "UperNetForSemanticSegmentation", "ZoeDepthForDepthEstimation")
 
 
 def _dino_maps() -> Any:

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"methods"},
     "hosting": {"core", "hosts"},
     "testing": GROUND | {"core", "ops", "methods", "accounting", "prompts"},
+    "harness": GROUND | {"core"},
     "serving": GROUND | {"core", "ops", "hosts", "prompts", "accounting"},
     "cli": GROUND | {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video", "serving"},
     "__main__": {"errors", "cli"},
@@ -36,7 +37,11 @@ FAMILIES: dict[str, set[str]] = {
     "open_clip": {"timm"},  # whose models it takes as trunks
     "transformers": set(),
     "llava": {"transformers"},
-    "internvl": {"transformers", "llava"},
+    "internvl": {"llava"},
+    "idefics": set(),
+    "gemma": {"qwen"},
+    "cohere": {"llava"},
+    "pixtral": {"llava"},
     "qwen": set(),
     "video": {"transformers", "llava", "qwen"},
 }

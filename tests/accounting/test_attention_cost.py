@@ -9,8 +9,9 @@ import timm
 import torch
 
 import vtoken
+from tests.contract.table import attention
 from tests.helpers import randomise_, vit
-from tests.methods.sparse_hosts import GRID, HOSTS, blocks, sparse
+from tests.methods.sparse_hosts import GRID, HOSTS, TOWERS, blocks, sparse
 
 M = 1e6
 _WIDTH = {"tiny": 192, "small": 384, "base": 768}
@@ -58,19 +59,23 @@ def test_published_keep_ratios_count_the_keys_of_the_table() -> None:
         assert layer.attention.core == 2 * 384 * (196 * keys + 197)
 
 
-@pytest.mark.parametrize("name", ["cls", "registers", "no prefix", "open_clip"])
+@pytest.mark.parametrize(
+    "name", ["cls", "registers", "no prefix", "open_clip", "rope", "eva", "hf_vit", "hf_siglip", "hf_dinov3"]
+)
 @pytest.mark.parametrize("options", [{}, {"mode": "grouped", "query_group": 5}, {"layers": (1,)}, {"mode": "random"},
                                      {"phase": "recon"}, {"keep_ratio": (0.2, 1.0, 0.6)}])  # fmt: skip
 def test_totals_are_the_stock_count_with_cores_exchanged(name: str, options: dict[str, Any]) -> None:
-    model = HOSTS[name].model()
-    shape, config = HOSTS[name].shape, vtoken.Sparsifiner(**({"keep_ratio": 0.3} | options))
+    host = (HOSTS | TOWERS)[name]
+    model, shape = host.model(), host.shape
+    config = vtoken.Sparsifiner(**({"keep_ratio": 0.3} | options))
     stock = vtoken.report(model, vtoken.PiToMe(ratio=1.0), input_size=shape)
     before = vtoken.report(model, config, input_size=shape)
     sparse(model, config)
     cost = vtoken.report(model, input_size=shape)
     assert stock.macs_before == stock.macs_after == cost.macs_before == before.macs_before
-    prefix = cost.tokens[0] - 24
-    n, change = 24 + prefix, 0
+    patches = shape[1] * shape[2] // 16
+    prefix = cost.tokens[0] - patches
+    n, change = patches + prefix, 0
     for i, block in enumerate(blocks(model)):
         layer = cost.layers[i]
         assert layer.attention is not None
@@ -84,14 +89,14 @@ def test_totals_are_the_stock_count_with_cores_exchanged(name: str, options: dic
             assert layer.attention.core == dense
             continue
         kept = -(-round(ratio * n * 10) // 10)
-        core, parts = 2 * 16 * (24 * kept + prefix * n), [0, 0]
+        core, parts = 2 * 16 * (patches * kept + prefix * n), [0, 0]
         if config.mode != "random":
-            p = block.attn.predictor
+            p = attention(block).predictor
             k = n // 6
             assert p.num_basis == k
-            parts[0] = 2 * n * 16 * 4 + n * k * 2 * 4 + 24 * k * 2 * 4
+            parts[0] = 2 * n * 16 * 4 + n * k * 2 * 4 + patches * k * 2 * 4
             entries = int((p.w_up.detach().abs() > 0.02).sum()) / k
-            parts[1] = round((24 if config.mode == "exact" else 5) * 2 * min(8, k) * entries)
+            parts[1] = round((patches if config.mode == "exact" else 5) * 2 * min(8, k) * entries)
         assert (layer.attention.core, layer.attention.predictor, layer.attention.up) == (core, *parts)
         assert layer.macs_after == layer.macs_before - dense + core + sum(parts)
         change += core + sum(parts) - dense

@@ -209,3 +209,86 @@ def test_whoever_kept_the_watched_function_has_the_librarys_own_afterwards() -> 
         kept("test_vit")
     assert not vtoken.is_applied(kept("test_vit"))
     assert seen == ["timm.create_model test_vit"] * 2
+
+
+def test_a_method_that_trains_is_built_around_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the mode that the library gives them; what is no CLIP is left as it was."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+    text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    config = transformers.CLIPConfig(vision_config=sizes, text_config=text)
+    transformers.CLIPModel(config).save_pretrained(tmp_path / "clip")
+    path = program(tmp_path, f"""
+        import timm, vtoken
+        from transformers import CLIPModel, CLIPVisionModel
+        model = CLIPModel.from_pretrained({str(tmp_path / "clip")!r})
+        assert isinstance(model, vtoken.AttentiveMaskCLIP) and type(model.unwrap()) is CLIPModel
+        assert not model.training and not model.unwrap().training and model.config.projection_dim == 512
+        assert vtoken.config_of(model) == vtoken.AttentiveMasks(keep_ratio=0.25, block=1)
+        assert type(CLIPVisionModel.from_pretrained({str(tmp_path / "clip")!r})) is CLIPVisionModel
+        assert not isinstance(timm.create_model("test_vit"), vtoken.AttentiveMaskCLIP)
+    """)  # fmt: skip
+    assert run(path, method="attentive_clip keep_ratio=0.25 block=1") == 0, capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.count("attentive_clip is applied to from_pretrained") == 1
+    assert re.search(r"left as it was: timm\.create_model\('test_vit'\).*is not a CLIP that it knows", err)
+    path.write_text(f"from transformers import CLIPModel\nCLIPModel.from_pretrained({str(tmp_path / 'clip')!r})")
+    assert run(path, method="attentive_clip keep_ratio=0.25 block=3") == 1
+    assert "block=3 does not divide the grid of 4 x 4" in capsys.readouterr().err
+
+
+TRAINER = """
+    import sys
+    import torch
+    from transformers import {cls}, Trainer, TrainingArguments
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            torch.manual_seed(index)
+            return {{"pixel_values": torch.randn(3, 64, 64), {row}}}
+
+    def collate(rows):
+        return {{name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}} | {extra}
+
+    model = {cls}.from_pretrained(sys.argv[1])
+    arguments = TrainingArguments(
+        output_dir=sys.argv[2], max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        save_strategy="steps", save_steps=2, disable_tqdm=True, remove_unused_columns={drops},
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Pictures(), data_collator=collate)
+    result = trainer.train()
+    trainer.save_model()
+    assert result.global_step == 3 and result.training_loss > 0
+"""
+
+
+def test_scripts_around_a_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that classifies pictures, with merging; one that trains a CLIP, with attentive masks and a moving teacher."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=3))
+    vit.save_pretrained(tmp_path / "vit")
+    text = TRAINER.format(cls="ViTForImageClassification", row='"labels": index % 3', extra="{}", drops=False)
+    path = program(tmp_path, text)
+    assert run(path, tmp_path / "vit", tmp_path / "out", method="tome r=2") == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vtoken"]["places"][0]["methods"][0]["r"] == 2
+    words = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20, "eos_token_id": 19}
+    clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config=sizes, text_config=words))
+    clip.save_pretrained(tmp_path / "clip")
+    row = '"input_ids": torch.tensor([2, index, 19]), "attention_mask": torch.ones(3), "name": index'
+    text = TRAINER.format(cls="CLIPModel", row=row, extra='{"return_loss": True}', drops=True)
+    path = program(tmp_path, text)
+    method = "attentive_clip keep_ratio=0.5 block=1 momentum=0.5"
+    assert run(path, tmp_path / "clip", tmp_path / "clips", method=method) == 0, capsys.readouterr().err
+    state = load_file(tmp_path / "clips" / "model.safetensors")
+    assert int(state["ema_step"]) == 3
+    assert int(load_file(tmp_path / "clips" / "checkpoint-2" / "model.safetensors")["ema_step"]) == 2
+    key = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    before, student, teacher = clip.state_dict()[key], state[f"model.{key}"], state[f"teacher.{key}"]
+    assert float((student - before).abs().max()) > float((teacher - before).abs().max()) > 0

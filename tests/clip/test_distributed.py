@@ -12,6 +12,7 @@ from open_clip import ClipLoss
 from torch.nn.parallel import DistributedDataParallel
 
 import vtoken
+from tests.clip.hf_models import hf_batch, hf_wrap
 from tests.clip.models import batch, clip, gradients, wrap
 from tests.helpers import assert_close, assert_same
 
@@ -19,12 +20,21 @@ WORLD, STEPS = 2, 2
 CASES: dict[str, dict[str, Any]] = {
     "one view": {},
     "open_clip's loss": {},
+    "transformers": {},
     "heads": {"simclr_weight": 1.0, "byol_weight": 1.0, "head_norm": "layer"},
 }
 
 
 def step(wrapper: Any, model: Any, name: str, rank: int, world: int, seed: int) -> None:
     """Forward and backward of this process's share of a batch of eight."""
+    if name == "transformers":
+        given = {n: v.chunk(world)[rank] for n, v in hf_batch(8, seed=seed).items() if n != "return_loss"}
+        model.zero_grad()
+        out = model(**given)
+        loss = vtoken.AttentiveMaskLoss(rank=rank, world_size=world)
+        loss(out.image_embeds, out.text_embeds, wrapper.logit_scale.exp()).backward()
+        assert all(p.grad is not None for p in wrapper.parameters() if p.requires_grad)
+        return
     x, t = (part.chunk(world)[rank] for part in batch(8, seed=seed))
     contrastive = None
     if name == "open_clip's loss":
@@ -38,7 +48,7 @@ def step(wrapper: Any, model: Any, name: str, rank: int, world: int, seed: int) 
 
 def run(name: str, rank: int, world: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Gradients of the first step, and the state after two."""
-    wrapper = wrap(clip(), **CASES[name])
+    wrapper = hf_wrap() if name == "transformers" else wrap(clip(), **CASES[name])
     model = wrapper if world == 1 else DistributedDataParallel(wrapper, find_unused_parameters=False)
     optimizer = torch.optim.SGD(wrapper.parameters(), 0.01)
     wrapper.attach_ema(optimizer)
@@ -69,7 +79,7 @@ def test_two_processes(tmp_path: Path) -> None:
         (found, first), (_, second) = (each[name] for each in both)
         assert_same(f"{name}: states of the two", first, second)
         assert int(first["ema_step"]) == STEPS
-        teacher = "teacher.visual.transformer.resblocks.0.mlp.c_fc.weight"
+        teacher = next(key for key in first if key.startswith("teacher.") and "0.mlp" in key)
         assert not torch.equal(first[teacher], first[teacher.replace("teacher", "model")])
         assert expected.keys() == found.keys()
         for key, grad in expected.items():

@@ -30,6 +30,10 @@ MODELS: dict[str, Any] = {
     "timm_average": lambda: timm_clip(timm_pool="avg", timm_proj="mlp"),
     "timm_no_head": lambda: timm_clip(timm_proj=""),
     "timm_registers": lambda: trunk_clip(vit(embed_dim=64, reg_tokens=3, no_embed_class=True, num_classes=0)),
+    "timm_map": lambda: trunk_clip(vit(class_token=False, global_pool="map", embed_dim=64, num_classes=0)),
+    "timm_map_registers": lambda: trunk_clip(
+        vit(class_token=False, reg_tokens=2, global_pool="map", embed_dim=64, num_classes=0)
+    ),
     "vit_tiny": lambda: timm_clip("vit_tiny_patch16_224", image_size=224),
 }
 
@@ -40,7 +44,7 @@ def pixels(name: str) -> int:
 
 
 def size(name: str) -> int:
-    return 32 if name == "timm_registers" else pixels(name)
+    return 32 if "registers" in name or "map" in name else pixels(name)
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -24,7 +24,10 @@ def trunk(name: str, **options: Any) -> Any:
 
 MODELS: dict[str, tuple[Any, str]] = {
     "siglip": (lambda: trunk_clip(vit(class_token=False, global_pool="avg")), "no class token"),
-    "map": (lambda: trunk_clip(vit(class_token=False, global_pool="map", embed_dim=64)), "no class token"),
+    "average and a pool that is not used": (
+        lambda: trunk_clip(vit(class_token=False, global_pool="avg", embed_dim=64)),
+        "nor an attention pool with one query",
+    ),
     "registers only": (
         lambda: trunk_clip(vit(class_token=False, global_pool="avg", reg_tokens=2)),
         "no class token",

@@ -160,3 +160,21 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
     assert_close("split", whole, torch.cat([wrapper.score(x[:1]), wrapper.score(x[1:])]), 1e-6)
     order = torch.tensor([2, 0, 3, 1])
     assert_close("permuted", whole[order], wrapper.score(x[order]), 1e-6)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_without_a_class_token_the_query_of_the_attention_pool_counts(registers: int) -> None:
+    """A SigLIP-like trunk: the pool's own attention by hand. Registers are no keys of the pool."""
+    trunk = vit(class_token=False, reg_tokens=registers, global_pool="map", embed_dim=64, num_classes=0)
+    wrapper, (x, t) = wrap(trunk_clip(trunk)), batch()
+    tower: Any = wrapper.model.visual.trunk
+    pool, rows = tower.attn_pool, tower.forward_features(x)[:, registers:]
+    q = pool.q(pool.latent[0, 0]).view(pool.num_heads, -1)
+    k = pool.kv(rows)[..., :64].reshape(4, 64, pool.num_heads, -1)
+    expected = (torch.einsum("hd,bnhd->bhn", q, k) * pool.scale).softmax(-1).mean(1)
+    assert_close("scores", expected.view(4, 8, 8), wrapper.score(x), 1e-5)
+    assert wrapper.layers == (len(tower.blocks),)
+    with pytest.raises(vtoken.ConfigError, match="the query of its attention pool says what matters"):
+        wrapper.layers = [0]
+    wrapper(x, t)["image_features"].sum().backward()
+    assert tower.attn_pool.latent.grad is not None

@@ -50,8 +50,8 @@ class MethodRow:
         return self.removes or not host.name.startswith(_OTHER_ATTENTION)
 
 
-# Hosts whose attention is neither timm's Attention nor nn.MultiheadAttention.
-_OTHER_ATTENTION = ("eva", "naflex_rope", "oc_qk_norm", "hf_")
+# Hosts whose attention vtoken does not put masks into: open_clip's own.
+_OTHER_ATTENTION = ("oc_qk_norm",)
 
 
 def _optional_rows(package: str, module: str) -> list[Host]:

@@ -40,8 +40,14 @@ def test_the_tables_of_classes_are_what_the_script_writes() -> None:
 #: Of each mapping's kind one whose refusal must name its own reason, or the part that can be patched.
 REFUSED = {
     "SamModel": "windows", "Sam2Model": "grid of patches", "SwinModel": "windows", "HieraModel": "grid between stages",
-    "PvtV2ForImageClassification": "between stages", "ConvNextModel": "convolutional", "YolosModel": "detection tokens",
-    "ViTMAEModel": "shuffles", "VideoMAEModel": "tubes", "TimesformerModel": "time and space", "DPTModel": "neck",
+    "PvtV2ForImageClassification": "between stages", "ConvNextModel": "convolutional",
+    "YolosModel": "detection tokens", "ViTMAEForPreTraining": "kept token", "VideoMAEForPreTraining": "visible token",
+    "VJEPA2Model": "place in the row", "TimesformerModel": "time and space", "DPTModel": "neck",
+    "BlipModel": "one projection", "AriaForConditionalGeneration": "image sizes",
+    "Blip2ForImageTextRetrieval": "queries", "FuyuForCausalLM": "no image tower",
+    "Gemma4ForConditionalGeneration": "pools", "Llama4VisionModel": "into channels",
+    "FastVlmForConditionalGeneration": "several stages", "Sapiens2Backbone": "share keys",
+    "MLCDVisionModel": "one table", "Mistral3ForConditionalGeneration": "one row", "DepthProModel": "place by place",
     "ImageGPTModel": "causal", "DetrForObjectDetection": "backbone", "Qwen2VLForConditionalGeneration": "one row",
     "PaliGemmaForConditionalGeneration": r"use vtoken\.apply\(model\.model\.vision_tower",
     "VisionEncoderDecoderModel": "cross-attention",
@@ -68,8 +74,8 @@ def test_no_class_of_the_auto_mappings_is_lost() -> None:
     """The page's count, which may only grow: more that work, fewer of which nothing is known."""
     script, page = make_models(), SCRIPT.with_name("models.md").read_text()
     answers = script.survey()
-    assert len(answers["yes"]) >= 39, answers["yes"]
-    assert len(answers["yes"]) + len(answers["reason"]) >= 180
+    assert len(answers["yes"]) >= 49, answers["yes"]
+    assert len(answers["yes"]) + len(answers["reason"]) >= 260
     if f"## transformers {script.transformers.__version__}\n" in page:
         assert script.told(answers) in page, "python docs/make_models.py writes the page anew"
-        assert len(answers["unknown"]) <= 85, answers["unknown"]
+        assert len(answers["unknown"]) <= 1, answers["unknown"]

@@ -29,12 +29,18 @@ class Tower:
         prefix: tokens in front of the patches.
         any_size: how a call says that images have another size than the configuration's; None: it cannot.
         dense: whether what it hands out has a value for every patch.
+        alone: whether a call takes one image.
+        frames: of a video; 0: it takes images.
+        grid: patch rows and columns of all frames.
     """
 
     build: Callable[[], nn.Module]
     prefix: int
     any_size: dict[str, Any] | None
     dense: bool = False
+    alone: bool = False
+    frames: int = 0
+    grid: tuple[int, int] = (8, 8)
 
 
 def _made(cls: str, config: str, sizes: dict[str, Any] = _PLAIN, /, **options: Any) -> nn.Module:
@@ -65,7 +71,13 @@ _DPT = {
     "hidden_size": 32, "neck_hidden_sizes": [8, 8, 8], "reassemble_factors": [2, 1, 0.5], "fusion_hidden_size": 8,
     "neck_ignore_stages": [],
 }  # fmt: skip
+_ZOE = {
+    "neck_hidden_sizes": [8, 8, 8], "fusion_hidden_size": 8, "bottleneck_features": 8, "num_relative_features": 8,
+    "reassemble_factors": [2, 1, 0.5], "add_projection": False,
+}  # fmt: skip
 _UPERNET = {"hidden_size": 8, "auxiliary_in_channels": 32, "auxiliary_channels": 8}
+_VIDEO = {k: v for k, v in _PLAIN.items() if k != "patch_size"} | {"num_frames": 8}
+_TUBES = _VIDEO | {"patch_size": 8, "tubelet_size": 2}
 _STAGES = {"out_features": ["stage1", "stage3"]}
 
 TOWERS: dict[str, Tower] = {
@@ -86,6 +98,32 @@ TOWERS: dict[str, Tower] = {
     "dinov3_maps": Tower(
         _part(_made, "DINOv3ViTBackbone", "DINOv3ViTConfig", num_register_tokens=2, **_STAGES), 3, {}, True
     ),
+    "pixio_maps": Tower(_part(_made, "PixioBackbone", "PixioConfig", _RATIO, n_cls_tokens=3, **_STAGES), 3, {}, True),
+    "pixtral": Tower(_part(_made, "PixtralVisionModel", "PixtralVisionConfig"), 0, {}, alone=True),
+    "radio": Tower(_part(_made, "RadioModel", "RadioConfig", _SIZE, mlp_ratio=2.0, max_img_size=64), 10, {}),
+    "clipseg": Tower(_part(_made, "CLIPSegVisionModel", "CLIPSegVisionConfig"), 1, {}),
+    "vit_mae": Tower(_part(_made, "ViTMAEModel", "ViTMAEConfig", mask_ratio=0.5), 1, _RESIZE, grid=(1, 32)),
+    "vitpose": Tower(
+        _part(_made, "VitPoseBackbone", "VitPoseBackboneConfig", _RATIO | {"patch_size": 8}, **_STAGES),
+        0,
+        None,
+        True,
+        grid=(4, 4),
+    ),
+    "vivit": Tower(
+        _part(_made, "VivitModel", "VivitConfig", _VIDEO, tubelet_size=[2, 8, 8]), 1, None, frames=8, grid=(16, 4)
+    ),
+    "vivit_head": Tower(
+        _part(_made, "VivitForVideoClassification", "VivitConfig", _VIDEO, tubelet_size=[2, 8, 8]),
+        1,
+        None,
+        frames=8,
+        grid=(16, 4),
+    ),
+    "videomae": Tower(_part(_made, "VideoMAEModel", "VideoMAEConfig", _TUBES), 0, None, frames=8, grid=(16, 4)),
+    "videomae_mean": Tower(
+        _part(_made, "VideoMAEForVideoClassification", "VideoMAEConfig", _TUBES), 0, None, frames=8, grid=(16, 4)
+    ),
     "depth_anything": Tower(
         _part(_over_maps, "DepthAnythingForDepthEstimation", "DepthAnythingConfig", reshape=False, **_DEPTH),
         1,
@@ -93,6 +131,10 @@ TOWERS: dict[str, Tower] = {
         True,
     ),
     "dpt": Tower(_part(_over_maps, "DPTForDepthEstimation", "DPTConfig", reshape=False, **_DPT), 1, {}, True),
+    "zoedepth": Tower(
+        _part(_over_maps, "ZoeDepthForDepthEstimation", "ZoeDepthConfig", reshape=False, **_ZOE), 1, {}, True
+    ),
+    "git": Tower(_part(_made, "GitVisionModel", "GitVisionConfig"), 1, _RESIZE),
     "upernet": Tower(
         _part(_over_maps, "UperNetForSemanticSegmentation", "UperNetConfig", reshape=True, **_UPERNET), 1, {}, True
     ),

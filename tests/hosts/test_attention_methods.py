@@ -18,8 +18,7 @@ import vtoken
 from tests.contract.table import host as host_row
 from tests.contract.table import run, snapshot
 from tests.helpers import assert_close, assert_same, images, naflex, randomise_, vit
-from tests.methods.slow_sparsifiner import Case, run_slowly
-from tests.methods.sparse_hosts import DISTILLED, HOSTS, block_rows, blocks, open_clip_tower, sparse
+from tests.methods.sparse_hosts import DISTILLED, HOSTS, against_loops, block_rows, blocks, open_clip_tower, sparse
 
 CONFIG = vtoken.Sparsifiner(keep_ratio=0.4)
 each_host = pytest.mark.parametrize("name", HOSTS)
@@ -243,7 +242,7 @@ def test_threads_with_different_batch_and_image_sizes() -> None:
     assert not wrong, wrong
 
 
-REFUSED = ("eva", "eva02", "eva_rope", "naflex_rope", "oc_qk_norm", "hf_clip", "hf_vit", "hf_dino_reg")
+REFUSED = ("oc_qk_norm",)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -290,38 +289,18 @@ def test_only_the_chosen_blocks_must_be_supported() -> None:
     assert isinstance(model.blocks[1].attn.predictor, torch.nn.Identity)
 
 
-def _against_loops(model: Any, x: Tensor, grid: tuple[int, int], prefix: int) -> None:
-    """The patched model is the slow one whose predictors were resized by hand."""
-    embedded, rows, trace = block_rows(model, x)
-    assert trace.grid == grid
-    slow = copy.deepcopy(model)
-    for block in blocks(slow):
-        p = block.attn.predictor
-        for name, factor in (("w_down", p.grid[0] * p.grid[1] / (grid[0] * grid[1])), ("w_up", 1.0)):
-            w = getattr(p, name).detach()
-            maps = w[prefix:].T.reshape(1, -1, *p.grid)
-            maps = torch.nn.functional.interpolate(maps, grid, mode="bicubic") * factor
-            setattr(p, name, torch.nn.Parameter(torch.cat([w[:prefix], maps[0].flatten(1).T])))
-    with torch.no_grad():
-        expected = run_slowly(blocks(slow), embedded, Case(prefix, grid, keep=0.4))
-    for b, each in enumerate(expected):
-        for found, layer in zip(trace.attention, each.layers, strict=True):
-            assert torch.equal(found.mask[b], layer.mask)
-        assert_close("rows", each.x, rows[b], 1e-9)
-
-
 @pytest.mark.parametrize("grid", [(4, 6), (3, 5), (6, 4), (2, 9), (1, 7)])
 def test_any_image_size(grid: tuple[int, int]) -> None:
     model = randomise_(vit(img_size=(16, 24), embed_dim=16, num_heads=2, dynamic_img_size=True), 0).eval().double()
     sparse(model, keep_ratio=0.4)
-    _against_loops(model, images((3, 4 * grid[0], 4 * grid[1]), dtype=torch.float64), grid, 1)
+    against_loops(model, images((3, 4 * grid[0], 4 * grid[1]), dtype=torch.float64), grid, 1)
 
 
 def test_set_input_size_after_apply() -> None:
     model = HOSTS["registers"].model(dtype=torch.float64)
     sparse(model, keep_ratio=0.4)
     model.set_input_size(img_size=(20, 12))
-    _against_loops(model, images((3, 20, 12), dtype=torch.float64), (5, 3), 3)
+    against_loops(model, images((3, 20, 12), dtype=torch.float64), (5, 3), 3)
     with pytest.raises(AssertionError, match="height"):
         model(HOSTS["registers"].images(dtype=torch.float64))
     vtoken.configure(model, mode="grouped", query_group=4)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import vtoken
 from tests.helpers import assert_close
+from vtoken.core.method import BlockMethod
 
 transformers = pytest.importorskip("transformers")
 
@@ -337,7 +338,7 @@ def _anchors(vision: Any, x: Tensor, index: int) -> Tensor:
     from vtoken.core.state import TokenState
     from vtoken.hosts.transformers.families import num_prefix
 
-    state = TokenState(vision._vtoken.methods["on_block"], num_prefix(vision), track_anchor=True, track_dest=False)
+    state = TokenState(vision._vtoken.methods[BlockMethod], num_prefix(vision), track_anchor=True, track_dest=False)
     vtoken.remove(bare := copy.deepcopy(vision))
     embedded = bare.embeddings(x)
     h = bare.pre_layrnorm(embedded) if hasattr(bare, "pre_layrnorm") else embedded

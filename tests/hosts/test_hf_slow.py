@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,8 +52,12 @@ def vit_parts(layer: Any) -> Parts:
 
 
 def dino_parts(layer: Any) -> Parts:
-    scales = layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
-    return Parts(layer.norm1, layer.norm2, layer.attention, layer.attention.o_proj, *scales)
+    scales, attn = (layer.layer_scale1.lambda1, layer.layer_scale2.lambda1), layer.attention
+    if hasattr(attn, "o_proj"):
+        return Parts(layer.norm1, layer.norm2, attn, attn.o_proj, *scales)
+    own = attn.attention  # transformers before 5.19 nests it and has other names
+    named = SimpleNamespace(q_proj=own.query, k_proj=own.key, v_proj=own.value)
+    return Parts(layer.norm1, layer.norm2, named, attn.output.dense, *scales)
 
 
 def aimv2_parts(layer: Any) -> Parts:

@@ -234,8 +234,8 @@ def test_hooks_see_the_model_and_nothing_stays_on_it() -> None:
     ("options", "words"),
     [
         ({"custom_generate": lambda *a, **k: None}, "custom_generate"), ({"token_healing": True}, "token_healing"),
-        ({"cache_implementation": "paged"}, "paged"), ({"prompt_lookup_num_tokens": 2}, "assisted"),
-        ({"assistant_early_exit": 1}, "assisted"),
+        ({"cache_implementation": "paged"}, "paged"), ({"assistant_early_exit": 1}, "assistant_early_exit"),
+        ({"use_mtp": True}, "use_mtp"), ({"assistant_tokenizer": 1}, "assistant_tokenizer"),
     ],
 )  # fmt: skip
 def test_ways_that_would_see_another_prompt_are_refused(options: dict[str, Any], words: str) -> None:

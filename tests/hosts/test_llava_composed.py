@@ -10,6 +10,8 @@ from torch import Tensor
 
 import vtoken
 from tests.helpers import assert_close
+from tests.methods.sparse_hosts import taught
+from vtoken.core.method import BlockMethod
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,7 +103,7 @@ def _by_hand_scores(model: Any, x: Tensor) -> list[Tensor]:
     from vtoken.core.state import TokenState
 
     tower = model.model.vision_tower
-    state = TokenState(tower._vtoken.methods["on_block"], 1, track_anchor=True, track_dest=True)
+    state = TokenState(tower._vtoken.methods[BlockMethod], 1, track_anchor=True, track_dest=True)
     h, rows = tower.pre_layrnorm(tower.embeddings(x)), []
     groups = torch.arange(37).expand(2, -1)
     members = []
@@ -194,22 +196,34 @@ def test_other_methods_in_the_tower(config: Any) -> None:
         assert trace.prompt.kept[i].tolist() == plain_top(trace.prompt.scores[i], 5)
 
 
-@pytest.mark.parametrize("first", [False, True], ids=["alone", "behind VTC-CLS"])
-def test_connectivity_masks_in_the_tower_are_refused_by_name(first: bool) -> None:
-    """Sparsifiner serves timm and open_clip."""
-    model = build("llava")
-    if first:
-        vtoken.apply(model, PROMPT)
-    for config in (
-        vtoken.Sparsifiner(keep_ratio=0.5),
-        [vtoken.Sparsifiner(keep_ratio=0.5), PROMPT.replace(num_tokens=3)],
-    ):
-        with pytest.raises(
-            vtoken.ConfigError,
-            match=r"sparsifiner does not work on Llava.*transformers image towers",
-        ):
-            vtoken.apply(model, config, replace=first)
-    assert vtoken.config_of(model) == (PROMPT if first else None)
+def test_connectivity_masks_in_the_tower_and_ranks_by_the_class_token() -> None:
+    """The class token keeps all its keys, so its row is that of the attention which runs."""
+    model, x = taught(vtoken.apply(build("llava"), [vtoken.Sparsifiner(keep_ratio=0.4), PROMPT])), images(2)
+    count = vtoken.num_tokens(model, vtoken.Sparsifiner(keep_ratio=0.4))
+    given = prompt([1, -count, 5, 6], [2, -count, 7, 8])
+    with torch.no_grad(), vtoken.tracing(model, maps=("attention",)) as trace:
+        out = model(**given, pixel_values=x)
+    assert out.logits.shape[1] == 8
+    assert all(0.39 < record.density < 0.42 for record in trace.attention)
+    read = [r.attention[:, :, 0, 1:].mean(1) for r in trace.attention[:3]]  # those that are read
+    assert_close("class row", torch.stack(read).mean(0), torch.stack(list(trace.prompt.scores)), 1e-5)
+    with torch.no_grad():
+        assert_close("untraced", out.logits, model(**given, pixel_values=x).logits, 1e-6)
+
+
+def test_what_a_patch_receives_under_masks_is_not_read() -> None:
+    prompts, x = vtoken.VTCCLS(num_tokens=5), images(2)
+    model, plain = build("llava_siglip"), vtoken.apply(build("llava_siglip"), prompts)
+    vtoken.apply(model, [vtoken.Sparsifiner(keep_ratio=1.0), prompts])
+    count = vtoken.num_tokens(model, vtoken.Sparsifiner(keep_ratio=1.0))
+    given = prompt([1, -count, 5], [2, -count, 7])
+    with torch.no_grad():
+        assert torch.equal(model(**given, pixel_values=x).logits, plain(**given, pixel_values=x).logits)
+        vtoken.configure(model, keep_ratio=0.4, mode="exact")
+        with pytest.raises(vtoken.InputError, match=r"block 3 attends by a connectivity mask.*`layers`"):
+            model(**given, pixel_values=x)
+        vtoken.apply(model, [vtoken.Sparsifiner(keep_ratio=0.4, layers=(0, 1)), prompts], replace=True)
+        assert model(**given, pixel_values=x).logits.shape[1] == 7
 
 
 def test_merging_with_the_tower_of_a_model_without_class_token() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.contract import slow_model
+from tests.contract.table import attention
 from vtoken.ops.sparse.hilbert import hilbert_order
 
 
@@ -36,6 +37,8 @@ class Case:
     prune_after: tuple[int, ...] = ()
     recon: bool = False
     merging: slow_model.Settings | None = None
+    #: Sines and cosines of every patch by block, [T, D] or [H, T, D], of models that rotate queries and keys.
+    tables: list[tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass
@@ -141,16 +144,54 @@ def softmax_over(logits: list[float], kept: list[bool]) -> list[float]:
     return [share / (sum(shares) or 1.0) for share in shares]
 
 
-def attend(attn: Any, x: Tensor, t: slow_model.Tokens, case: Case, layer: int, total: int) -> tuple[Tensor, Any, Layer]:
-    """Attention output [n, C], keys [H, n, D], and what happened."""
-    n, heads, live = x.shape[0], attn.num_heads, t.anchor
+def projected(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [H, n, D] in front of norms and rotation, by the weights themselves."""
+    n, width = x.shape[0], attn.head_dim
+    if getattr(attn, "q_proj", None) is not None:  # keys and values may have fewer heads
+        rows = []
+        for part in (attn.q_proj, attn.k_proj, attn.v_proj):
+            made = x @ part.weight.T + (0.0 if part.bias is None else part.bias)
+            rows.append(made.reshape(n, -1, width).permute(1, 0, 2))
+        return rows[0], rows[1], rows[2]
     if hasattr(attn, "in_proj_weight"):
         packed = x @ attn.in_proj_weight.T + attn.in_proj_bias
     else:
         packed = x @ attn.qkv.weight.T + (0.0 if attn.qkv.bias is None else attn.qkv.bias)
-    q, k, v = packed.reshape(n, 3, heads, -1).permute(1, 2, 0, 3)
+        if getattr(attn, "q_bias", None) is not None:
+            packed = packed + torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    q, k, v = packed.reshape(n, 3, -1, width).permute(1, 2, 0, 3)
+    return q, k, v
+
+
+def rotated(rows: Tensor, live: list[int], prefix: int, table: tuple[Tensor, Tensor], half: bool) -> Tensor:
+    """Rows [H, n, D] turned by the angles of the places that they stand at, number by number; no prefix row turns."""
+    out, width = rows.clone(), rows.shape[2]
+    for h in range(rows.shape[0]):
+        for i, token in enumerate(live):
+            if i < prefix:
+                continue
+            sines, cosines = (t[h, token - prefix] if t.dim() == 3 else t[token - prefix] for t in table)
+            for j in range(width):
+                first = j < width // 2 if half else j % 2 == 0
+                partner = (j + width // 2) % width if half else j ^ 1
+                sign = -1.0 if first else 1.0
+                out[h, i, j] = rows[h, i, j] * cosines[j] + sign * rows[h, i, partner] * sines[j]
+    return out
+
+
+def attend(attn: Any, x: Tensor, t: slow_model.Tokens, case: Case, layer: int, total: int) -> tuple[Tensor, Any, Layer]:
+    """Attention output [n, C], keys [H, n, D], and what happened."""
+    n, live = x.shape[0], t.anchor
+    q, k, v = projected(attn, x)
+    heads = q.shape[0]
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q), attn.k_norm(k)
+    unturned = k
+    if case.tables is not None:
+        half = not hasattr(attn, "qkv") or bool(attn.rotate_half)  # transformers knows one way
+        q, k = (rotated(rows, live, case.prefix, case.tables[layer], half) for rows in (q, k))
+    if k.shape[0] < heads:
+        k, v = (torch.stack([rows[h * len(rows) // heads] for h in range(heads)]) for rows in (k, v))
     found = Layer(list(live))
     acts = (case.layers is None or layer in case.layers) and not case.recon
     keep = case.keep[layer] if isinstance(case.keep, tuple) else case.keep
@@ -167,16 +208,25 @@ def attend(attn: Any, x: Tensor, t: slow_model.Tokens, case: Case, layer: int, t
         rows = zip(logits.tolist(), mask[h].tolist(), strict=True)
         found.attention[h] = torch.tensor([softmax_over(*pair) for pair in rows], dtype=x.dtype)
     out = (found.attention @ v).permute(1, 0, 2).reshape(n, -1)
-    if hasattr(attn, "in_proj_weight"):
-        return attn.out_proj(out), k, found
+    for name in ("out_proj", "o_proj"):
+        if hasattr(attn, name):
+            return getattr(attn, name)(out), unturned, found
     out = attn.norm(out)
     if getattr(attn, "gate", None) is not None:
         out = out * torch.sigmoid(attn.gate(x))
-    return attn.proj(out), k, found
+    return attn.proj(out), unturned, found
 
 
 def branches(block: Any, x: Tensor, run: Any) -> Tensor:
-    """The first residual branch of timm's and open_clip's blocks."""
+    """The first residual branch of all libraries' blocks."""
+    if hasattr(block, "layer_norm1"):
+        return x + run(block.layer_norm1(x))
+    if hasattr(block, "layernorm_before"):
+        return x + run(block.layernorm_before(x))
+    if hasattr(block, "layer_scale1"):
+        return x + block.layer_scale1.lambda1 * run(block.norm1(x))
+    if hasattr(block, "gamma_1"):
+        return x + (1.0 if block.gamma_1 is None else block.gamma_1) * run(block.norm1(x))
     if hasattr(block, "ln_1"):
         return x + block.ls_1(run(block.ln_1(x)))
     if "Post" in type(block).__name__:
@@ -186,6 +236,14 @@ def branches(block: Any, x: Tensor, run: Any) -> Tensor:
 
 def mlp(block: Any, x: Tensor) -> Tensor:
     """And the second."""
+    if hasattr(block, "layer_norm2"):
+        return x + block.mlp(block.layer_norm2(x))
+    if hasattr(block, "layernorm_after"):
+        return x + block.mlp(block.layernorm_after(x))
+    if hasattr(block, "layer_scale2"):
+        return x + block.layer_scale2.lambda1 * block.mlp(block.norm2(x))
+    if hasattr(block, "gamma_2"):
+        return x + (1.0 if block.gamma_2 is None else block.gamma_2) * block.mlp(block.norm2(x))
     if hasattr(block, "ln_1"):
         return x + block.ls_2(block.mlp(block.ln_2(x)))
     if "Post" in type(block).__name__:
@@ -204,7 +262,7 @@ def run_slowly(blocks: list[Any], embedded: Tensor, case: Case) -> list[Result]:
             seen: list[Any] = []
 
             def run(rows: Tensor, block: Any = block, layer: int = layer, seen: list[Any] = seen) -> Tensor:
-                out, keys, found = attend(block.attn, rows, t, case, layer, total)  # noqa: B023
+                out, keys, found = attend(attention(block), rows, t, case, layer, total)  # noqa: B023
                 seen.extend((keys, found))
                 return out
 

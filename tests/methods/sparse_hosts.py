@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,9 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 
 import vtoken
-from tests.helpers import GatedAttention, Host, distilled, vit
+from tests.contract.table import attention, call
+from tests.helpers import GatedAttention, Host, assert_close, distilled, eva, vit
+from tests.methods.slow_sparsifiner import Case, run_slowly
 from vtoken.core.host import find_adapter
 from vtoken.train import predictor_parameters
 
@@ -45,6 +48,81 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 HOSTS = {name: Host(name, build, (3, *(4 * n for n in GRID))) for name, build in _BUILDERS.items()}
 DISTILLED = Host("distilled", distilled)
+_eva = functools.partial(eva, **_SMALL, class_token=True, global_pool="token")
+_ROTARY: dict[str, Any] = {"use_rot_pos_emb": True, "use_abs_pos_emb": False}
+_SQUARE: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4, "image_size": 20,
+}  # fmt: skip
+_PLAIN = _SQUARE | {"intermediate_size": 32, "num_labels": 10}
+
+
+def _transformers(model: str, config: str, **options: Any) -> nn.Module:
+    hf = pytest.importorskip("transformers")
+    return getattr(hf, model)(getattr(hf, config)(**options))  # type: ignore[no-any-return]
+
+
+_TOWERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
+    "eva": (functools.partial(_eva, **_ROTARY, swiglu_mlp=True, init_values=1e-5), GRID),
+    "eva separate": (functools.partial(_eva, use_rot_pos_emb=True, qkv_fused=False, scale_attn_inner=True), GRID),
+    "rope": (
+        functools.partial(_eva, **_ROTARY, attn_type="rope", rope_type="mixed", qk_norm=True, num_reg_tokens=2), GRID
+    ),
+    "rope half": (
+        functools.partial(
+            _eva, **_ROTARY, attn_type="rope", rope_type="dinov3", rope_rotate_half=True, qkv_fused=False,
+            num_kv_heads=1,
+        ),
+        GRID,
+    ),
+    "hf_vit": (functools.partial(_transformers, "ViTForImageClassification", "ViTConfig", **_PLAIN), (5, 5)),
+    "hf_deit": (functools.partial(_transformers, "DeiTModel", "DeiTConfig", **_PLAIN), (5, 5)),
+    "hf_clip": (functools.partial(_transformers, "CLIPVisionModel", "CLIPVisionConfig", **_PLAIN), (5, 5)),
+    "hf_siglip": (functools.partial(_transformers, "SiglipVisionModel", "SiglipVisionConfig", **_PLAIN), (5, 5)),
+    "hf_dino": (
+        functools.partial(
+            _transformers, "Dinov2ForImageClassification", "Dinov2Config", **_SQUARE, mlp_ratio=2, num_labels=10,
+            attn_implementation="eager",
+        ),
+        (5, 5),
+    ),
+    "hf_dino_reg": (
+        functools.partial(
+            _transformers, "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **_SQUARE, mlp_ratio=2,
+        ),
+        (5, 5),
+    ),
+    "hf_dinov3": (
+        functools.partial(
+            _transformers, "DINOv3ViTModel", "DINOv3ViTConfig", **_PLAIN, num_register_tokens=2, layerscale_value=1.0,
+        ),
+        (5, 5),
+    ),
+}  # fmt: skip
+#: The towers of transformers, and those of timm that rotate queries and keys.
+TOWERS = {n: Host(n, build, (3, *(4 * side for side in grid))) for n, (build, grid) in _TOWERS.items()}
+
+
+def grid_of(host: Host) -> tuple[int, int]:
+    """Patch rows and columns of its images."""
+    return host.shape[1] // 4, host.shape[2] // 4
+
+
+def tables(model: Any, x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """Sines and cosines by which every block is told to rotate queries and keys; None if it is told of none."""
+    told: list[tuple[Tensor, Tensor]] = []
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if kwargs.get("rope") is not None:
+            told.append(kwargs["rope"].chunk(2, dim=-1))
+        if kwargs.get("position_embeddings") is not None:
+            told.append(kwargs["position_embeddings"][::-1])
+
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks(model)]
+    with torch.no_grad():
+        call(model, x)
+    for handle in handles:
+        handle.remove()
+    return told or None
 
 
 def blocks(model: nn.Module) -> list[Any]:
@@ -83,9 +161,29 @@ def block_rows(model: Any, x: Tensor) -> tuple[Tensor, Tensor, vtoken.Trace]:
         last.register_forward_hook(lambda module, args, out: seen.append(out)),
     ]
     with torch.no_grad(), vtoken.tracing(model, maps=("mask", "scores", "attention")) as trace:
-        model(x)
+        call(model, x)
     for handle in handles:
         handle.remove()
-    if not getattr(getattr(first, "attn", None), "batch_first", True):
+    if not getattr(attention(first), "batch_first", True):
         seen = [rows.transpose(0, 1) for rows in seen]
     return seen[0], seen[1], trace
+
+
+def against_loops(model: Any, x: Tensor, grid: tuple[int, int], prefix: int) -> None:
+    """The patched model is the slow one whose predictors were resized by hand."""
+    embedded, rows, trace = block_rows(model, x)
+    assert trace.grid == grid
+    slow = copy.deepcopy(model)
+    for block in blocks(slow):
+        p = attention(block).predictor
+        for name, factor in (("w_down", p.grid[0] * p.grid[1] / (grid[0] * grid[1])), ("w_up", 1.0)):
+            w = getattr(p, name).detach()
+            maps = w[prefix:].T.reshape(1, -1, *p.grid)
+            maps = torch.nn.functional.interpolate(maps, grid, mode="bicubic") * factor
+            setattr(p, name, torch.nn.Parameter(torch.cat([w[:prefix], maps[0].flatten(1).T])))
+    with torch.no_grad():
+        expected = run_slowly(blocks(slow), embedded, Case(prefix, grid, keep=0.4, tables=tables(model, x)))
+    for b, each in enumerate(expected):
+        for found, layer in zip(trace.attention, each.layers, strict=True):
+            assert torch.equal(found.mask[b], layer.mask)
+        assert_close("rows", each.x, rows[b], 1e-9)

@@ -11,15 +11,18 @@ from torch import Tensor
 
 import vtoken
 from tests.contract.slow_model import Settings
-from tests.contract.table import run
+from tests.contract.table import call, run
 from tests.helpers import assert_close, assert_same, images, randomise_, vit
 from tests.methods.slow_sparsifiner import Case, run_slowly
-from tests.methods.sparse_hosts import GRID, HOSTS, block_rows, blocks, sparse
+from tests.methods.sparse_hosts import GRID, HOSTS, TOWERS, block_rows, blocks, grid_of, sparse, tables
 from tests.ops.test_connections import Sizes
+from vtoken.core.method import AttentionMethod
 from vtoken.core.records import AttentionRecord
 
 F64 = torch.float64
+ALL = HOSTS | TOWERS
 each_host = pytest.mark.parametrize("name", HOSTS)
+each_tower = pytest.mark.parametrize("name", ALL)
 # Few coefficients over a thin basis: many scores are exactly 0, so that ties decide.
 _TIES: dict[str, Any] = {"coef_topk": 2, "basis_threshold": 0.1, "num_basis": 5}
 _WORDS = {"keep_ratio": "keep", "query_group": "group", "token_keep_ratio": "token_keep"}
@@ -27,14 +30,15 @@ _WORDS = {"keep_ratio": "keep", "query_group": "group", "token_keep_ratio": "tok
 
 def check(name: str, merging: tuple[vtoken.MethodConfig, Settings] | None = None, **options: Any) -> vtoken.Trace:
     """Rows behind the last block, live tokens, masks, scores and attention of every layer are those of the loops."""
-    model, x = HOSTS[name].model(dtype=F64), HOSTS[name].images(dtype=F64)
+    model, x = ALL[name].model(dtype=F64), ALL[name].images(dtype=F64)
     stock = copy.deepcopy(model)
     config: Any = vtoken.Sparsifiner(**options)
     sparse(model, config if merging is None else [merging[0], config])
     embedded, rows, trace = block_rows(model, x)
     words = {_WORDS.get(k, k): v for k, v in options.items() if k not in ("num_basis", "share_proj", "backend")}
     prefix = trace.num_prefix
-    case = Case(prefix, GRID, merging=None if merging is None else merging[1], **words)
+    merged = None if merging is None else merging[1]
+    case = Case(prefix, grid_of(ALL[name]), merging=merged, tables=tables(stock, x), **words)
     with torch.no_grad():
         slow = run_slowly(blocks(model), embedded, case)
     for b, expected in enumerate(slow):
@@ -53,25 +57,27 @@ def check(name: str, merging: tuple[vtoken.MethodConfig, Settings] | None = None
         assert found.density == pytest.approx(float(masks[:, :, prefix:].double().mean()))
     # What a forward gives does not depend on whether anybody looks on.
     with torch.no_grad():
-        seen = stock(x)
-        assert_close("untraced", vtoken.trace(model, x)[0], model(x), 1e-9)
+        seen = call(stock, x)
+        with vtoken.tracing(model):
+            looked_at = call(model, x)
+        assert_close("untraced", looked_at, call(model, x), 1e-9)
     if config.phase == "sparse" and config.keep_ratio != 1.0:
         assert not torch.allclose(seen, run(model, x), atol=1e-4), "the masks were to matter"
     return trace
 
 
-@each_host
+@each_tower
 def test_exact(name: str) -> None:
     trace = check(name, keep_ratio=0.3)
     assert [r.layer for r in trace.attention] == [0, 1, 2]
 
 
-@each_host
+@each_tower
 def test_exact_with_ties(name: str) -> None:
     check(name, keep_ratio=0.5, **_TIES)
 
 
-@each_host
+@each_tower
 def test_grouped(name: str) -> None:
     check(name, keep_ratio=0.3, mode="grouped", query_group=7)  # 24 patches: four groups of six
 
@@ -81,7 +87,7 @@ def test_grouped_sizes(group: int) -> None:
     check("registers", keep_ratio=0.2, mode="grouped", query_group=group, **_TIES)
 
 
-@each_host
+@each_tower
 def test_threshold(name: str) -> None:
     trace = check(name, mode="threshold")
     rows = trace.attention[0].mask[:, :, trace.num_prefix :].sum(-1)
@@ -131,17 +137,19 @@ def test_backends(backend: str) -> None:
         check("registers", keep_ratio=0.3, backend=backend, mode=mode, query_group=6)
 
 
-@each_host
+@each_tower
 @pytest.mark.parametrize("mode", ["exact", "grouped", "threshold"])
 def test_token_pruning_with_masks(name: str, mode: str) -> None:
-    if name == "no prefix":
+    if name in ("no prefix", "hf_siglip"):
         pytest.skip("has no class token to rank by")
     options: dict[str, Any] = {"keep_ratio": 0.6, "token_keep_ratio": 0.7, "prune_after": (0, 1)}
     trace = check(name, mode=mode, query_group=5, **options)
     prefix = trace.num_prefix
-    assert trace.tokens == [24 + prefix, 17 + prefix, 12 + prefix, 12 + prefix]  # ceil of 16.8 and 11.76
+    rows, columns = grid_of(ALL[name])
+    whole, left = rows * columns, {24: (17, 12), 25: (18, 13)}[rows * columns]  # ceil of 16.8 and 11.76; 17.5, 12.25
+    assert trace.tokens == [whole + prefix, left[0] + prefix, left[1] + prefix, left[1] + prefix]
     if mode == "exact":  # budgets go by the original number of tokens, at most the live ones
-        original = -(-6 * (24 + prefix) // 10)
+        original = -(-6 * (whole + prefix) // 10)
         kept = [int(r.mask[0, 0, -1].sum()) for r in trace.attention]
         assert kept == [min(original, n) for n in trace.tokens[:-1]]
         assert kept[2] == trace.tokens[2], "the last budget was to be all live tokens"
@@ -155,22 +163,24 @@ def test_token_pruning_with_dense_attention() -> None:
     check("open_clip", keep_ratio=1.0, token_keep_ratio=0.5, prune_after=(0, 2))
 
 
-@each_host
+@each_tower
 def test_reconstruction_phase(name: str) -> None:
-    host = HOSTS[name]
+    host = ALL[name]
     stock = run(host.model(dtype=F64), host.images(dtype=F64))
     trace = _recon(name)
     assert all(r.density == 1.0 and bool(r.mask.all()) for r in trace.attention)
-    model = sparse(host.model(dtype=F64), phase="recon", token_keep_ratio=0.5, prune_after=(0,))
+    pruned = {} if name == "hf_siglip" else {"token_keep_ratio": 0.5, "prune_after": (0,)}
+    model = sparse(host.model(dtype=F64), phase="recon", **pruned)
     assert_same("outputs are the teacher's, also if tokens are pruned later", stock, run(model, host.images(dtype=F64)))
 
 
 def _recon(name: str) -> vtoken.Trace:
-    model, x = HOSTS[name].model(dtype=F64), HOSTS[name].images(dtype=F64)
+    model, x = ALL[name].model(dtype=F64), ALL[name].images(dtype=F64)
     sparse(model, phase="recon")
     embedded, rows, trace = block_rows(model, x)
+    case = Case(trace.num_prefix, grid_of(ALL[name]), recon=True, tables=tables(model, x))
     with torch.no_grad():
-        slow = run_slowly(blocks(model), embedded, Case(trace.num_prefix, GRID, recon=True))
+        slow = run_slowly(blocks(model), embedded, case)
     assert_close("rows", torch.stack([s.x for s in slow]), rows, 1e-9)
     for found in trace.attention:
         for b, expected in enumerate(slow):
@@ -191,6 +201,13 @@ def test_together_with_merging(name: str, method: str, mode: str) -> None:
     assert trace.tokens[-1] < trace.tokens[1] < trace.tokens[0]
     assert trace.size is not None
     assert float(trace.size.max()) > 1
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_together_with_merging(name: str) -> None:
+    """What merges is chosen by keys that are not rotated yet; the masks by those that are."""
+    trace = check(name, (vtoken.PiToMe(ratio=0.75), Settings(method="pitome")), keep_ratio=0.4)
+    assert trace.tokens[-1] < trace.tokens[0]
 
 
 def test_the_order_of_composed_settings_does_not_matter() -> None:
@@ -237,14 +254,15 @@ def test_random_masks_keep_the_budget_and_ask_no_predictor() -> None:
     assert not torch.equal(out, run(model, x))
 
 
-@each_host
+@each_tower
 @pytest.mark.parametrize("mode", ["exact", "grouped", "random"])
 def test_all_keys_kept_changes_no_bit(name: str, mode: str) -> None:
-    model, x = HOSTS[name].model(), HOSTS[name].images()
+    model, x = ALL[name].model(), ALL[name].images()
     stock = run(model, x)
     sparse(model, keep_ratio=1.0, mode=mode)
     assert_same("eval", stock, run(model, x))
-    assert_close("traced", stock, vtoken.trace(model, x)[0], 1e-5)
+    with vtoken.tracing(model):
+        assert_close("traced", stock, run(model, x), 1e-5)
     vtoken.configure(model, keep_ratio=0.9999)  # still all keys, but through the method
     assert_close("to rounding", stock, run(model, x), 1e-5)
 
@@ -295,7 +313,7 @@ def test_half_precision_is_near_single(dtype: torch.dtype, mode: str) -> None:
 def test_masks_do_not_depend_on_autocast(mode: str) -> None:
     """Given the same queries and keys; selection would be another if its products were rounded."""
     method = sparse(HOSTS["registers"].model(), keep_ratio=0.4, mode=mode, query_group=3)._vtoken.methods[
-        "on_attention"
+        AttentionMethod
     ]
     model = sparse(HOSTS["registers"].model(), keep_ratio=0.4, mode=mode, query_group=3)
     predictor, rng = blocks(model)[1].attn.predictor, torch.Generator().manual_seed(0)
@@ -315,7 +333,7 @@ def test_masks_do_not_depend_on_autocast(mode: str) -> None:
 
 
 def test_reconstruction_does_not_depend_on_autocast() -> None:
-    method = sparse(HOSTS["cls"].model(), phase="recon")._vtoken.methods["on_attention"]
+    method = sparse(HOSTS["cls"].model(), phase="recon")._vtoken.methods[AttentionMethod]
     predictor = blocks(sparse(HOSTS["cls"].model()))[1].attn.predictor
     q, k, v = (torch.randn(2, 2, 25, 8, generator=torch.Generator().manual_seed(s)) for s in range(3))
     found: list[tuple[Tensor | None, Tensor | None]] = []

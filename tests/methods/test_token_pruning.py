@@ -120,9 +120,9 @@ def test_a_class_token_is_needed(options: dict[str, Any]) -> None:
 def test_two_methods_between_the_blocks_are_refused() -> None:
     model = HOSTS["cls"].model()
     config = vtoken.Sparsifiner(token_keep_ratio=0.5, prune_after=(1,))
-    with pytest.raises(vtoken.ConfigError, match="two methods act at on_block: pitome, sparsifiner"):
+    with pytest.raises(vtoken.ConfigError, match="two methods act at one place, as BlockMethod: pitome, sparsifiner"):
         vtoken.apply(model, [vtoken.PiToMe(), config])
-    with pytest.raises(vtoken.ConfigError, match="two methods act at on_attention"):
+    with pytest.raises(vtoken.ConfigError, match="two methods act at one place, as AttentionMethod"):
         vtoken.apply(model, [vtoken.Sparsifiner(), vtoken.Sparsifiner()])
     assert not vtoken.is_applied(model)
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtoken import ConfigError, ShapeError
-from vtoken.methods.merging.schedule import removed_by_ratio
+from vtoken.methods.merging.base import removed_by_ratio
 from vtoken.ops import MergePlan, key_metric, plan_pitome, plan_random, plan_stride, plan_tome
 from vtoken.ops.merging import matching
 from vtoken.ops.reference import (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,11 +29,41 @@ KINDS = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_moe")
 ATTENTION = ("qwen2", "qwen2_5", "qwen3", "qwen3_moe")
 
 
+GLM = ("glm4v", "glm4v_moe", "glm46v")
+
+
+def _glm(kind: str) -> Any:
+    t, ids = transformers, builders._tokens()
+    vision: dict[str, Any] = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "image_size": 32,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 48,
+    }  # fmt: skip
+    text = TEXT | {"rope_parameters": MERGED | {"partial_rotary_factor": 1.0}, "head_dim": 12}
+    ids = {name: value for name, value in ids.items() if not name.startswith("vision_")}
+    if kind == "glm4v_moe":
+        text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1}
+        text |= {"first_k_dense_replace": 1, "topk_group": 1, "n_shared_experts": 1}
+    config_class, cls = {
+        "glm4v": (t.Glm4vConfig, t.Glm4vForConditionalGeneration),
+        "glm4v_moe": (t.Glm4vMoeConfig, t.Glm4vMoeForConditionalGeneration),
+        "glm46v": (t.Glm46VConfig, t.Glm46VForConditionalGeneration),
+    }[kind]
+    parts: dict[str, Any] = {"text_config": text, "vision_config": vision}
+    if kind == "glm46v":
+        own = t.models.glm4v
+        parts = {"text_config": own.Glm4vTextConfig(**text), "vision_config": own.Glm4vVisionConfig(**vision)}
+    ids |= {"image_start_token_id": START, "image_end_token_id": END}
+    ids |= {"video_start_token_id": 50, "video_end_token_id": 51}
+    return _loud(lively(cls(config_class(**parts, **ids))))
+
+
 def build(kind: str) -> Any:
     """A tiny model, with weights under which its answer depends on what it sees."""
     if kind in builders.QWEN:
         return builders.build(kind)
     t, ids = transformers, builders._tokens()
+    if kind in GLM:
+        return _glm(kind)
     moe = MOE if kind.endswith("moe") else {}
     if kind == "qwen3_moe":
         text = TEXT | MOE | {"rope_parameters": MERGED, "head_dim": 12}
@@ -46,7 +78,10 @@ def build(kind: str) -> Any:
         cls = t.Qwen3_5MoeConfig if moe else t.Qwen3_5Config
         config = cls(vision_config=VISION, text_config=text, **ids)
         model = (t.Qwen3_5MoeForConditionalGeneration if moe else t.Qwen3_5ForConditionalGeneration)(config)
-    model = lively(model)
+    return _loud(lively(model))
+
+
+def _loud(model: Any) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1 and ("merger" in name or ("language_model" in name and "self_attn" in name)):
@@ -96,6 +131,19 @@ def row_of(given: dict[str, Tensor], row: int, *, video: bool = False) -> dict[s
     return found
 
 
+@contextlib.contextmanager
+def handing(model: Any, outputs: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """The unpatched model with towers that hand out these features, in any release; and pixels to call it with."""
+    names = {"image": "pixel_values", "video": "pixel_values_videos"}
+    for kind, out in outputs.items():
+        setattr(model.model, f"get_{kind}_features", lambda *_, out=out, **__: type(out)(**out))
+    try:
+        yield {names[kind]: torch.empty(0) for kind in outputs}
+    finally:
+        for kind in outputs:
+            delattr(model.model, f"get_{kind}_features")
+
+
 @torch.no_grad()
 def masked(model: Any, given: dict[str, Tensor], kept: list[Tensor], new: int = 0) -> tuple[Tensor, list[int]]:
     """Logits [k, V] of one unpadded row at the places that stay, and greedily chosen ids.
@@ -118,11 +166,10 @@ def masked(model: Any, given: dict[str, Tensor], kept: list[Tensor], new: int = 
         allowed = torch.ones(length, length, dtype=torch.bool).tril() & stay | torch.eye(length, dtype=torch.bool)
         mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
         line = torch.arange(length)[None, None]
-        out = {kind: type(o)(**o) for kind, o in features.items()}
-        run = model(
-            input_ids=ids, attention_mask=mask, position_ids=torch.cat([line, positions]), mm_encoder_outputs=out,
-            use_cache=False,
-        )  # fmt: skip
+        with handing(model, features) as pixels:
+            run = model(
+                input_ids=ids, attention_mask=mask, position_ids=torch.cat([line, positions]), use_cache=False, **pixels
+            )
         if step == 0:
             logits = run.logits[0, stay]
         if step == new:
@@ -144,8 +191,10 @@ def fed(model: Any, given: dict[str, Tensor], kept: dict[str, list[Tensor]], pad
         if name in given:
             run = getattr(inner, f"get_{kind}_features")
             features[kind] = run(given[name], given[f"{kind}_grid_thw"], return_dict=True)
-            levels = [features[kind].pooler_output, *(getattr(features[kind], "deepstack_features", None) or [])]
-            rows[kind] = [list(level) for level in levels]
+            rows[kind] = [list(features[kind].pooler_output)]
+            for level in getattr(features[kind], "deepstack_features", None) or []:
+                packed = isinstance(level, Tensor)  # of all visuals, in some releases
+                rows[kind].append(list(level.split([len(r) for r in rows[kind][0]]) if packed else level))
     takes = {"mm_token_type_ids", "image_grid_thw", "video_grid_thw"}
     named = {name: value for name, value in given.items() if name in takes}
     positions = inner.get_rope_index(given["input_ids"], **named)[0]
@@ -166,13 +215,14 @@ def fed(model: Any, given: dict[str, Tensor], kept: dict[str, list[Tensor]], pad
     for kind, out in features.items():
         fields = {**out, "pooler_output": tuple(r[k] for r, k in zip(rows[kind][0], kept[kind], strict=True))}
         if len(rows[kind]) > 1:
-            fields["deepstack_features"] = [
-                tuple(r[k] for r, k in zip(level, kept[kind], strict=True)) for level in rows[kind][1:]
-            ]
+            levels = [[r[k] for r, k in zip(level, kept[kind], strict=True)] for level in rows[kind][1:]]
+            packed = isinstance(out.deepstack_features[0], Tensor)
+            fields["deepstack_features"] = [torch.cat(level) if packed else tuple(level) for level in levels]
         outputs[kind] = type(out)(**fields)
     at = torch.tensor(stays)
     line = torch.arange(len(stays))[None, None]
-    return model(
-        input_ids=given["input_ids"][:, at], position_ids=torch.cat([line, positions[:, :, at]]),
-        mm_encoder_outputs=outputs, attention_mask=torch.ones(1, len(stays), dtype=torch.int64),
-    ).logits[0]  # fmt: skip
+    with handing(model, outputs) as pixels:
+        return model(
+            input_ids=given["input_ids"][:, at], position_ids=torch.cat([line, positions[:, :, at]]),
+            attention_mask=torch.ones(1, len(stays), dtype=torch.int64), **pixels,
+        ).logits[0]  # fmt: skip

@@ -17,6 +17,7 @@ from tests.hosts import llavas  # noqa: E402
 from tests.prompts import qwens  # noqa: E402
 from vtoken.methods.divprune import max_min  # noqa: E402
 from vtoken.methods.visionzip import merge_rest  # noqa: E402
+from vtoken.prompts.budget import method_of  # noqa: E402
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
 CONFIGS = [
@@ -66,7 +67,7 @@ def test_models_that_cut_images(kind: str, config: Any) -> None:
     _, trace = vtoken.trace(model, **given)
     for visual, kept in zip(trace.prompt.visuals, trace.prompt.kept, strict=True):
         content = [i for i in kept.tolist() if i not in visual.separators]
-        assert len(content) == model._vtoken.methods["on_features"].count(visual, {})
+        assert len(content) == method_of(model).count(visual, {})
     assert model.generate(**given, **GREEDY).shape[1] == given["input_ids"].shape[1] + 3
 
 

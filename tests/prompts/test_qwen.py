@@ -15,23 +15,22 @@ from tests.helpers import assert_close
 
 transformers = pytest.importorskip("transformers")
 
-from tests.prompts.qwens import ATTENTION, COUNTS, IMAGE, KINDS, VIDEO, build, call, fed, masked, row_of  # noqa: E402
+from tests.prompts.qwens import ATTENTION, COUNTS, GLM, IMAGE, KINDS, VIDEO, build, call, fed, masked, row_of  # noqa: E402
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
+#: Whether this release's models take features that are ready.
+READY = "mm_encoder_outputs" in inspect.signature(transformers.Qwen2VLForConditionalGeneration.forward).parameters
 METHODS = [
     vtoken.VTCCLS(num_tokens=3), vtoken.DivPrune(keep_ratio=0.5), vtoken.CDPruner(num_tokens=2),
     vtoken.RandomTokens(num_tokens=3, seed=4), vtoken.UniformTokens(num_tokens=3),
 ]  # fmt: skip
 
-if "mm_encoder_outputs" not in inspect.signature(transformers.Qwen2VLForConditionalGeneration.forward).parameters:
-    pytest.skip("the references hand features over, which this release does not take", allow_module_level=True)
 
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *GLM])
 @pytest.mark.parametrize("pad", ["left", "right"])
 @torch.no_grad()
 def test_keeping_all_changes_no_bit(kind: str, pad: str) -> None:
-    model, given = build(kind), call(pad=pad, video=True, kind=kind)
+    model, given = build(kind), call(pad=pad, video=kind in KINDS, kind=kind)
     stock = model(**given).logits
     other = model(**given | {"pixel_values": given["pixel_values"].flip(0)}).logits
     assert float((other - stock).abs().max()) > 0.3, "the image was to matter"
@@ -53,7 +52,7 @@ def _attributes(tower: Any) -> list[str]:
     return sorted(name for name in vars(tower) if not name.startswith("_output_capturing"))
 
 
-@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("kind", [*ATTENTION, "glm4v"])
 @torch.no_grad()
 def test_hooks_of_the_tower_get_its_own_modules(kind: str) -> None:
     model, given = build(kind), call()
@@ -71,7 +70,7 @@ def test_hooks_of_the_tower_get_its_own_modules(kind: str) -> None:
         seen.clear()
 
 
-@pytest.mark.parametrize("kind", ATTENTION)
+@pytest.mark.parametrize("kind", [*ATTENTION, *GLM])
 @pytest.mark.parametrize("config", METHODS, ids=lambda c: c.method)
 @torch.no_grad()
 def test_pruned_is_the_full_prompt_with_masked_keys(kind: str, config: Any) -> None:
@@ -112,7 +111,7 @@ def test_images_and_videos_of_one_call_are_hand_fed_rows(kind: str) -> None:
         assert_close("logits", logits, out.logits[row][seen], 2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "glm4v"])
 @torch.no_grad()
 def test_scores_are_the_attention_that_a_token_gets(kind: str) -> None:
     """Eager maps in float64 of each image alone, summed up by hand."""
@@ -153,7 +152,7 @@ def test_scores_are_the_attention_that_a_token_gets(kind: str) -> None:
         assert_close("scores", found.float(), scores[i], 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5", "qwen3", "qwen3_5"])
+@pytest.mark.parametrize("kind", ["qwen2_5", "qwen3", "qwen3_5", "glm4v"])
 @torch.no_grad()
 def test_beams_static_caches_and_chunks_with_unequal_counts(kind: str) -> None:
     model, given = build(kind), call()
@@ -163,7 +162,11 @@ def test_beams_static_caches_and_chunks_with_unequal_counts(kind: str) -> None:
         greedy, together = model.generate(**given, **GREEDY), model.generate(**given, **beams)
         if kind != "qwen3_5":
             assert torch.equal(model.generate(**given, **GREEDY, cache_implementation="static"), greedy)
-            assert torch.equal(model.generate(**given, **GREEDY, prefill_chunk_size=5), greedy)
+            if READY:
+                assert torch.equal(model.generate(**given, **GREEDY, prefill_chunk_size=5), greedy)
+            else:
+                with pytest.raises(vtoken.InputError, match="prefill_chunk_size"):
+                    model.generate(**given, **GREEDY, prefill_chunk_size=5)
         assert torch.equal(model.generate(**given, **GREEDY, use_cache=False), greedy)
     for row, budget in ((0, [2, 5]), (1, [1])):
         with vtoken.budget(model, num_tokens=budget):
@@ -172,7 +175,7 @@ def test_beams_static_caches_and_chunks_with_unequal_counts(kind: str) -> None:
             assert torch.equal(model.generate(**alone, **beams)[:, -4:], together[2 * row : 2 * row + 2, -4:])
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen2_5", "qwen3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2_5", "qwen3", "glm4v", "glm46v"])
 @torch.no_grad()
 def test_a_second_turn_after_somebody_elses_call(kind: str) -> None:
     model, given = build(kind), row_of(call(), 0)
@@ -267,7 +270,7 @@ def test_what_a_prompt_costs() -> None:
     """Against the products that a counting tower makes, one image alone."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for kind, pixels in (("qwen2", (16, 24)), ("qwen2_5", (24, 40)), ("qwen3", (16, 24))):
+    for kind, pixels in (("qwen2", (16, 24)), ("qwen2_5", (24, 40)), ("qwen3", (16, 24)), ("glm4v", (16, 24))):
         model, (h, w) = build(kind), (pixels[0] // 4, pixels[1] // 4)
         model.set_attn_implementation("eager")
         report = vtoken.prompt_report(model, vtoken.DivPrune(num_tokens=2), image_size=pixels, text_tokens=10)
@@ -309,6 +312,19 @@ def test_kept_tokens_can_be_drawn() -> None:
         assert trace.prompt.visuals[i].cells[0].grid == (h // 2, w // 2)
     pytest.importorskip("PIL")
     assert vtoken.visualize.draw_kept(torch.rand(3, 16, 24), trace.kept(0), trace.grid).size == (24, 16)
+
+
+@torch.no_grad()
+def test_videos_of_glm_run_whole_with_a_word() -> None:
+    """They have the placeholders of images, which the library itself takes for one or the other."""
+    model, given = build("glm4v"), call()
+    video = {"pixel_values_videos": given["pixel_values"], "video_grid_thw": given["image_grid_thw"]}
+    rest = {n: v for n, v in given.items() if n not in ("pixel_values", "image_grid_thw")}
+    rest["mm_token_type_ids"] = rest["mm_token_type_ids"] * 2
+    stock = model(**rest, **video).logits
+    vtoken.apply(model, vtoken.DivPrune(num_tokens=3))
+    with pytest.warns(vtoken.VTokenWarning, match="does not prune video tokens"):
+        assert torch.equal(model(**rest, **video).logits, stock)
 
 
 @torch.no_grad()

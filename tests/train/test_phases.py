@@ -98,7 +98,7 @@ def test_the_teacher_is_frozen_dense_and_its_own() -> None:
         next(iter(model.parameters())).add_(1)
     assert_same("after the student has learnt", out.logits, teacher(x).logits)
     assert_same("of an unpatched model", out.logits, Teacher(dense.train())(x).logits)
-    with pytest.raises(vtoken.UnsupportedModelError, match="forward_head"):
+    with pytest.raises(vtoken.UnsupportedModelError, match="make TeacherOutput from your own"):
         Teacher(open_clip_tower())
 
 

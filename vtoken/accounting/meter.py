@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -63,6 +65,22 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.repeats = repeats
         self.total = 0
+
+    @contextlib.contextmanager
+    def apart(self, modules: Sequence[nn.Module]) -> Iterator[list[int]]:
+        """What each module spends inside the block, read off the running total by hooks on its way in and out."""
+        spent, handles = [0] * len(modules), []
+        try:
+            for index, module in enumerate(modules):
+                handles.append(module.register_forward_pre_hook(functools.partial(self._read, spent, index, -1)))
+                handles.append(module.register_forward_hook(functools.partial(self._read, spent, index, 1)))
+            yield spent
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _read(self, spent: list[int], index: int, sign: int, *_: Any) -> None:
+        spent[index] += sign * self.total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

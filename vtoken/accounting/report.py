@@ -17,7 +17,7 @@ from vtoken.core.apply import Config, build_methods, enter, is_applied, remove
 from vtoken.core.config import MethodConfig
 from vtoken.core.counts import chosen, plan_of, removing
 from vtoken.core.host import Host
-from vtoken.core.method import AttentionMacs, AttentionMethod, BlockMethod, Method
+from vtoken.core.method import AttentionMacs, AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import PREDICTOR
 from vtoken.core.spec import HostSpec, Plan
 from vtoken.errors import ConfigError, ShapeError, VTokenError
@@ -165,8 +165,11 @@ class Report:
             f"FLOPs {self.flops_before / 1e9:.2f} G -> {self.flops_after / 1e9:.2f} G, factor {self.flops_factor:.2f}"
         )
         if self.macs_most is not None:
-            factor = self.macs_before / self.macs_most
-            rows.append(f"at most {self.macs_most / 5e8:.2f} GFLOPs, factor {factor:.2f}, where nothing merges")
+            more = 100 * (self.macs_most / self.macs_before - 1)
+            rows.append(
+                f"an image of which nothing merges costs {self.macs_most / 5e8:.2f} GFLOPs, {more:.1f} % more than "
+                "without the method: its tokens are compared in vain"
+            )
         if self.attention is not None:
             a = self.attention
             rows.append(
@@ -216,7 +219,7 @@ def report(
 def costs(
     host: Host,
     configs: tuple[MethodConfig, ...],
-    methods: dict[str, Method],
+    methods: Methods,
     size: tuple[int, int, int],
     counts: Plan,
 ) -> Report:
@@ -240,10 +243,10 @@ def costs(
     # Kept keys are data, which a counter of shapes cannot see: attention cores are counted dense, then exchanged.
     # The model takes the images, so whatever is raised now is the method's own.
     spec, method, counted = host.spec, removing(methods), tuple(c.counted() for c in configs)
-    entered = dict(methods) if counted == configs else build_methods(shadow, counted)
+    entered = dict(methods if counted == configs else build_methods(shadow, counted))
     matching, unseen = _matching_macs(method, spec, tokens), [0] * spec.depth
     if not method.exact:  # there are no images here that could decide anything
-        entered["on_block"], unseen = Narrowing(counts.removed, method.insert), matching
+        entered[BlockMethod], unseen = Narrowing(counts.removed, method.insert), matching
     enter(shadow, counted, entered)
     after = _count(shadow, size, repeats)
     cores = _attention_macs(host, methods, tokens)
@@ -286,10 +289,10 @@ def _matching_macs(method: BlockMethod, spec: HostSpec, tokens: Sequence[int]) -
     return [method.matching_macs(i, tokens[i] - spec.num_prefix, spec.head_dim, spec.width) for i in range(spec.depth)]
 
 
-def _attention_macs(host: Host, methods: dict[str, Method], tokens: Sequence[int]) -> list[AttentionMacs | None]:
+def _attention_macs(host: Host, methods: Methods, tokens: Sequence[int]) -> list[AttentionMacs | None]:
     """Per block, what sparse attention makes of its core, with the model's own learned parts where it carries them."""
-    spec, attention = host.spec, methods.get("on_attention")
-    if not isinstance(attention, AttentionMethod):
+    spec, attention = host.spec, methods.get(AttentionMethod)
+    if attention is None:
         return [None] * spec.depth
     predictors = {
         m.__dict__["_vtoken_index"]: m.get_submodule(PREDICTOR)
@@ -311,27 +314,10 @@ def _count(
     dtype = next((p.dtype for p in shadow.parameters() if p.is_floating_point()), torch.float32)
     image = torch.empty(1, *size, device="meta", dtype=dtype)
     blocks = [block for _, block in host.adapter.blocks(shadow)]
-    spent = [0] * len(blocks)
-    handles = []
     # With gradients where torch would else take a path through its attention that no counter sees.
     gradients = any(isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for m in shadow.modules())
     shadow.requires_grad_(gradients)
     meter = Meter(repeats)
-    try:
-        for index, block in enumerate(blocks):
-            # Hooks on the shadow's blocks read the running total on the way in and out.
-            handles.append(block.register_forward_pre_hook(_read(meter, spent, index, -1)))
-            handles.append(block.register_forward_hook(_read(meter, spent, index, 1)))
-        with meter, torch.set_grad_enabled(gradients):
-            host.adapter.run_image(shadow, image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with meter.apart(blocks) as spent, meter, torch.set_grad_enabled(gradients):
+        host.adapter.run_image(shadow, image)
     return meter.total - sum(spent), spent
-
-
-def _read(meter: Meter, spent: list[int], index: int, sign: int) -> Any:
-    def read(*_: Any) -> None:
-        spent[index] += sign * meter.total
-
-    return read

@@ -21,6 +21,7 @@ from vtoken.cli.settings import key_values
 from vtoken.core.apply import apply
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.errors import ConfigError, UnsupportedModelError, VTokenError
+from vtoken.methods.attentive_clip import AttentiveMaskCLIP, AttentiveMasks
 
 SCHEMA = 1
 
@@ -63,9 +64,7 @@ def run(args: argparse.Namespace) -> int:
     made: list[Made] = []
 
     def told(by: str, source: Any, model: Any) -> Any:
-        if isinstance(model, nn.Module):
-            _take(made, model, config, by, str(source)[:200])
-        return model
+        return _take(made, model, config, by, str(source)[:200]) if isinstance(model, nn.Module) else model
 
     with watched(told), _as_program(args.script) as program:
         code = _status(program)
@@ -84,14 +83,17 @@ def run(args: argparse.Namespace) -> int:
 _CALL = "python -m vtoken run --method pitome ratio=0.9 -- program.py arguments"
 
 
-def _take(made: list[Made], model: nn.Module, config: MethodConfig, by: str, name: str) -> None:
-    """Apply the method to a model where that can be, and note it.
+def _take(made: list[Made], model: nn.Module, config: MethodConfig, by: str, name: str) -> nn.Module:
+    """Apply the method to a model where that can be, and note it; returns what the program gets.
 
     Settings that do not fit raise: the program would go on without them.
     """
     kind = type(model).__name__
     try:
-        apply(model, config)
+        if isinstance(config, AttentiveMasks):
+            model = AttentiveMaskCLIP(model, config).train(model.training)
+        else:
+            apply(model, config)
         made.append(Made(by, name, kind, patched=True))
     except UnsupportedModelError as error:
         made.append(Made(by, name, kind, patched=False, why=str(error)))
@@ -99,6 +101,7 @@ def _take(made: list[Made], model: nn.Module, config: MethodConfig, by: str, nam
         made.append(Made(by, name, kind, patched=False, why=str(error), refused=True))
         raise
     print(f"vtoken: {_line(made[-1], config)}", file=sys.stderr)
+    return model
 
 
 def _write(path: Path, made: list[Made], about: dict[str, Any]) -> None:

@@ -14,11 +14,10 @@ from vtoken.core.carried import SavesSettings, config_tuple, is_saved_with_confi
 from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.config import MethodConfig, make_config
 from vtoken.core.host import Host, host_of, refuse_compiled
-from vtoken.core.method import AttentionMethod, BlockMethod, Method
+from vtoken.core.method import AttentionMethod, BlockMethod, Method, Methods
 from vtoken.core.patch import (
     PREDICTOR,
     is_patched,
-    mixin_of,
     parts_of,
     patch,
     remembered,
@@ -40,13 +39,13 @@ class Applied:
 
     Args:
         configs: the settings.
-        methods: built from them, by the hook they serve.
+        methods: built from them, by kind.
         depth: for how many blocks; some may have been deleted since.
         compiled: the graphs of its blocks, after `vtoken.compile`.
     """
 
     configs: tuple[MethodConfig, ...]
-    methods: dict[str, Method]
+    methods: Methods
     depth: int
     compiled: CompiledBlocks | None = None
 
@@ -110,7 +109,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def enter(host: Host, configs: tuple[MethodConfig, ...], methods: dict[str, Method]) -> None:
+def enter(host: Host, configs: tuple[MethodConfig, ...], methods: Methods) -> None:
     """Patch one part of a model that carries nothing there, with methods that were built for it."""
     targets = host.targets(methods)
     targets[0][2]["_vtoken"] = Applied(configs, methods, host.spec.depth)
@@ -230,8 +229,8 @@ def configure(model: M, **changes: Any) -> M:
     host = host_of(owner, old.part)
     applied = Applied(new, build_methods(host, new), host.spec.depth, owner.__dict__["_vtoken"].compiled)
     carriers = [m for m in owner.modules() if "_vtoken_method" in m.__dict__]
-    attention = applied.methods.get("on_attention")
-    if isinstance(attention, AttentionMethod):
+    attention: AttentionMethod | None = applied.methods.get(AttentionMethod)
+    if attention is not None:
         layers = {int(m.__dict__["_vtoken_index"]) for m in carriers}
         if any(attention.acts_on(layer) != (layer in layers) for layer in range(host.spec.depth)):
             raise ConfigError("configure cannot add or take away layers with a learned part; use replace=True in apply")
@@ -276,30 +275,31 @@ def given_or_carried(model: nn.Module, config: Config | None, options: dict[str,
     return resolve(around, {}) if around and not configs else configs
 
 
-def build_methods(host: Host, configs: tuple[MethodConfig, ...], depth: int | None = None) -> dict[str, Method]:
-    """The methods by the hook they serve, checked against the model; nothing is changed.
+def build_methods(host: Host, configs: tuple[MethodConfig, ...], depth: int | None = None) -> Methods:
+    """The methods by their kind, checked against the model; nothing is changed.
 
     Args:
         depth: blocks that they are for; None means those that there are.
     """
     spec, adapter = host.spec, host.adapter
-    built: dict[str, Method] = {}
+    built: dict[type[Method], Method] = {}
     made = [(config, method) for config in configs for method in _made(config.build(depth or spec.depth))]
     for config, method in made:
-        if method.hook in built:
+        kind = method.kind()
+        if kind in built:
+            names = ", ".join(c.method for c in configs)
+            raise ConfigError(f"two methods act at one place, as {kind.__name__}: {names}; apply one of them")
+        if kind not in adapter.serves:
+            known = ", ".join(each.__name__ for each in adapter.serves)
             raise ConfigError(
-                f"two methods act at {method.hook}: {', '.join(c.method for c in configs)}; apply one of them"
-            )
-        if method.hook not in adapter.hooks:
-            raise ConfigError(
-                f"{config.method} does not work on {spec.name}: it acts at {method.hook}, and vtoken serves only "
-                f"{', '.join(sorted(adapter.hooks))} in {adapter.name}"
+                f"{config.method} does not work on {spec.name}: its kind is {kind.__name__}, and vtoken serves only "
+                f"{known} in {adapter.name}"
             )
         if isinstance(method, BlockMethod) and method.metric == "cls" and not spec.class_token:
             raise ConfigError(f"{config.method} ranks tokens by the class token's attention, {spec.name} has none")
         if isinstance(method, BlockMethod) and spec.fixed_size:
             method.check_patches(spec.grid[0] * spec.grid[1])
-        built[method.hook] = method
+        built[kind] = method
     adapter.check(host.model, built)
     return built
 
@@ -337,17 +337,12 @@ def _leave(carriers: list[tuple[nn.Module, str]]) -> None:
 def _carried(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The patched modules, each with a part that it serves.
 
-    What serves a model around `model` does not count: the tower of a multimodal model may be watched from there.
+    What serves the prompts of a model around `model` does not count: its tower may be watched from there. Nor does a
+    holder whose tower is patched no more.
     """
     owned = {c.part for c in config_tuple(model)}
-    found = [(m, part) for m in patched_modules(model) for part in parts_of(m)]
-    return [(m, part) for m, part in found if part in owned or part == _own_part(m)]
-
-
-def _own_part(module: nn.Module) -> str:
-    mixin = mixin_of(type(module))
-    # A holder whose tower is patched no more serves nothing by itself.
-    return "" if mixin is SavesSettings else getattr(mixin, "_vtoken_part", "tower")
+    found = [(m, part, mixin) for m in patched_modules(model) for part, (mixin, _) in parts_of(m).items()]
+    return [(m, part) for m, part, mixin in found if part in owned or (part == "tower" and mixin is not SavesSettings)]
 
 
 def _carriers_of(model: nn.Module, method: str) -> list[tuple[nn.Module, str]]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vtoken.core.calling import is_heard_within
-from vtoken.core.compiled import CompiledBlocks, mark
+from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.method import BlockMethod
+from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
 from vtoken.core.tap import Tap
 from vtoken.errors import InputError, VTokenError
@@ -46,60 +47,67 @@ def merged_block(
         attention: further arguments of the block's attention.
     """
     layer: int = block._vtoken_index
+    method = state.method
     state.enter(layer, x)
-    r = state.amount(layer, x.shape[1])
+    # Inside somebody's larger graph a block is part of that. Hooks cannot be in a graph that serves other blocks, too.
+    compiled = state.compiled
+    if compiled is not None and (torch.compiler.is_compiling() or state.reads(layer) or is_heard_within(block)):
+        compiled = None
+    bias = state.bias(layer, x.dtype) if compiled is None else None
+    r = method.num_removed(layer, x.shape[1] - state.num_prefix, state.first.embedded - state.num_prefix)
+    settings = method.layer_settings(layer) if r else {}
     if attention and (r or state.slots[layer] is not state.first):
         _refuse_mask(attention)
-    # Inside somebody's larger graph a block is part of that. Hooks cannot be in a graph that serves other blocks, too.
-    if (
-        state.compiled is not None
-        and not torch.compiler.is_compiling()
-        and not state.reads(layer)
-        and not is_heard_within(block)
-    ):
-        return compiled_block(state.compiled, block, state, layer, r, x, attention)
-    bias = state.bias(layer, x.dtype)
+    if compiled is not None:
+        return compiled_block(compiled, block, state, layer, r, x, settings, attention)
     if bias is not None:
         attention["attn_mask"] = bias
     if r == 0:
         state.skip(layer)
         return stock(x, Tap(state, layer, removes=False), **attention)
-    return reduced(block, state, layer, x, functools.partial(state.on_block, layer, r), attention)
+    step = functools.partial(method.reduce, layer, r, **settings)
+    remove: Removal = step if method.reduces else functools.partial(method.on_block, layer)
+    x, state.slots[layer + 1] = reduced(block, state, layer, x, remove, attention)
+    return x
+
+
+#: Takes tokens [B, T, C], what is chosen by [B, T, d], their slot and the number of prefix tokens; leaves fewer.
+Removal = Callable[[Tensor, Tensor, Slot, int], tuple[Tensor, Slot]]
 
 
 def reduced(
-    block: Any,
-    state: TokenState,
-    layer: int,
-    x: Tensor,
-    remove: Callable[[Tensor, Tensor], Tensor],
-    attention: dict[str, Any],
-) -> Tensor:
-    """The two branches of a block, with tokens taken out by `remove(x, metric)` between or after them."""
-    tap = Tap(state, layer, removes=True)
+    block: Any, state: TokenState, layer: int, x: Tensor, remove: Removal, attention: dict[str, Any]
+) -> tuple[Tensor, Slot]:
+    """The two branches of a block with tokens taken out between or after them, and what is known of those left."""
+    tap, slot = Tap(state, layer, removes=True), state.slots[layer]
     x = x + block._vtoken_attn(x, tap, **attention)
     if state.method.insert == "after":
         # The keys are a view of the whole q, k, v projection: reduce them at once, so that it is freed before the MLP.
         early = None if state.method.metric == "hidden" else tap.metric(x)
         del tap
         x = x + block._vtoken_mlp(x)
-        return remove(x, x if early is None else early)
+        return remove(x, x if early is None else early, slot, state.num_prefix)
     metric = tap.metric(x)
     del tap
-    x = remove(x, metric)
-    return x + block._vtoken_mlp(x)
+    x, after = remove(x, metric, slot, state.num_prefix)
+    return x + block._vtoken_mlp(x), after
 
 
 def compiled_block(
-    compiled: CompiledBlocks, block: Any, state: TokenState, layer: int, r: int, x: Tensor, attention: dict[str, Any]
+    compiled: CompiledBlocks,
+    block: Any,
+    state: TokenState,
+    layer: int,
+    r: int,
+    x: Tensor,
+    settings: dict[str, Any],
+    attention: dict[str, Any],
 ) -> Tensor:
     """`merged_block` by the graph that serves all layers; what is particular to this one goes in as arguments."""
     method, slot = state.method, state.slots[layer]
     tensors = (slot.size, slot.anchor, slot.dest, slot.protect)
-    for known in (x, *tensors):
-        mark(known)
-    mark(attention.get("rope"), rows=2)
-    fixed = (method, state.num_prefix, slot.track_anchor, slot.track_dest)
+    # torch makes a symbol of a number in its shapes, with a guard for each of them, but a constant of a word.
+    fixed = (method, str(state.num_prefix), slot.track_anchor, slot.track_dest)
     case = (x.shape[0] == 1, min(r, 2), block.training, torch.is_grad_enabled(), x.dtype, x.device, fixed[2:])
     if r == 0:
         state.skip(layer)
@@ -107,7 +115,7 @@ def compiled_block(
         return result
     # torch makes constants of the numbers 0 and 1, but not of an argument that is never one of them.
     settings = {k: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v
-                for k, v in method.layer_settings(layer).items()}  # fmt: skip
+                for k, v in settings.items()}  # fmt: skip
     left = x.shape[1] - r
     x, *after = compiled(_reduced, case, block, fixed, x, tensors, attention, layer + 2, r + 2, settings)
     if x.shape[1] != left:  # nobody could look at the plan inside the graph
@@ -121,13 +129,13 @@ def compiled_block(
 
 
 def _local(
-    fixed: tuple[BlockMethod, int, bool, bool], tensors: Sequence[Tensor | None], x: Tensor, attention: dict[str, Any]
+    fixed: tuple[BlockMethod, str, bool, bool], tensors: Sequence[Tensor | None], x: Tensor, attention: dict[str, Any]
 ) -> tuple[TokenState, dict[str, Any]]:
     """One block's own state, whose slot is at 0, and the arguments of its attention."""
     method, num_prefix, track_anchor, track_dest = fixed
-    state = TokenState(method, num_prefix, track_anchor=track_anchor, track_dest=track_dest)
+    state = TokenState(method, int(num_prefix), track_anchor=track_anchor, track_dest=track_dest)
     size, anchor, dest, protect = tensors
-    state.slots[0] = replace(state.first, size=size, anchor=anchor, dest=dest, protect=protect)
+    state.slots[0] = Slot(size, anchor, dest, protect, track_anchor=track_anchor, track_dest=track_dest)
     bias = state.bias(0, x.dtype)
     return state, attention if bias is None else attention | {"attn_mask": bias}
 
@@ -150,13 +158,6 @@ def _reduced(
     settings: dict[str, Any],
 ) -> tuple[Tensor | None, ...]:
     state, attention = _local(fixed, tensors, x, attention)
-
-    def remove(x: Tensor, metric: Tensor) -> Tensor:
-        x, state.slots[1] = state.method.reduce(
-            layer - 2, r - 2, x, metric, state.slots[0], state.num_prefix, **settings
-        )
-        return x
-
-    x = reduced(block, state, 0, x, remove, attention)
-    after = state.slots[1]
+    remove = functools.partial(state.method.reduce, layer - 2, r - 2, **settings)
+    x, after = reduced(block, state, 0, x, remove, attention)
     return x, after.size, after.anchor, after.dest, after.protect

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,6 +106,10 @@ class SavesSettings:
         if settings is not None:
             setattr(config, ENTRY, settings)
         stock: Any = base_of(type(self))
+        if learned(self) and "save_original_format" in inspect.signature(stock.save_pretrained).parameters:
+            # transformers gives the weights names of older releases, by which no state dict loads into the model:
+            # from_pretrained takes those and the model's own, but keeps no learned part.
+            kwargs.setdefault("save_original_format", False)
         done = stock.save_pretrained(view(self, config=config), *args, **kwargs)
         # What transformers notes on the way (dtype, architectures) belongs to the model's own.
         vars(self.config).update({name: value for name, value in vars(config).items() if name != ENTRY})

@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.errors import ConfigError, VTokenError
 
 M = TypeVar("M", bound=nn.Module)
@@ -48,9 +49,23 @@ class CompiledBlocks:
         # torch keeps its graphs by code object. One of its own for each model and case, so that they do not look
         # through each other's graphs, nor use up each other's limit.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        limit: dict[str, Any] = {"recompile_limit": _GRAPHS} if "recompile_limit" in _ACCEPTED else {}
-        made: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=True, **limit, **self._options)
+        options = dict(self._options)
+        if "recompile_limit" in _ACCEPTED:
+            options["recompile_limit"] = _GRAPHS
+        if "mode" not in options:  # torch takes but one of the two
+            options["options"] = {"guard_filter_fn": _varies, **(options.get("options") or {})}
+        made: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=True, **options)
         return made
+
+
+#: What code is made of. A graph need not ask at each call of each layer whether torch's functions are still themselves:
+#: several hundred questions, behind the weights of a layer all out of cache.
+_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType)
+
+
+def _varies(guards: Any) -> list[bool]:
+    """Which guards a graph keeps: all but those on the classes and functions of imported files."""
+    return [not (guard.is_global and (isinstance(guard.value, _CODE) or not guard.has_value)) for guard in guards]
 
 
 _ACCEPTED = inspect.signature(torch.compile).parameters
@@ -95,7 +110,7 @@ def compile(model: M, **options: Any) -> M:
         raise VTokenError(
             f"nothing to compile: no method is applied to this {type(model).__name__}; vtoken.apply first"
         )
-    towers = [m for m in carriers if "on_block" in m.__dict__["_vtoken"].methods]
+    towers = [m for m in carriers if BlockMethod in m.__dict__["_vtoken"].methods]
     for tower in towers:
         _check(tower.__dict__["_vtoken"].methods)
     if not towers:
@@ -107,25 +122,15 @@ def compile(model: M, **options: Any) -> M:
     return model
 
 
-def _check(methods: dict[str, Any]) -> None:
-    method = methods["on_block"]
+def _check(methods: Methods) -> None:
+    method = methods[BlockMethod]
     if not method.exact:
         raise ConfigError(
             "vtoken.compile needs token counts that shapes tell, and here the images decide them: leave the model "
             "eager, or take torch.compile(model) without fullgraph, which runs what lies between the merges by graphs"
         )
-    if "on_attention" in methods or not method.reduces:
-        which = methods.get("on_attention", method)
+    if AttentionMethod in methods or not method.reduces:
+        which = methods.get(AttentionMethod, method)
         raise ConfigError(
             f"vtoken.compile serves merging methods, not {type(which).__name__}; torch.compile(model) serves all"
         )
-
-
-def mark(tensor: Tensor | None, rows: int = 1) -> None:
-    """Tell the compiler that the batch, dimension 0, and the tokens, dimension `rows`, of a tensor vary.
-
-    A batch of one has a graph of its own.
-    """
-    if tensor is not None:
-        for dim in (0, rows) if tensor.shape[0] > 1 else (rows,):
-            torch._dynamo.mark_dynamic(tensor, dim)

@@ -12,7 +12,7 @@ from vtoken.core.apply import Config, build_methods, carrier_of, given_or_carrie
 from vtoken.core.carried import unapplied
 from vtoken.core.config import MethodConfig
 from vtoken.core.host import Host, find_adapter, host_of
-from vtoken.core.method import BlockMethod, KeepAll, Method
+from vtoken.core.method import BlockMethod, KeepAll, Methods
 from vtoken.core.spec import Plan
 from vtoken.errors import ConfigError, ShapeError
 
@@ -74,7 +74,7 @@ def num_tokens(
 
 def chosen(
     model: nn.Module, config: Config | None, options: dict[str, Any]
-) -> tuple[Host, tuple[MethodConfig, ...], dict[str, Method]]:
+) -> tuple[Host, tuple[MethodConfig, ...], Methods]:
     """The model's tower, the given or else the applied settings, and the methods that these make there.
 
     What is applied was built for as many blocks as there were then: some may have been deleted since.
@@ -91,14 +91,13 @@ def chosen(
     return host, configs, build_methods(host, in_tower, None if carried is None else carried.depth)
 
 
-def removing(methods: dict[str, Method]) -> BlockMethod:
+def removing(methods: Methods) -> BlockMethod:
     """The one among the methods that removes tokens in the blocks."""
-    method = methods.get("on_block", KeepAll())
-    assert isinstance(method, BlockMethod)
+    method: BlockMethod = methods.get(BlockMethod) or KeepAll()
     return method
 
 
-def plan_of(host: Host, methods: dict[str, Method], size: tuple[int, int]) -> Plan:
+def plan_of(host: Host, methods: Methods, size: tuple[int, int]) -> Plan:
     """Token counts on images of `size` (height, width) pixels."""
     spec = host.spec
     own = host.image_size() if spec.fixed_size else tuple(size)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll
+from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll, Methods
 from vtoken.core.state import TokenState
 from vtoken.core.trace import Trace, current_trace
 
@@ -32,14 +32,14 @@ class forward_of:
         self, model: Any, num_prefix: int, grid: Callable[[], Grid | None], *, anchor: bool = False, dest: bool = False
     ) -> None:
         carried, methods = model.__dict__.get("_vtoken"), applied_methods(model)
-        attention: AttentionMethod | None = methods.get("on_attention")
+        attention: AttentionMethod | None = methods.get(AttentionMethod)
         self._trace: Trace | None = current_trace(model)
         traced = self._trace is not None
         self._state = TokenState(
-            methods.get("on_block") or KeepAll(),
+            methods.get(BlockMethod) or KeepAll(),
             num_prefix,
             # A connectivity mask of fewer tokens must know which they were.
-            track_anchor=anchor or traced or (attention is not None and "on_block" in methods),
+            track_anchor=anchor or traced or (attention is not None and BlockMethod in methods),
             track_dest=dest or traced,
             attention=attention,
             maps=None if self._trace is None else self._trace.maps,
@@ -59,13 +59,19 @@ class forward_of:
             self._trace.record(self._state)
 
 
-def applied_methods(model: Any) -> dict[str, Any]:
-    """What is applied to a patched model itself, by hook; nothing if it is only watched."""
+def applied_methods(model: Any) -> Methods:
+    """What is applied to a patched model itself, by kind; nothing if it is only watched."""
     carried = model.__dict__.get("_vtoken")
     return {} if carried is None else carried.methods
 
 
+def masks_attention(model: Any, depth: int) -> bool:
+    """Whether connectivity masks thin out the attention of any of the `depth` blocks of a patched model."""
+    attention: AttentionMethod | None = applied_methods(model).get(AttentionMethod)
+    return attention is not None and any(attention.acts_on(i) and not attention.is_stock(i) for i in range(depth))
+
+
 def block_method(model: Any) -> BlockMethod:
     """What removes tokens in a patched model."""
-    method: BlockMethod = applied_methods(model).get("on_block") or KeepAll()
+    method: BlockMethod = applied_methods(model).get(BlockMethod) or KeepAll()
     return method

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from vtoken.core.config import MethodConfig
-from vtoken.core.method import Method
+from vtoken.core.method import AttentionMethod, BlockMethod, Method, Methods
 from vtoken.core.patch import PREDICTOR
-from vtoken.core.spec import HostSpec, ImageTokens, PatchSpec, Plan
+from vtoken.core.spec import HostSpec, ImageTokens, Pair, PatchSpec, Plan
 from vtoken.errors import ConfigError, UnsupportedModelError, VTokenError
 
 
@@ -24,8 +25,8 @@ class HostAdapter:
     name: str = ""
     #: Top-level package of the classes that it knows.
     package: str = ""
-    #: Hooks (see Method.hook) that this family can serve.
-    hooks: frozenset[str] = frozenset()
+    #: The kinds of methods (see `Method.kind`) that it can serve.
+    serves: tuple[type[Method], ...] = (BlockMethod,)
     #: The part of a model that it knows; see MethodConfig.part.
     part: str = "tower"
 
@@ -50,12 +51,12 @@ class HostAdapter:
         raise NotImplementedError
 
     def targets(
-        self, model: nn.Module, methods: dict[str, Method]
+        self, model: nn.Module, methods: Methods
     ) -> list[tuple[nn.Module, type, dict[str, Any]]]:  # fmt: skip
         """What `patch` needs: module, mixin, attributes; the model itself first."""
         raise NotImplementedError
 
-    def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
+    def check(self, model: nn.Module, methods: Methods) -> None:
         """Raise ConfigError if the methods do not fit the model in a way that only its family knows."""
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
@@ -85,6 +86,10 @@ class HostAdapter:
         """Run the tower on [B, C, H, W] with the attention of its blocks read by a `vtoken.core.watch.Watch`."""
         raise UnsupportedModelError(f"{self.name}: vtoken cannot read class attention there")
 
+    def pair(self, model: nn.Module) -> Pair | None:
+        """Where a model that compares images with texts keeps its parts; None if the model does not."""
+        return None
+
     def patch_spec(self, model: nn.Module) -> PatchSpec:
         """What is known of the patches of a tower of which `masked` can leave some out.
 
@@ -111,30 +116,57 @@ class HostAdapter:
         """
         raise UnsupportedModelError(f"{self.name}: vtoken cannot leave out patches there")
 
+    def logits_and_tokens(self, model: nn.Module, images: Any) -> tuple[Any, Any]:
+        """Logits [B, classes] and patch tokens behind the final norm [B, N, C], of images [B, C, H, W].
+
+        Raises:
+            UnsupportedModelError: if the model is no classifier, or the family cannot tell.
+        """
+        raise UnsupportedModelError(
+            f"{self.name}: vtoken cannot tell the logits and patch tokens of a {type(model).__name__}, as it can for "
+            "timm's models and the image classifiers of transformers; make TeacherOutput from your own frozen model"
+        )
+
     def run_image(self, model: nn.Module, image: Any) -> Any:
         """Run the model's image part on [B, C, H, W]; for models whose forward wants more than an image."""
         return model(image)
 
 
-# Top-level package of the classes that an adapter knows, part of a model, module, adapter; imported only when such a
-# model arrives.
-_BUILTIN = (
-    ("timm", "tower", "vtoken.hosts.timm.adapter", "TimmAdapter"),
-    ("open_clip", "tower", "vtoken.hosts.open_clip.adapter", "OpenClipAdapter"),
-    ("transformers", "tower", "vtoken.hosts.transformers.timm_wrapper", "TimmWrapperAdapter"),
-    ("transformers", "tower", "vtoken.hosts.transformers.adapter", "HFAdapter"),
-    ("transformers", "prompt", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
-    ("transformers", "prompt", "vtoken.hosts.qwen.family", "QwenVL"),
-    ("transformers", "prompt", "vtoken.hosts.internvl.family", "InternVL"),
-    ("transformers", "prompt", "vtoken.hosts.unserved", "UnservedPrompts"),
-    ("transformers", "video", "vtoken.hosts.video.llava", "OnevisionVideo"),
-    ("transformers", "video", "vtoken.hosts.video.llava", "NextVideo"),
-    ("transformers", "video", "vtoken.hosts.video.qwen", "Qwen2Video"),
-    ("transformers", "video", "vtoken.hosts.video.qwen", "Qwen25Video"),
-    ("transformers", "video", "vtoken.hosts.video.qwen", "Qwen3Video"),
-    ("transformers", "video", "vtoken.hosts.video.llama3", "Llama3Video"),
-)
+# By the part of a model: top-level package of the classes that an adapter knows, module, adapter; imported only when
+# such a model arrives.
+_BUILTIN = {
+    "tower": (
+        ("timm", "vtoken.hosts.timm.adapter", "TimmAdapter"),
+        ("open_clip", "vtoken.hosts.open_clip.adapter", "OpenClipAdapter"),
+        ("transformers", "vtoken.hosts.transformers.timm_wrapper", "TimmWrapperAdapter"),
+        ("transformers", "vtoken.hosts.transformers.adapter", "HFAdapter"),
+    ),
+    "prompt": (
+        ("transformers", "vtoken.hosts.pixtral.family", "LlavaPixtral"),  # asked first: it looks at the tower
+        ("transformers", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
+        ("transformers", "vtoken.hosts.pixtral.family", "Mistral3"),
+        ("transformers", "vtoken.hosts.qwen.family", "QwenVL"),
+        ("transformers", "vtoken.hosts.qwen.glm", "Glm4V"),
+        ("transformers", "vtoken.hosts.internvl.family", "InternVL"),
+        ("transformers", "vtoken.hosts.idefics.family", "Idefics"),
+        ("transformers", "vtoken.hosts.gemma.gemma3", "Gemma3"),
+        ("transformers", "vtoken.hosts.gemma.paligemma", "PaliGemma"),
+        ("transformers", "vtoken.hosts.cohere.family", "Cohere2Vision"),
+        ("transformers", "vtoken.hosts.cohere.family", "AyaVision"),
+        ("transformers", "vtoken.hosts.unserved", "UnservedPrompts"),
+    ),
+    "video": (
+        ("transformers", "vtoken.hosts.video.llava", "OnevisionVideo"),
+        ("transformers", "vtoken.hosts.video.llava", "NextVideo"),
+        ("transformers", "vtoken.hosts.video.qwen", "Qwen2Video"),
+        ("transformers", "vtoken.hosts.video.qwen", "Qwen25Video"),
+        ("transformers", "vtoken.hosts.video.qwen", "Qwen3Video"),
+        ("transformers", "vtoken.hosts.video.llama3", "Llama3Video"),
+    ),
+}
 _registered: list[HostAdapter] = []
+#: What adapters of version 0.1 said instead of `serves`.
+_HOOKS = {"on_block": BlockMethod, "on_attention": AttentionMethod}
 #: What an adapter of each part cannot do without, of what HostAdapter leaves open.
 _NEEDED = {"tower": ("spec", "grid", "blocks", "targets"), "prompt": ("spec", "targets", "count"), "video": ()}
 
@@ -166,7 +198,7 @@ class Host:
         height, width = self.adapter.image_size(self.model)
         return height, width
 
-    def targets(self, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    def targets(self, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """What `patch` needs, learned parts of an attention method included; the model itself first."""
         found = self.adapter.targets(self.model, methods)
         for module, _, attributes in found:
@@ -194,6 +226,11 @@ def register_adapter(adapter: type[HostAdapter]) -> type[HostAdapter]:
         missing.append("package (or matches)")
     if missing:
         raise ConfigError(f"{adapter.__name__} lacks {', '.join(missing)}; see vtoken.HostAdapter for what each gives")
+    hooks: frozenset[str] | None = getattr(adapter, "hooks", None)
+    if hooks is not None and "serves" not in vars(adapter):
+        warnings.warn(f"{adapter.__name__}.hooks is now called serves and holds classes: see vtoken.HostAdapter",
+                      DeprecationWarning, stacklevel=2)  # fmt: skip
+        adapter.serves = tuple([kind for hook, kind in _HOOKS.items() if hook in hooks])
     try:
         made = adapter()
     except TypeError as error:
@@ -221,9 +258,9 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
         VTokenError: if the model is wrapped or compiled; names the module to use instead.
     """
     refuse_wrappers(model)
-    for adapter in [*(a for a in _registered if a.part == part), *_builtin_adapters(model, part)]:
-        if adapter.matches(model):
-            return adapter
+    adapter = matching_adapter(model, part)
+    if adapter is not None:
+        return adapter
     if part == "prompt":
         raise UnsupportedModelError(
             f"cannot shorten the prompt of {type(model).__module__}.{type(model).__qualname__}: it is no multimodal "
@@ -243,10 +280,16 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
     )
 
 
+def matching_adapter(model: nn.Module, part: str = "tower") -> HostAdapter | None:
+    """The adapter of the model's family, for one part of the model; None if there is none."""
+    known = [*(a for a in _registered if a.part == part), *_builtin_adapters(model, part)]
+    return next((adapter for adapter in known if adapter.matches(model)), None)
+
+
 def _supported(part: str) -> str:
     """What the adapters of installed libraries know, in their own words."""
-    known = [entry for entry in _BUILTIN if entry[1] == part and importlib.util.find_spec(entry[0]) is not None]
-    told = [getattr(importlib.import_module(module), name)().supported() for _, _, module, name in known]
+    known = [entry for entry in _BUILTIN[part] if importlib.util.find_spec(entry[0]) is not None]
+    told = [getattr(importlib.import_module(module), name)().supported() for _, module, name in known]
     return "; ".join(filter(None, told))
 
 
@@ -288,8 +331,8 @@ def inner_hint(model: nn.Module, part: str = "tower") -> str:
 def _builtin_adapters(model: nn.Module, part: str) -> list[HostAdapter]:
     # Modules only: peft's wrapper inherits from a mixin of transformers.
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__ if issubclass(cls, nn.Module)}
-    found = [entry[2:] for entry in _BUILTIN if entry[0] in packages and entry[1] == part]
-    return [getattr(importlib.import_module(module), name)() for module, name in found]
+    found = [entry for entry in _BUILTIN[part] if entry[0] in packages]
+    return [getattr(importlib.import_module(module), name)() for _, module, name in found]
 
 
 def refuse_wrappers(model: object) -> None:

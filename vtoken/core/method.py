@@ -14,10 +14,20 @@ from vtoken.core.visual import Chosen, Needs, Seen, TowerFacts, Visual
 
 
 class Method:
-    """A method built for one depth from its settings; immutable, so any number of forwards may share it."""
+    """A method built for one depth from its settings; immutable, so any number of forwards may share it.
 
-    #: Where it acts: "on_tokens", "on_attention", "on_block" or "on_features". One method per hook.
-    hook: ClassVar[str] = ""
+    What derives from it here are the kinds of methods: where a method acts is told by its kind and by nothing else. One
+    of each kind may be applied.
+    """
+
+    @classmethod
+    def kind(cls) -> type[Method]:
+        """The kind it is of: what derives from Method itself."""
+        return next(base for base in cls.__mro__ if Method in base.__bases__)
+
+
+#: The methods of one part of a model by their kind.
+Methods = Mapping[type[Method], Any]
 
 
 class BlockMethod(Method):
@@ -30,7 +40,6 @@ class BlockMethod(Method):
         exact: whether `num_removed` is what a block removes; if False it is the most, and the tokens decide.
     """
 
-    hook: ClassVar[str] = "on_block"
     exact: bool = True
     metric: str
     insert: str
@@ -94,7 +103,6 @@ class PromptMethod(Method):
         newline: which separators of a grid stay, "row" (by content), "all" or "none".
     """
 
-    hook: ClassVar[str] = "on_features"
     #: Names of settings that `vtoken.budget` may replace for one call.
     budgets: ClassVar[frozenset[str]] = frozenset()
     #: What a call may bring for it through `vtoken.budget`.
@@ -123,8 +131,6 @@ class PromptMethod(Method):
 
 class AttentionMethod(Method):
     """A method that stands where attention multiplies queries, keys and values."""
-
-    hook: ClassVar[str] = "on_attention"
 
     def acts_on(self, layer: int) -> bool:
         """Whether block `layer` is among the chosen ones."""

@@ -80,8 +80,12 @@ class PromptRecord:
         else:
             found = self.kept[image] + self.first_patch
         num_patches = self.grid[0] * self.grid[1] if self.grid else self.full_lengths[image]
-        if self.visuals and self.visuals[image].cells[0] != self.visuals[0].cells[0]:  # of another size
-            num_patches = self.visuals[image].cells[0].tokens
+        if self.visuals:
+            cells = self.visuals[image].cells
+            shown = next((i for i, cell in enumerate(cells) if cell.role == "overview"), 0)
+            found = found - sum(cell.tokens for cell in cells[:shown])
+            if cells[shown].grid != self.visuals[0].cells[0].grid:  # of another size
+                num_patches = cells[shown].tokens
         return found[(found >= 0) & (found < num_patches)]
 
 

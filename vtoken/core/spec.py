@@ -123,9 +123,32 @@ class PatchSpec:
         size: height and width of a patch in pixels.
         image_size: height and width of the images that the tower takes; None: any.
         features: width of the pooled features, before the projection.
+        pool_query: whether there is no class token and an attention pool behind the blocks asks with a learned query. A
+            `Watch` reads it as the block behind the last one.
     """
 
     embed: str
     size: tuple[int, int]
     image_size: tuple[int, int] | None
     features: int
+    pool_query: bool = False
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Where a model that compares images with texts keeps its parts, by name.
+
+    Args:
+        tower: of the images; what `HostAdapter.patch_spec` and `masked` are given.
+        text: the text tower; "" where it is no module of its own.
+        projection: the module behind the image tower, "" where there is none or the tower holds it.
+    """
+
+    tower: str
+    text: str = ""
+    projection: str = ""
+
+    @property
+    def image_parts(self) -> tuple[str, ...]:
+        """Names of all that makes image features."""
+        return (self.tower, self.projection) if self.projection else (self.tower,)

@@ -131,9 +131,14 @@ class TokenState:
         """Whether somebody reads the attention of block `layer` on the way."""
         return self.watch is not None and layer in self.watch.layers
 
-    def amount(self, layer: int, num_tokens: int) -> int:
-        """How many of `num_tokens` tokens block `layer` takes away."""
-        return self.method.num_removed(layer, num_tokens - self.num_prefix, self.first.embedded - self.num_prefix)
+    def masks(self, layer: int) -> bool:
+        """Whether block `layer` attends by the attention method rather than as the host does; if a trace looks on, so
+        does a block that keeps every key.
+        """
+        attention = self.attention
+        return attention is not None and attention.acts_on(layer) and not (
+            attention.is_stock(layer) and self.maps is None
+        )  # fmt: skip
 
     def bias(self, layer: int, dtype: torch.dtype) -> Tensor | None:
         """The size term of block `layer`'s attention, [B, 1, 1, T]; None (not zeros) before the first merge."""
@@ -153,13 +158,3 @@ class TokenState:
     def skip(self, layer: int) -> None:
         """Block `layer` removes nothing: what was known before it is known after it."""
         self.slots[layer + 1] = self.slots[layer]
-
-    def on_block(self, layer: int, r: int, x: Tensor, metric: Tensor) -> Tensor:
-        """Remove the r tokens of [B, T, C] that `amount` told for block `layer`, choosing by `metric` [B, T, d]."""
-        method, slot = self.method, self.slots[layer]
-        if method.reduces:
-            settings = method.layer_settings(layer)
-            x, self.slots[layer + 1] = method.reduce(layer, r, x, metric, slot, self.num_prefix, **settings)
-        else:
-            x, self.slots[layer + 1] = method.on_block(layer, x, metric, slot, self.num_prefix)
-        return x

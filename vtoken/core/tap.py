@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vtoken.core.bound import changed
 from vtoken.core.method import KeepAll
-from vtoken.core.patch import PREDICTOR, forward_with
-from vtoken.core.slots import AttentionCall
+from vtoken.core.patch import forward_with
 from vtoken.core.state import TokenState
 from vtoken.core.watch import Reader
+from vtoken.errors import InputError
 from vtoken.ops.merging.matching import summed_keys
 
 
@@ -31,10 +31,8 @@ class Tap(Reader):
         self._state = state
         self._layer = layer
         self._wanted = state.method.metric if removes else "hidden"
-        super().__init__(
-            wants_keys=self._wanted == "key" or self._wanted == "key_concat",
-            row=None if state.watch is None else state.watch.row(layer, state),
-        )
+        self.wants_keys = self._wanted == "key" or self._wanted == "key_concat"
+        self.row = None if state.watch is None else state.watch.row(layer, state)
         self._cls: Tensor | None = None
 
     def attend(self, attn: Any, x: Tensor, **options: Any) -> Any:
@@ -50,7 +48,7 @@ class Tap(Reader):
     def acts_in(self, attn: Any) -> bool:
         """Whether the method that `attn` carries must run because plain attention is not, to the bit, what it does."""
         attention, maps = self._state.attention, self._state.maps
-        if attention is None or PREDICTOR not in attn._modules:
+        if attention is None or "_vtoken_method" not in attn.__dict__:
             return False
         return not attention.is_stock(self._layer) or maps is not None or self._wanted == "cls"
 
@@ -73,15 +71,39 @@ class Tap(Reader):
         state.slots = {attn._vtoken_index: state.first}
         return cls(state, attn._vtoken_index, removes=False)
 
-    def call(self, scale: float, mask: Tensor | None, dropout: float) -> AttentionCall:
-        """What the attention method is told."""
-        return self._state.call(self._layer, scale=scale, mask=mask, dropout=dropout, wants_cls=self._wanted == "cls")
+    @classmethod
+    def acting(cls, attn: Any, tap: Tap | None, tokens: int) -> Tap | None:
+        """The tap by which the method of `attn` runs in this call; None if the host's own attention does.
 
-    def done(self, call: AttentionCall, keys: Tensor) -> None:
-        """Take over what the attention method left."""
+        Args:
+            tap: that came with the call; without one the attention is called by itself.
+            tokens: that the call brings.
+        """
+        if tap is not None:
+            return tap if tap.acts_in(attn) else None
+        method = attn.__dict__.get("_vtoken_method")
+        return None if method is None or method.is_stock(attn._vtoken_index) else cls.alone(attn, tokens)
+
+    def run(
+        self, attn: Any, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, dropout: float
+    ) -> Tensor:
+        """What the method of `attn` does with queries, keys and values [B, H, T, D], as they meet: [B, H, T, D].
+
+        Raises:
+            InputError: if the attention that every token receives is to be read on the way.
+        """
+        method = attn._vtoken_method
+        if self.row is not None and self.row.of_all and not method.is_stock(self._layer):
+            raise InputError(
+                f"block {self._layer} attends by a connectivity mask, and the attention that a patch receives from all "
+                'others is read as if it did not; rank by the class token (scorer="cls"), or leave that block out of '
+                "the method's `layers`"
+            )
+        cls = self._wanted == "cls"
+        call = self._state.call(self._layer, scale=scale, mask=mask, dropout=dropout, wants_cls=cls)
+        out: Tensor = method.attend(q, k, v, attn.predictor, call)
         self._cls = call.cls
-        if self.wants_keys:
-            self.keys = keys
+        return out
 
     def metric(self, x: Tensor) -> Tensor:
         """What the method chooses by, [B, T, d]; `x` are the tokens that it will choose among."""

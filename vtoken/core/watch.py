@@ -114,6 +114,8 @@ class Row:
         self._score = class_row if scorer == "cls" else received_row
         self._bias = bias
         self._keep = keep
+        #: Whether it is made of the attention of all tokens, not of the first one's alone.
+        self.of_all = scorer != "cls"
         #: Set by the host where its attention rotates.
         self.rotate: Rotation | None = None
         self._q: Tensor | None = None
@@ -154,15 +156,16 @@ class Reader:
     """Stands behind the modules of one attention that make queries and keys.
 
     Args:
-        wants_keys: whether keys are to be kept.
         row: what makes a row of scores of them, if that is wanted.
     """
 
-    def __init__(self, *, wants_keys: bool = False, row: Row | None = None) -> None:
-        self.wants_keys = wants_keys
+    #: Whether keys are to be kept.
+    wants_keys: bool = False
+    #: Keys as their module makes them, once the attention has run.
+    keys: Tensor | None = None
+
+    def __init__(self, row: Row | None) -> None:
         self.row = row
-        #: Keys as their module makes them, once the attention has run.
-        self.keys: Tensor | None = None
 
     def parts(self, attn: Any, key: str, query: str) -> dict[str, Callable[[Tensor], Tensor]]:
         """What stands where the modules `key` and `query` of an attention stood: calls go to them and are read.

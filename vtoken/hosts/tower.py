@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor, nn
 
 from vtoken.core.bound import ContainerMixin, Patched
+from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import PREDICTOR, base_of
 from vtoken.core.slots import Slot
 from vtoken.core.trace import DROPPED
@@ -16,7 +17,7 @@ from vtoken.ops.rows import take_rows
 
 
 def block_targets(
-    methods: Mapping[str, Any],
+    methods: Methods,
     container: Any,
     parts: Callable[[Any], tuple[type, Any, type]],
     *,
@@ -37,23 +38,30 @@ def block_targets(
     found: list[tuple[nn.Module, type, dict[str, Any]]] = []
     if isinstance(container, nn.Sequential):  # a list is never called
         found.append((container, ContainerMixin, {}))
-    blocks, method = list(container), methods.get("on_attention")
-    shared = {"_vtoken_shared": Patched()} if "on_block" in methods else {}
+    blocks, method = list(container), methods.get(AttentionMethod)
+    shared = {"_vtoken_shared": Patched()} if BlockMethod in methods else {}
     for index, block in enumerate(blocks):
         mixin, attn, attention_mixin = parts(block)
         found.append((block, mixin, {"_vtoken_index": index, "_vtoken_depth": len(blocks), **shared}))
         chosen = method is not None and method.acts_on(index)
         attributes: dict[str, Any] = {}
         if chosen:
-            _check_attention(index, block.attn, sparse)
+            _check_attention(index, _child_with(block, attn), sparse)
             attributes = {"_vtoken_index": index, "_vtoken_method": method, "_vtoken_prefix": num_prefix}
         found.append((attn, attention_mixin, attributes))
     return found
 
 
-def mixin_for(module: Any, mixins: Mapping[type, type]) -> type:
-    """The mixin of the first known class among those of a module, patched or not."""
-    return mixins[next(base for base in base_of(type(module)).__mro__ if base in mixins)]
+class Mixins(dict[type, type]):
+    """The mixin of every known class; of another, patched or not, that of the first known one among its bases."""
+
+    def __missing__(self, kind: type) -> type:
+        return self[next(base for base in base_of(kind).__mro__ if base in self)]
+
+
+def _child_with(block: nn.Module, attn: nn.Module) -> nn.Module:
+    """The attention, or what wraps it inside the block (peft's LoRA layer), whose forward is the one that runs."""
+    return next((child for child in block.children() if any(m is attn for m in child.modules())), attn)
 
 
 def _check_attention(index: int, attn: Any, sparse: Collection[type]) -> None:

@@ -9,22 +9,27 @@ from torch import nn
 from vtoken.core.host import HostAdapter, keys_of
 from vtoken.core.spec import HostSpec
 from vtoken.errors import UnsupportedModelError
+from vtoken.hosts.cohere.family import AyaVision, Cohere2Vision
+from vtoken.hosts.gemma.gemma3 import Gemma3
+from vtoken.hosts.gemma.paligemma import PaliGemma
+from vtoken.hosts.idefics.family import Idefics
 from vtoken.hosts.internvl.family import InternVL
 from vtoken.hosts.llava.adapter import LlavaAdapter
+from vtoken.hosts.pixtral.family import Mistral3
 from vtoken.hosts.qwen.family import QwenVL
+from vtoken.hosts.qwen.glm import Glm4V
+from vtoken.prompts.family import Family
 
 #: The families that are served.
-FAMILIES = (LlavaAdapter, QwenVL, InternVL)
+FAMILIES: tuple[type[Family], ...] = (
+    LlavaAdapter, QwenVL, Glm4V, InternVL, Idefics, Gemma3, PaliGemma, AyaVision, Cohere2Vision, Mistral3,
+)  # fmt: skip
 #: Why well-known relatives are refused, by the module of transformers.models.
 REASONS = {
     "llava_next_video": "its video frames are pooled before the projector, which is not supported yet",
     "mllama": "its language model reads images by cross-attention, not from the prompt",
     "idefics": "its language model reads images by cross-attention, not from the prompt",
     "idefics2": "its resampler mixes image tokens, which then belong to no patch",
-    "idefics3": "it shuffles patches into channels before the projector, which is not supported yet",
-    "smolvlm": "it shuffles patches into channels before the projector, which is not supported yet",
-    "gemma3": "it pools patches before the projector, which is not supported yet",
-    "paligemma": "its attention mask tells image tokens from text, which a shortened prompt does not keep",
 }
 
 

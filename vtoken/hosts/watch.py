@@ -1,26 +1,24 @@
 """Reading the attention of a tower whose blocks call it by the name in their settings, as all of transformers' do.
 
-A view of one attention with a copy of its settings that name our function sees queries and keys as they are multiplied:
-behind norms and rotation, image by image or window by window. Nothing is written to the model.
+Queries and keys are seen as they are multiplied, image by image or window by window (`hosts/attending.py`).
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtoken.core.calling import call_with
+from vtoken.errors import UnsupportedModelError
+from vtoken.hosts.attending import attending
 from vtoken.ops import class_row, received_row
-
-NAME = "vtoken_watch"
 
 
 class Watch:
@@ -70,9 +68,8 @@ class Watch:
         if layer == self._keys_of:
             parts[keys] = Reader(getattr(attn, keys), behind=self._take)
         if layer in self._rows:
-            settings = copy.copy(attn.config)
-            stock, settings._attn_implementation_internal = settings._attn_implementation, NAME
-            parts |= {"config": settings, "_vtoken_watch": (self._rows[layer], self._kind, stock)}
+            stock = attn.config._attn_implementation
+            parts |= attending(attn, functools.partial(_watch, self._rows[layer], self._kind, stock))
         return Exchanged(attn, parts)
 
     def _take(self, rows: Tensor) -> None:
@@ -123,14 +120,32 @@ class Reader:
         return getattr(self._module, name)
 
 
-def _watch(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any) -> Any:
-    rows, kind, stock = module._vtoken_watch
-    scale = options["scaling"]
-    rows.append(
-        class_row(query[:, :, 0], key, scale=scale) if kind == "class" else received_row(query, key, scale=scale)
-    )
+def _watch(
+    rows: list[Tensor], kind: str, stock: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """The attention function that would have run, and the row of scores that is read."""
+    scale, bias = options["scaling"], _bias(module, mask)
+    if kind == "class":
+        rows.append(class_row(query[:, :, 0], key, scale=scale, bias=None if bias is None else bias[:, :, 0]))
+    else:
+        rows.append(received_row(query, key, scale=scale, bias=bias))
     own = sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(stock, own)(module, query, key, value, attention_mask, **options)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(stock, own)(module, query, key, value, mask, **options)
 
 
-AttentionInterface.register(NAME, _watch)
+def _bias(module: Any, mask: Any) -> Tensor | None:
+    """What a mask adds to logits, broadcastable to [B, H, T, T]; implementations are given it in forms of their own."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):  # a block mask of flex attention
+        raise UnsupportedModelError(
+            f"the attention of {type(module).__name__} cannot be read under its masks of type {type(mask).__name__}; "
+            "set_attn_implementation('sdpa') on the image tower"
+        )
+    if mask.dim() == 2:  # flash attention's: which keys are there
+        mask = mask[:, None, None, :] != 0
+    if mask.dtype == torch.bool:
+        lowest = torch.finfo(torch.float32).min
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
+    return mask

@@ -118,7 +118,8 @@ def received_row(queries: Tensor, keys: Tensor, *, scale: float, bias: Tensor | 
 
     Args:
         queries, keys: of all tokens, [B, H, T, D]; 128 queries are worked on at a time.
-        scale, bias: as in `class_row`.
+        scale: as in `class_row`.
+        bias: added to the logits, broadcastable to [B, H, T], or to [B, H, T, T] where it differs from query to query.
 
     Returns:
         [B, T], float32 (float64 for float64 inputs), detached; each row sums to 1.
@@ -134,8 +135,10 @@ def received_row(queries: Tensor, keys: Tensor, *, scale: float, bias: Tensor | 
     if keys.dim() != 4 or queries.shape != keys.shape:
         raise ShapeError(f"expected queries and keys [B, H, T, D], got {queries.shape} and {keys.shape}")
     total = torch.zeros((), device=keys.device)
-    for chunk in queries.split(_CHUNK, dim=2):
-        total = total + _attention(chunk, keys, scale, bias).sum(2).mean(1)
+    for start, chunk in zip(range(0, queries.shape[2], _CHUNK), queries.split(_CHUNK, dim=2), strict=True):
+        by_query = bias is not None and bias.dim() == 4 and bias.shape[2] > 1
+        here = bias[:, :, start : start + _CHUNK] if bias is not None and by_query else bias
+        total = total + _attention(chunk, keys, scale, here).sum(2).mean(1)
     return total / queries.shape[2]
 
 
@@ -145,7 +148,7 @@ def _attention(queries: Tensor, keys: Tensor, scale: float, bias: Tensor | None)
     with torch.no_grad(), full_precision(keys):
         logits = (queries.detach().to(dtype) * scale) @ keys.detach().to(dtype).transpose(2, 3)
         if bias is not None:
-            logits = logits + bias.to(dtype).unsqueeze(2)
+            logits = logits + (bias if bias.dim() == 4 else bias.unsqueeze(2)).to(dtype)
         return logits.softmax(-1)
 
 

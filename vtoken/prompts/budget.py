@@ -58,7 +58,7 @@ def asked_of(model: Any) -> dict[str, Any]:
 
 def method_of(model: Any) -> PromptMethod | None:
     """The method in a model's prompts, with its own settings."""
-    found: PromptMethod | None = getattr(model.__dict__.get("_vtoken"), "methods", {}).get("on_features")
+    found: PromptMethod | None = getattr(model.__dict__.get("_vtoken"), "methods", {}).get(PromptMethod)
     return found
 
 

@@ -46,10 +46,26 @@ def count_from_full(model: Any, call: dict[str, Any], full: int) -> None:
 
 
 def refuse_assistant(model: Any, call: dict[str, Any]) -> None:
-    """Raise InputError if another model, or the prompt itself, is to guess tokens: it would guess from the full ids."""
-    names = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-    if call.get("assistant_model") is not None or any(setting(model, call, name) for name in names):
-        raise InputError("assisted decoding of a shortened prompt is not supported; leave out the assistant")
+    """Raise InputError for helpers that guess tokens from what only the full prompt has.
+
+    Another model of the same build, or the prompt's own words, may guess where features enter as `mm_encoder_outputs`:
+    there the short prompt is all that transformers sees.
+    """
+    parts = ("assistant_early_exit", "use_mtp", "speculation_type")
+    found = next((name for name in parts if setting(model, call, name)), None)
+    if found is None and call.get("assistant_tokenizer") is not None:
+        found = "assistant_tokenizer"
+    if found is not None:
+        raise InputError(
+            f"{found} of a shortened prompt is not supported; an assistant_model of the same build helps, "
+            "or prompt_lookup_num_tokens"
+        )
+    lookup = setting(model, call, "prompt_lookup_num_tokens")
+    if (call.get("assistant_model") is not None or lookup) and "mm_encoder_outputs" not in call:
+        raise InputError(
+            "assisted decoding of a shortened prompt needs a prompt of ids and a transformers whose generate takes "
+            "mm_encoder_outputs (5.18 does); leave out the assistant"
+        )
 
 
 def refuse_chunks(model: Any, call: dict[str, Any], why: str) -> None:
@@ -161,6 +177,18 @@ def as_it_is(model: Any) -> Iterator[None]:
 def is_decided(inner: Any) -> bool:
     """Whether that is so for the model inside."""
     return any(module is inner for module in _decided.get())
+
+
+def fresh(output: Any, **fields: Any) -> Any:
+    """A new output object of the same class with the same values, but for `fields`.
+
+    Some releases keep rows in an attribute that the class has no field for.
+    """
+    made = type(output)(**output)
+    for name, value in {**vars(output), **fields}.items():
+        if value is not None:
+            setattr(made, name, value)
+    return made
 
 
 def chosen(output: Any) -> Any:

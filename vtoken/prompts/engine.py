@@ -19,7 +19,7 @@ from vtoken.core.trace import current_trace
 from vtoken.core.visual import Chosen, Encoded, Needs, Seen, Visual, in_prompt_order, length_of, placed
 from vtoken.errors import InputError, ShapeError, VTokenError
 from vtoken.prompts.budget import asked_of, clues_for, methods_for
-from vtoken.prompts.calls import cache_of, chosen, is_filled
+from vtoken.prompts.calls import cache_of, chosen, fresh, is_filled
 from vtoken.prompts.shrink import (
     ShortPrompt,
     check_ids,
@@ -71,7 +71,7 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
         ShapeError: if the placeholders fit neither the full nor the kept tokens.
         InputError: if something else of the call cannot be shortened.
     """
-    family, method = model._vtoken_family, model._vtoken.methods["on_features"]
+    family, method = model._vtoken_family, model._vtoken.methods[PromptMethod]
     tokens, embeds = family.token_ids(model), given.get("inputs_embeds")
     if embeds is None:
         ids = given["input_ids"]
@@ -166,7 +166,7 @@ class Layout:
 
 def lay_out(model: Any, given: dict[str, Any], ids: Tensor) -> Layout:
     """The visuals of a call and how much stays of them; nothing has run yet."""
-    family, method = model._vtoken_family, model._vtoken.methods["on_features"]
+    family, method = model._vtoken_family, model._vtoken.methods[PromptMethod]
     needs = method.needs(family.facts(model, given))
     family.refuse(model, given, needs)
     visuals = family.layout(model, given | {"input_ids": ids})
@@ -413,7 +413,7 @@ def _features(model: Any, visuals: Sequence[Visual], kept: Sequence[Kept], encod
     for kind, output in encoded.outputs.items():
         mine = [i for i, v in enumerate(visuals) if v.kind == kind]
         if all(kept[i].rows is None and len(kept[i].places) == visuals[i].length for i in mine):
-            found[kind] = chosen(type(output)(**output))
+            found[kind] = chosen(fresh(output))
             continue
         levels = [
             [rows_of_level(level[i], kept[i], number) for i in mine] for number, level in enumerate(encoded.levels)

@@ -6,12 +6,13 @@ Source: docs/methods/vtc_cls.md 5 to 7.
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtoken.core.carried import SavesSettings
+from vtoken.core.method import PromptMethod
 from vtoken.errors import InputError, VTokenWarning
 from vtoken.prompts.calls import (
     as_it_is,
@@ -44,7 +45,6 @@ class PromptMixin(SavesSettings):
 
     _vtoken: Any
     _vtoken_family: Any
-    _vtoken_part: ClassVar[str] = "prompt"
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
@@ -102,8 +102,6 @@ class PromptMixin(SavesSettings):
 class InnerMixin(SavesSettings):
     """The model inside, which has no place to shorten the labels and the ids that its caller holds."""
 
-    _vtoken_part: ClassVar[str] = "prompt"
-
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
         if (len(args) >= 2 or _has_vision(kwargs)) and not is_decided(self):
@@ -159,7 +157,7 @@ def _generated(
 
 
 def _check_generation(model: Any, call: dict[str, Any]) -> None:
-    method, family = model._vtoken.methods["on_features"], model._vtoken_family
+    method, family = model._vtoken.methods[PromptMethod], model._vtoken_family
     uncached = setting(model, call, "use_cache") is False
     if uncached and call.get("position_ids") is not None and family.axes == 1 and family.original(method):
         raise InputError("positions='original' leaves gaps, which generate(use_cache=False) takes for packed sequences")
@@ -167,7 +165,8 @@ def _check_generation(model: Any, call: dict[str, Any]) -> None:
 
 def _is_prunable(model: Any, given: dict[str, Any], stacklevel: int) -> bool:
     """Whether the call's visuals are still to be encoded and can be pruned; warns, at that level, of what cannot."""
-    ready, family = given.get("mm_encoder_outputs") or {}, model._vtoken_family
+    ready, family = given.get("mm_encoder_outputs"), model._vtoken_family
+    ready = {"image": ready} if isinstance(ready, Tensor) else ready or {}  # Idefics3 and SmolVLM take rows alone, too
     name = model._vtoken.configs[0].method
     if "video" not in family.kinds and any(given.get(n) is not None for n in VIDEOS):
         _warn("does not prune video tokens: this call runs unpruned, its images too", name, stacklevel)

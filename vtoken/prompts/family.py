@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from vtoken.core.apply import build_methods
 from vtoken.core.config import MethodConfig
 from vtoken.core.host import Host, HostAdapter, keys_of
-from vtoken.core.method import Method, PromptMethod
+from vtoken.core.method import Methods, PromptMethod
 from vtoken.core.patch import base_of, forward_is_replaced
 from vtoken.core.spec import ImageTokens
 from vtoken.core.visual import Encoded, Needs, TowerFacts, Visual, length_of
 from vtoken.errors import ConfigError, InputError, UnsupportedModelError
 from vtoken.prompts.budget import asked_of, likely_methods
-from vtoken.prompts.calls import refuse_chunks
+from vtoken.prompts.calls import fresh, refuse_chunks
 from vtoken.prompts.entry import InnerMixin, PromptMixin
 from vtoken.prompts.shrink import placeholders_in
 
@@ -35,7 +35,7 @@ class Family(HostAdapter):
 
     part = "prompt"
     package = "transformers"
-    hooks = frozenset({"on_features"})
+    serves = (PromptMethod,)
     #: Classes that it knows: module of transformers.models and class name.
     models: ClassVar[frozenset[tuple[str, str]]] = frozenset()
     #: What it shortens, of "image" and "video".
@@ -93,13 +93,12 @@ class Family(HostAdapter):
 
     def outputs(self, model: Any, output: Any, levels: Sequence[Sequence[Tensor]]) -> Any:
         """A fresh output object like `output` that holds, of every level, these rows of every visual of a kind."""
-        first = output.pooler_output
-        fields = {**output, "pooler_output": like(first, levels[0])}
+        fields = {"pooler_output": like(output.pooler_output, levels[0])}
         if len(levels) > 1:
             fields["deepstack_features"] = [
                 like(old, level) for old, level in zip(output.deepstack_features, levels[1:], strict=True)
             ]
-        return type(output)(**fields)
+        return fresh(output, **fields)
 
     def places(
         self, model: Any, given: dict[str, Any], *, generating: bool
@@ -146,10 +145,9 @@ class Family(HostAdapter):
 
     # What follows from it.
 
-    def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
+    def check(self, model: nn.Module, methods: Methods) -> None:
         """The method must fit the tower, and its positions and separators the model."""
-        method = methods["on_features"]
-        assert isinstance(method, PromptMethod)
+        method: PromptMethod = methods[PromptMethod]
         self.refuse(model, {}, method.needs(self.facts(model, {})))
         if method.positions == "compact" and self.axes == 3:
             raise ConfigError(
@@ -163,7 +161,7 @@ class Family(HostAdapter):
         """Whether kept tokens keep their places."""
         return self.axes == 3 or method.positions == "original"
 
-    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, and the one inside for those who run it alone."""
         inner: Any = model.model
         return [(model, PromptMixin, {"_vtoken_family": self}), (inner, InnerMixin, {})]
@@ -210,7 +208,7 @@ class Family(HostAdapter):
     def method(self, model: nn.Module, configs: Sequence[MethodConfig]) -> Any:
         """What the settings of the prompt, among these, make; None if there are none."""
         prompt = tuple(c for c in configs if c.part == "prompt")
-        return build_methods(Host(self, model, self.spec(model)), prompt)["on_features"] if prompt else None
+        return build_methods(Host(self, model, self.spec(model)), prompt)[PromptMethod] if prompt else None
 
 
 def linear_macs(module: nn.Module) -> int:

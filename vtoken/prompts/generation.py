@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from vtoken.errors import InputError, UnsupportedModelError
@@ -133,6 +133,16 @@ class _Processors(LogitsProcessorList):
         return super().__call__(shown, scores, **kwargs)
 
 
+class _Whole(LogitsProcessor):
+    """A list of processors as one of another list, which would take it to pieces."""
+
+    def __init__(self, processors: _Processors) -> None:
+        self._processors = processors
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return self._processors(input_ids, scores)
+
+
 class _Criteria(StoppingCriteriaList):
     """Criteria that see the caller's prompt."""
 
@@ -184,6 +194,14 @@ class _Aliased:
         made.full = self._vtoken_full
         made.full.shown.add("_get_stopping_criteria")
         return made
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """An assistant decodes by lists of its own: the caller's processors in it see the caller's prompt, too."""
+        stock: Any = super()._get_candidate_generator  # type: ignore[misc]
+        given = inspect.signature(stock).bind(*args, **kwargs).arguments
+        if given.get("logits_processor"):
+            given["logits_processor"] = LogitsProcessorList([_Whole(given["logits_processor"])])
+        return stock(**given)
 
     def _expand_multimodal_outputs(
         self, input_ids: Any, mm_encoder_output: Any, expand_size: int = 1, inputs_embeds: Any = None

@@ -12,6 +12,7 @@ from vtoken.core.host import Host, HostAdapter, forget_adapter, host_of, registe
 from vtoken.errors import ConfigError
 from vtoken.testing import promises
 from vtoken.testing.promises import broken
+from vtoken.testing.twins import pooling
 
 #: Methods that ask different things of a host: keys, several variants of merging, dropping, merging behind the MLP.
 _ASKING = ("pitome", "tome", "random_prune", "random_merge")
@@ -23,9 +24,9 @@ def check_host(
     """Try on a model of your own that its adapter keeps what vtoken promises (docs/mechanism.md 1).
 
     Tried are: the measures fit the model; no-op equality; planned counts are those of a trace; groups and sizes; sizes
-    enter attention; undoing; state-dict keys and modes; counted cost; hooks of all modules get the model's own modules;
-    gradients, two forwards before one backward, recomputed blocks; nothing left behind by a forward; independence of
-    the batch; threads; copies; dtypes and devices. It takes some seconds on a small model.
+    enter attention and pooling; undoing; state-dict keys and modes; counted cost; hooks of all modules get the model's
+    own modules; gradients, two forwards before one backward, recomputed blocks; nothing left behind by a forward;
+    independence of the batch; threads; copies; dtypes and devices. It takes some seconds on a small model.
 
     Args:
         adapter: the class that `vtoken.register_adapter` takes, or one of it. Registered for the length of the call.
@@ -66,6 +67,7 @@ def check_host(
         weighed = next((c for c in given if getattr(c, "prop_attn", False)), None)
         if weighed is not None:
             promises.sizes(model, weighed)
+        pooling(model)
         for promise in (*promises.EVERY, promises.memory):
             promise(model, given[0])
     return tuple(map(str, given))

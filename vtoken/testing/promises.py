@@ -186,7 +186,7 @@ def gradients(model: nn.Module, config: MethodConfig) -> None:
     for name, grad in both.items():
         apart = torch.stack([found.get(name, torch.zeros_like(grad)) for found in parts]).sum(0)
         for what, other in (("two forwards before one backward", grad), ("recomputed blocks", recomputed[name])):
-            if not _close(other, apart):
+            if not close(other, apart):
                 broken(f"{promise}: {what}", f"that of {name} is another than by single forwards")
 
 
@@ -232,7 +232,7 @@ def batches(model: nn.Module, config: MethodConfig) -> None:
             if not _equal(single.dest, None if trace.dest is None else trace.dest[index : index + 1]):
                 broken(promise, f"image {index} of a batch of 3 merges otherwise than alone")
             for a, b in zip(alone, together, strict=True):
-                if not _close(a[0], b[index]):
+                if not close(a[0], b[index]):
                     broken(promise, f"image {index} of a batch of 3 gives another output than alone")
 
 
@@ -264,7 +264,7 @@ def threads(model: nn.Module, config: MethodConfig) -> None:
         raise AssertionError(f"{promise}: one of three failed: {errors[0]!r}") from errors[0]
     for index, runs in found.items():
         for run in runs:
-            if not all(_close(a, b) for a, b in zip(run, expected[index], strict=True)):
+            if not all(close(a, b) for a, b in zip(run, expected[index], strict=True)):
                 broken(promise, "one of three gave another output than the model by itself")
 
 
@@ -365,7 +365,8 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether float64 results are equal but for the order in which they were computed."""
     if a.shape != b.shape:
         return False
     scale = float(b.detach().abs().max()) if b.numel() else 0.0

@@ -13,7 +13,7 @@ from vtoken.core.config import MethodConfig
 from vtoken.core.counts import count_tokens, plan
 from vtoken.core.forward import block_method
 from vtoken.core.host import keys_of
-from vtoken.core.method import Method
+from vtoken.core.method import Methods
 from vtoken.core.patch import base_of
 from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
@@ -149,7 +149,7 @@ class LlavaAdapter(Family):
         name, tower = tower_of(model)
         return [(f"model.{name}.{n}", layer) for n, layer in HFAdapter().blocks(tower)]
 
-    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, the one inside for those who run it alone, and its tower so that its attention can be read."""
         return [*super().targets(model, methods), *HFAdapter().targets(tower_of(model)[1], {})]
 

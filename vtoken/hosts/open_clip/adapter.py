@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from open_clip import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
     Attention,
@@ -14,9 +15,9 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from vtoken.core.host import HostAdapter, find_adapter
-from vtoken.core.method import Method
+from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import base_of, forward_is_replaced
-from vtoken.core.spec import HostSpec, PatchSpec
+from vtoken.core.spec import HostSpec, Pair, PatchSpec
 from vtoken.core.watch import Watch
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.open_clip.blocks import BLOCKS, PoolMixin, parts, plain_attention
@@ -31,7 +32,7 @@ class OpenClipAdapter(HostAdapter):
 
     name = "open_clip image towers"
     package = "open_clip"
-    hooks = frozenset({"on_block", "on_attention"})
+    serves = (BlockMethod, AttentionMethod)
 
     def tower(self, model: nn.Module) -> tuple[HostAdapter, Any]:
         """The module that runs the image blocks, and the adapter that knows it."""
@@ -88,7 +89,7 @@ class OpenClipAdapter(HostAdapter):
             return adapter.blocks(tower)
         return [(f"transformer.resblocks.{i}", block) for i, block in enumerate(tower.transformer.resblocks)]
 
-    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The tower, then every block with its index."""
         adapter, tower = self.tower(model)
         if adapter is not self:
@@ -112,6 +113,10 @@ class OpenClipAdapter(HostAdapter):
         """Class attention of the packed projection, or behind the norms of open_clip's own attention."""
         adapter, tower = self.tower(model)
         (run_watched if adapter is self else adapter.run_watched)(tower, watch, image)
+
+    def pair(self, model: nn.Module) -> Pair | None:
+        """Of the two models that do nothing else."""
+        return Pair("visual") if isinstance(model, (CLIP, CustomTextCLIP)) else None
 
     def patch_spec(self, model: nn.Module) -> PatchSpec:
         """Of a built-in tower, or of a timm trunk that can."""

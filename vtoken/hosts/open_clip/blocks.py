@@ -21,7 +21,7 @@ from vtoken.core.patch import base_of, forward_with, is_patched
 from vtoken.core.state import TokenState
 from vtoken.core.tap import Tap, TappedMixin, stock_with
 from vtoken.errors import InputError
-from vtoken.hosts.tower import mixin_for
+from vtoken.hosts.tower import Mixins
 from vtoken.ops import size_bias
 from vtoken.ops.merging.attention import masked_attention
 
@@ -89,7 +89,7 @@ class CustomBlockMixin:
     _vtoken_mlp = BlockMixin._vtoken_mlp
 
 
-def packed_attention(attn: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | None) -> Tensor:
+def packed_attention(attn: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None) -> Tensor:
     """Self-attention [B, T, C] with the packed weights of `nn.MultiheadAttention`, kept fused; its keys go to the tap.
 
     nn.MultiheadAttention itself would expand a mask to every head and query, and gives no keys.
@@ -97,13 +97,11 @@ def packed_attention(attn: Any, x: Tensor, tap: Tap | None, attn_mask: Tensor | 
     packed = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
     q, k, v = packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     dropout = attn.dropout if attn.training else 0.0
-    if tap is not None and tap.acts_in(attn):
-        call = tap.call(attn.head_dim**-0.5, attn_mask, dropout)
-        out = attn._vtoken_method.attend(q, k, v, attn.predictor, call)
-        tap.done(call, k)
+    if tap.wants_keys:
+        tap.keys = k
+    if tap.acts_in(attn):
+        out = tap.run(attn, q, k, v, scale=attn.head_dim**-0.5, mask=attn_mask, dropout=dropout)
     else:
-        if tap is not None:
-            tap.keys = k
         out = masked_attention(q, k, v, attn_mask, dropout_p=dropout)
     projected: Tensor = attn.out_proj(out.transpose(1, 2).flatten(2))
     return projected
@@ -172,14 +170,11 @@ class PoolMixin:
 
 
 _IGNORED = ("need_weights", "average_attn_weights")
-ATTENTION_MIXINS: dict[type, type] = {nn.MultiheadAttention: PackedMixin, Attention: OwnAttentionMixin}
-BLOCKS: dict[type, type] = {
-    ResidualAttentionBlock: BlockMixin,
-    CustomResidualAttentionBlock: CustomBlockMixin,
-}
+ATTENTION_MIXINS = Mixins({nn.MultiheadAttention: PackedMixin, Attention: OwnAttentionMixin})
+BLOCKS = Mixins({ResidualAttentionBlock: BlockMixin, CustomResidualAttentionBlock: CustomBlockMixin})
 
 
 def parts(block: Any) -> tuple[type, Any, type]:
     """The mixin of a block, its attention, also inside peft's LoRA layer, and the mixin of that."""
     attn = plain_attention(block.attn) or block.attn
-    return mixin_for(block, BLOCKS), attn, mixin_for(attn, ATTENTION_MIXINS)
+    return BLOCKS[type(block)], attn, ATTENTION_MIXINS[type(attn)]

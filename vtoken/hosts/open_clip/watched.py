@@ -33,7 +33,7 @@ def _read(block: Any, row: Row) -> dict[str, Any]:
 
 def _attend(attn: Any, row: Row, *args: Any, **kwargs: Any) -> Any:
     """open_clip's own attention: behind its norms."""
-    return call_with(attn, Reader(row=row).parts(attn, "ln_k", "ln_q"), *args, **kwargs)
+    return call_with(attn, Reader(row).parts(attn, "ln_k", "ln_q"), *args, **kwargs)
 
 
 def _attend_packed(attn: Any, row: Row, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -6,8 +6,8 @@ Their processors hand out patches block by block: `spatial_merge_size` squared c
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
 from vtoken.errors import ConfigError, InputError, ShapeError, UnsupportedModelError
 from vtoken.hosts.qwen.positions import places
 from vtoken.hosts.watch import Reader, Watch
+from vtoken.prompts.calls import refuse_chunks
 from vtoken.prompts.family import Family, linear_macs, named_for, need, takes_outputs
 
 _SIDE = (
@@ -41,7 +42,7 @@ class QwenVL(Family):
             ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
         }
     )
-    kinds = ("image", "video")
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
     axes = 3
     side = _SIDE
 
@@ -49,10 +50,9 @@ class QwenVL(Family):
         """The measures of the tower; raises UnsupportedModelError if a part of it is not the family's own."""
         tower: Any = self.tower(model)
         self.check_known(model, (tower, "model.visual"))
-        own = base_of(type(model)).__mro__
-        module = next(c.__module__ for c in own if c.__name__ in {n for _, n in self.models})
+        modules = {f"transformers.models.{module}.modeling_{module}" for module, _ in self.models}
         blocks = list(getattr(tower, "blocks", []))
-        strange = [b for b in blocks if base_of(type(b)).__module__ != module or not hasattr(b, "attn")]
+        strange = [b for b in blocks if base_of(type(b)).__module__ not in modules or not hasattr(b, "attn")]
         if not blocks or strange or not all(hasattr(b.attn, "qkv") for b in blocks):
             raise UnsupportedModelError(
                 f"cannot shorten the prompts of transformers {type(model).__name__}: its image tower is a "
@@ -132,7 +132,7 @@ class QwenVL(Family):
             keys_of = (needs.layers[-1] if needs.layers else len(inner.visual.blocks) - 1) if wants_keys else None
             watch = Watch(needs.layers, needs.attention, keys_of)
             if "before" in needs.features:
-                parts["merger"] = Reader(inner.visual.merger, before=seen.append)
+                parts |= self.reading(inner.visual, seen.append)
             if watch.reads or parts:
                 inner = view(inner, visual=watch.over(inner.visual, ("blocks",), "attn", "qkv", **parts))
             run = getattr(inner, f"get_{kind}_features")
@@ -154,6 +154,10 @@ class QwenVL(Family):
                 each = list(self.tokens_of(model, patches, given[f"{kind}_grid_thw"]).split(lengths))
                 taps[tap] += [row.T for row in each] if tap == "attention" else each
         return Encoded(outputs, levels, taps["attention"] or None, taps["before"] or None, taps["keys"] or None)
+
+    def reading(self, tower: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
+        """What stands in the tower so that its patches are taken as they leave the blocks."""
+        return {"merger": Reader(tower.merger, before=take)}
 
     def tokens_of(self, model: Any, patches: Tensor, grids: Tensor) -> Tensor:
         """Of values [patches, c] in the tower's order the means over a token's patches, in the order of the prompt."""
@@ -200,6 +204,8 @@ class QwenVL(Family):
             from vtoken.hosts.qwen.old import encoded
 
             features = call.pop("features")
+            if generating:
+                refuse_chunks(model, call, "needs a transformers whose generate takes mm_encoder_outputs (5.18 does)")
             return encoded(model, call | {"mm_encoder_outputs": features}, self.token_ids(model))
         return super().hand_over(model, call, generating=generating)
 

@@ -1,17 +1,23 @@
-"""Qwen3-VL in transformers before 5.18, whose calls take pixels but not what the tower made of them.
+"""Models of transformers before 5.18 whose calls take pixels but not what the tower made of them, nor embeddings.
+
+Qwen3-VL, whose deeper features would be lost, and Gemma 3 and PaliGemma, whose `generate` takes ids alone.
 
 Source: docs/methods/quota.md 9.5.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtoken.core.calling import call as call_as
 from vtoken.core.patch import view
-from vtoken.prompts.family import rows_of
+from vtoken.hosts.watch import Exchanged
+from vtoken.prompts.calls import fresh
+from vtoken.prompts.family import like, rows_of
 
 
 def encoded(model: Any, call: dict[str, Any], token_ids: dict[str, int]) -> tuple[Any, dict[str, Any]]:
@@ -34,21 +40,29 @@ def encoded(model: Any, call: dict[str, Any], token_ids: dict[str, int]) -> tupl
         ids, kwargs = model._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return ids, kwargs | pixels
 
-    inner = view(model.model, **{f"get_{kind}_features": tower for kind, tower in towers.items()})
-    return view(model, model=inner, _expand_inputs_for_generation=expand), rest
+    inner = Exchanged(model.model, {f"get_{kind}_features": tower for kind, tower in towers.items()})
+    stand_in = view(model, model=inner, _expand_inputs_for_generation=expand)
+    # What torch calls in a module's place: its forward as a call of the model, whose hooks then get the model.
+    run = functools.partial(type(stand_in).forward, stand_in)
+    stand_in.__dict__["_compiled_call_impl"] = functools.partial(call_as, model, run)
+    return stand_in, rest
 
 
 class _Encoded:
     """Stands where `get_video_features` or `get_image_features` stood, for one call."""
 
     def __init__(self, output: Any, token_id: int) -> None:
-        levels = [level if isinstance(level, Tensor) else torch.cat(list(level)) for level in output.deepstack_features]
+        deeper = getattr(output, "deepstack_features", None) or []
+        levels = [level if isinstance(level, Tensor) else torch.cat(list(level)) for level in deeper]
         self._rows = [rows_of(output), *levels]
-        self._output = type(output)
+        self._output = output
         self._token_id = token_id
 
     def __call__(self, *_: Any, **__: Any) -> Any:
-        return self._output(pooler_output=(self._rows[0],), deepstack_features=self._rows[1:])
+        fields: dict[str, Any] = {"pooler_output": like(self._output.pooler_output, self._rows[:1])}
+        if len(self._rows) > 1:
+            fields["deepstack_features"] = self._rows[1:]
+        return fresh(self._output, **fields)
 
     def expand(self, ids: Tensor, times: int) -> None:
         """Repeat what belongs to every row of ids [B, L], as the rows are repeated."""

@@ -8,13 +8,13 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor, nn
 
 from vtoken.core.host import HostAdapter, inner_hint
-from vtoken.core.method import Method
+from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import base_of, runs_as_known
 from vtoken.core.spec import HostSpec, PatchSpec
 from vtoken.core.watch import Watch
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
-from vtoken.hosts.timm.blocks import ATTENTIONS, BLOCKS, SPARSE, parts
+from vtoken.hosts.timm.blocks import ATTENTIONS, BLOCKS, parts
 from vtoken.hosts.timm.entry import MODELS, TimmMixin, fixed_size, grid_of, image_size, pool_name
 from vtoken.hosts.timm.masked import patch_spec, run_masked
 from vtoken.hosts.timm.unsupported import reason
@@ -29,7 +29,7 @@ class TimmAdapter(HostAdapter):
 
     name = "timm VisionTransformer, Eva, NaFlexVit"
     package = "timm"
-    hooks = frozenset({"on_block", "on_attention"})
+    serves = (BlockMethod, AttentionMethod)
 
     def spec(self, model: nn.Module) -> HostSpec:
         """Check the structure block by block; raises UnsupportedModelError with the reason."""
@@ -84,10 +84,10 @@ class TimmAdapter(HostAdapter):
             return []
         return [(f"blocks.{name}", block) for name, block in blocks._modules.items() if block is not None]
 
-    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, then every block with its index."""
         tower: Any = model
-        found = block_targets(methods, tower.blocks, parts, num_prefix=int(tower.num_prefix_tokens), sparse=SPARSE)
+        found = block_targets(methods, tower.blocks, parts, num_prefix=int(tower.num_prefix_tokens), sparse=ATTENTIONS)
         return [(model, TimmMixin, {}), *found]
 
     def run_watched(self, model: nn.Module, watch: Watch, image: Any) -> None:

@@ -6,8 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor
@@ -15,12 +17,12 @@ from torch import Tensor
 from vtoken.core.blocks import merged_block
 from vtoken.core.bound import alone
 from vtoken.core.calling import through
-from vtoken.core.method import AttentionMethod
 from vtoken.core.patch import base_of, forward_with
 from vtoken.core.state import TokenState
 from vtoken.core.tap import Tap, TappedMixin, stock_with, tapped_forward
+from vtoken.core.watch import Rotation
 from vtoken.errors import InputError
-from vtoken.hosts.tower import gather_rope, given, mixin_for
+from vtoken.hosts.tower import Mixins, gather_rope, given
 from vtoken.ops import backend
 from vtoken.ops.merging.attention import is_bias_per_key, masked_attention
 
@@ -125,17 +127,13 @@ class AttentionMixin:
         is_causal: bool = False,
         vtoken_tap: Tap | None = None,
     ) -> Tensor:
-        method: AttentionMethod | None = self.__dict__.get("_vtoken_method")
-        if vtoken_tap is None:
-            if method is None or method.is_stock(self._vtoken_index):
-                return super().forward(x, **given(attn_mask=attn_mask, is_causal=is_causal))  # type: ignore[misc]
-            tap = Tap.alone(self, x.shape[1])
-        else:
-            tap = vtoken_tap
-        if vtoken_tap is None or (method is not None and tap.acts_in(self)):
-            if is_causal:
-                raise InputError("is_causal=True cannot be combined with a connectivity mask; use vtoken.remove(model)")
-            return around(self, functools.partial(_method_core, self, tap, attn_mask), x)
+        tap = vtoken_tap
+        if "_vtoken_method" in self.__dict__:
+            acting = Tap.acting(self, tap, x.shape[1])
+            if acting is not None:
+                return by_method(self, acting, x, attn_mask, is_causal)
+        if tap is None:
+            return super().forward(x, **given(attn_mask=attn_mask, is_causal=is_causal))  # type: ignore[misc]
         if not self.fused_attn:
             read = tap.parts(self, "k_norm", "q_norm")
             return forward_with(self, read, x, **given(attn_mask=attn_mask, is_causal=is_causal))
@@ -149,30 +147,79 @@ class AttentionMixin:
         return around(self, core, x, tap)
 
 
+class RotaryMixin(TappedMixin):
+    """timm's `AttentionRope` and `EvaAttention`, whose core may be an attention method's."""
+
+    def forward(  # type: ignore[override]
+        self: Any,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        vtoken_tap: Tap | None = None,
+    ) -> Tensor:
+        acting = Tap.acting(self, vtoken_tap, x.shape[1])
+        if acting is not None:
+            return by_method(self, acting, x, attn_mask, is_causal, rope)
+        options = given(rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        rows: Tensor = super().forward(x, vtoken_tap=vtoken_tap, **options)
+        return rows
+
+
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _method_core(attn: Any, tap: Tap, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What an attention method does with queries, keys and values."""
-    call = tap.call(attn.scale, mask, attn.attn_drop.p if attn.training else 0.0)
-    out: Tensor = attn._vtoken_method.attend(q, k, v, attn.predictor, call)
-    tap.done(call, k)
-    return out
+def by_method(
+    attn: Any, tap: Tap, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None = None
+) -> Tensor:
+    """An attention whose core is that of the method which it carries."""
+    if is_causal:
+        raise InputError("is_causal=True cannot be combined with a connectivity mask; use vtoken.remove(model)")
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    core = functools.partial(tap.run, attn, scale=attn.scale, mask=attn_mask, dropout=dropout)
+    return around(attn, core, x, tap, rope)
 
 
-def around(attn: Any, core: Core, x: Tensor, tap: Tap | None = None) -> Tensor:
-    """timm's `Attention` with another core; projections, norms and gate stay the host's. A tap is left the keys."""
+def around(attn: Any, core: Core, x: Tensor, tap: Tap, rope: Tensor | None = None) -> Tensor:
+    """timm's attentions with another core; the rest stays the host's. The tap is left the keys, not yet rotated."""
     own = attn._modules
-    shape = (*x.shape[:2], 3, attn.num_heads, attn.head_dim)
-    q, k, v = own["qkv"](x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = _projected(attn, x)
     q, k = through(own["q_norm"], q), through(own["k_norm"], k)
-    if tap is not None and tap.wants_keys:
+    if tap.wants_keys:
         tap.keys = k
+    if rope is not None:
+        q, k = (rows.type_as(v) for rows in rotation(attn, rope)(q, k))
+    if k.shape[1] != q.shape[1]:  # grouped queries
+        k, v = (rows.repeat_interleave(q.shape[1] // rows.shape[1], dim=1) for rows in (k, v))
     out = through(own["norm"], core(q, k, v).transpose(1, 2).flatten(2))
     gate = own.get("gate")  # older versions of timm have none
     if gate is not None:
         out = out * gate(x).sigmoid()
     return through(own["proj_drop"], own["proj"](out))
+
+
+def _projected(attn: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values [B, H, T, D] of normed tokens [B, T, C]; keys and values may have fewer heads."""
+    own = attn._modules
+    if own.get("qkv") is None:
+        each = (own[name](x) for name in ("q_proj", "k_proj", "v_proj"))
+        return tuple(rows.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for rows in each)
+    packed = own["qkv"](x)
+    bias = attn.q_bias if isinstance(attn, EvaAttention) else None
+    if bias is not None:  # it keeps the biases of its packed projection by themselves
+        packed = packed + torch.cat([bias, attn.k_bias, attn.v_bias]).to(packed.dtype)
+    return packed.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def rotation(attn: Any, rope: Tensor) -> Rotation:
+    """How an attention rotates queries and keys by a table, in timm's own way: prefix tokens have no place."""
+    prefix, half = int(attn.num_prefix_tokens), bool(getattr(attn, "rotate_half", False))
+
+    def turned(x: Tensor) -> Tensor:
+        patches = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
+        return torch.cat([x[:, :, :prefix], patches], dim=2).type_as(x)
+
+    return lambda q, k: (turned(q), turned(k))
 
 
 def adds_sizes(
@@ -192,24 +239,20 @@ def adds_sizes(
 
 
 #: Mixin of every supported block class. Subclasses count if they leave `forward` alone.
-BLOCKS: dict[type, type] = {
-    Block: BlockMixin,
-    ResPostBlock: ResPostBlockMixin,
-    EvaBlock: EvaBlockMixin,
-    EvaBlockPostNorm: EvaBlockPostNormMixin,
-}
+BLOCKS = Mixins(
+    {
+        Block: BlockMixin,
+        ResPostBlock: ResPostBlockMixin,
+        EvaBlock: EvaBlockMixin,
+        EvaBlockPostNorm: EvaBlockPostNormMixin,
+    }
+)
 #: Attention classes whose forward calls `k_norm` on [B, H, T, D] keys before any rotation.
 ATTENTIONS: tuple[type, ...] = (Attention, AttentionRope, EvaAttention)
 #: Their mixins.
-ATTENTION_MIXINS: dict[type, type] = {
-    Attention: AttentionMixin,
-    AttentionRope: TappedMixin,
-    EvaAttention: TappedMixin,
-}
-#: Attention classes whose core an attention method may replace.
-SPARSE: tuple[type, ...] = (Attention,)
+ATTENTION_MIXINS = Mixins({Attention: AttentionMixin, AttentionRope: RotaryMixin, EvaAttention: RotaryMixin})
 
 
 def parts(block: Any) -> tuple[type, Any, type]:
     """The mixin of a block, its attention and the mixin of that."""
-    return mixin_for(block, BLOCKS), block.attn, mixin_for(block.attn, ATTENTION_MIXINS)
+    return BLOCKS[type(block)], block.attn, ATTENTION_MIXINS[type(block.attn)]

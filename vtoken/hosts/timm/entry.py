@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vtoken.core.bound import BoundBlocks, bound
-from vtoken.core.forward import applied_methods, block_method, forward_of
+from vtoken.core.forward import block_method, forward_of, masks_attention
 from vtoken.core.patch import base_of, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
@@ -101,7 +101,7 @@ class _OwnLoop(BoundBlocks):
 
     def __init__(self, model: Any, images: Any) -> None:
         self._model, self._images = model, images
-        self._container, self._watched = model.blocks, False
+        self._container, self._blocks, self._watched = model.blocks, list(model.blocks), False
         self._forward: forward_of | None = None
         self._state: TokenState | None = None
         self._bound: list[Callable[..., Tensor]] = []
@@ -111,11 +111,11 @@ class _OwnLoop(BoundBlocks):
         if self._forward is None:
             self._forward = _forward_of(self._model, self._images, raster=True)
             self._state = self._forward.__enter__()
-            self._bound = list(bound(self._container, self._state))
+            self._bound = bound(self._container, self._state)._calls
         return self._bound
 
     def __len__(self) -> int:
-        return len(self._model.blocks)
+        return len(self._blocks)
 
     def slot(self) -> Slot:
         """What is known of the rows that left the last block that ran."""
@@ -176,10 +176,7 @@ def _forward_of(model: Any, images: Any, *, raster: bool = False, dense: bool = 
     if isinstance(images, Tensor):
         size = (images.shape[-2], images.shape[-1])
         return forward_of(model, model.num_prefix_tokens, lambda: grid_of(model, size), anchor=anchor, dest=dense)
-    attention = applied_methods(model).get("on_attention")
-    if attention is not None and not all(
-        attention.is_stock(i) for i in range(len(model.blocks)) if attention.acts_on(i)
-    ):
+    if masks_attention(model, len(model.blocks)):
         raise InputError(
             "connectivity masks belong to places on a patch grid, so the model must be given images [B, C, H, W], not "
             "packed (NaFlex) patches; use vtoken.remove(model)"

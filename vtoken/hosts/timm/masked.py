@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from timm.layers.attention import Attention
+from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.patch_embed import PatchEmbed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -16,7 +17,7 @@ from vtoken.core.patch import is_patched
 from vtoken.core.spec import PatchSpec
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, UnsupportedModelError
-from vtoken.hosts.timm.watched import read
+from vtoken.hosts.timm.watched import attend, read
 from vtoken.hosts.watched import watched
 from vtoken.ops.rows import take_rows
 
@@ -34,7 +35,9 @@ def patch_spec(tower: Any) -> PatchSpec:
     height, width = tower.patch_embed.patch_size
     own = tower.patch_embed.img_size
     size = None if tower.dynamic_img_size else (int(own[0]), int(own[1]))
-    return PatchSpec("patch_embed", (int(height), int(width)), size, int(tower.num_features))
+    query = tower.cls_token is None and type(tower.attn_pool) is AttentionPoolLatent and tower.attn_pool.latent_len == 1
+    features = int(tower.num_features)
+    return PatchSpec("patch_embed", (int(height), int(width)), size, features, pool_query=query)
 
 
 def _problem(tower: Any) -> str | None:
@@ -42,6 +45,8 @@ def _problem(tower: Any) -> str | None:
         return f"its timm trunk is a {type(tower).__qualname__}"
     if not isinstance(tower.patch_embed, PatchEmbed):
         return f"its patches come from a {type(tower.patch_embed).__qualname__}, in which they overlap"
+    if getattr(tower.attn_pool, "pos_embed", None) is not None:
+        return "its attention pool adds positions of all patches"
     if not isinstance(tower.patch_drop, nn.Identity):
         raise own_dropout("trunk", f"patch_drop_rate={tower.patch_drop.prob}")
     for block in tower.blocks:
@@ -82,6 +87,9 @@ def run_masked(tower: Any, images: Tensor, rows: Tensor | None, watch: Watch | N
         parts["patch_drop"] = functools.partial(take_rows, index=rows)  # behind the position embedding
     if watch is not None:
         parts |= {"blocks": watched(tower.blocks, watch, read), "grad_checkpointing": False}
+        row = watch.row(len(tower.blocks))
+        if row is not None:
+            parts["attn_pool"] = functools.partial(attend, tower.attn_pool, row)
     out = call_with(tower, parts | _fitted(tower, images), images)
     return pooled[0], out
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtoken.core.host import HostAdapter
-from vtoken.core.method import BlockMethod, Method
+from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import base_of, forward_is_replaced, is_patched
-from vtoken.core.spec import HostSpec, Plan
+from vtoken.core.spec import HostSpec, Pair, PatchSpec, Plan
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.tower import block_targets
@@ -31,10 +31,14 @@ from vtoken.hosts.transformers.families import (
     layer_known,
     layers_of,
     num_prefix,
+    pair_known,
+    path_of,
     tower_known,
     towers,
     why_not,
 )
+from vtoken.hosts.transformers.images import Tubes
+from vtoken.hosts.transformers.masked import masked_tower, patch_spec, run_masked
 from vtoken.hosts.transformers.watched import watched_tower
 
 
@@ -43,7 +47,7 @@ class HFAdapter(HostAdapter):
 
     name = "transformers image towers"
     package = "transformers"
-    hooks = frozenset({"on_block"})
+    serves = (BlockMethod, AttentionMethod)
 
     def supported(self) -> str:
         """Its towers by their class."""
@@ -51,7 +55,10 @@ class HFAdapter(HostAdapter):
 
     def tower(self, model: nn.Module) -> Any:
         """The module that runs the image layers."""
-        if tower_known(type(model)) is not None:
+        known = tower_known(type(model))
+        if known is not None:
+            if known.name in known.family.why:  # served inside of what holds it alone
+                raise UnsupportedModelError(_refusal(model, known.family.why[known.name]))
             return model
         held = holder_known(type(model))
         if held is None:
@@ -60,6 +67,8 @@ class HFAdapter(HostAdapter):
         if tower_known(type(tower)) is None:
             why = why_not(type(tower)) or why_not(type(model)) or "which vtoken does not know"
             raise UnsupportedModelError(_refusal(model, f"its image tower is a {type(tower).__qualname__}; {why}"))
+        if family_of(tower).images.packed:
+            raise UnsupportedModelError(_refusal(model, "it splits the rows of its tower by the sizes of the images"))
         return tower
 
     def spec(self, model: nn.Module) -> HostSpec:
@@ -77,6 +86,10 @@ class HFAdapter(HostAdapter):
         if getattr(tower, "pooler", None) is not None and not num_prefix(tower):
             why = "its pooler reads the first patch, which may have merged with others; build it with"
             raise UnsupportedModelError(_refusal(model, f"{why} add_pooling_layer=False"))
+        held = holder_known(type(model))
+        if held is not None and not num_prefix(tower) and not getattr(model.config, "use_mean_pooling", True):
+            why = "its head reads the first tube, which may have merged with others; build it with"
+            raise UnsupportedModelError(_refusal(model, f"{why} use_mean_pooling=True"))
         _check_feature_layer(model)
         config, family = tower.config, family_of(tower)
         heads = int(config.num_attention_heads)
@@ -91,6 +104,7 @@ class HFAdapter(HostAdapter):
             pooling="map" if getattr(tower, "use_head", False) else "token" if num_prefix(tower) else "",
             position="rotary" if family.rotary else "absolute",
             fixed_size=family.images.fixed(config),
+            class_token=num_prefix(tower) > 0,
         )
 
     def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
@@ -109,42 +123,80 @@ class HFAdapter(HostAdapter):
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The tower's layers."""
         tower = self.tower(model)
-        path = ".".join(family_of(tower).path)
-        if functools.reduce(lambda m, name: getattr(m, name, None), family_of(tower).path, tower) is None:
+        path = ".".join(path_of(tower))
+        if functools.reduce(lambda m, name: getattr(m, name, None), path_of(tower), tower) is None:
             raise UnsupportedModelError(_refusal(model, f"this release of transformers keeps no layers in {path}"))
         return [(f"{path}.{i}", layer) for i, layer in enumerate(tower.get_submodule(path))]
 
-    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The tower, its layers with their index, and the model itself if it averages the tower's tokens."""
         tower: Any = self.tower(model)
-        method = methods.get("on_block")  # None: the tower is only watched
-        if isinstance(method, BlockMethod) and method.has_bias():
+        method: BlockMethod | None = methods.get(BlockMethod)  # None: the tower is only watched
+        if method is not None and method.has_bias():
             refuse_flash(tower.config)
         found = tower_targets(tower)
-        found += block_targets(methods, layers_of(tower), _parts, num_prefix=num_prefix(tower))
+        found += block_targets(methods, layers_of(tower), _parts, num_prefix=num_prefix(tower), sparse=_known(tower))
         held = holder_known(type(model))
         if held is None or held.name not in held.family.averaging:
             return found
         return [*found, (model, MeanHeadMixin, {"_vtoken_tower": held.family.holders[held.name]})]
 
     def run_image(self, model: nn.Module, image: Tensor, **options: Any) -> Any:
-        """The model, or its tower where the model also wants text; `options` are for a tower alone."""
+        """The model, or its tower where the model also wants text."""
         tower: Any = self.tower(model)
         runner: Any = model if model.main_input_name == "pixel_values" else tower
         return runner(**_image_arguments(tower, image), **options)
 
+    def logits_and_tokens(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of an image classifier; its last hidden state has not gone through the tower's final norm."""
+        tower = self.tower(model)
+        norm = next((getattr(tower, name) for name in _NORMS if hasattr(tower, name)), None)
+        out = self.run_image(model, images, output_hidden_states=True)
+        logits = out.get("logits")
+        if norm is None or logits is None or logits.dim() != 2:  # of patches or pixels
+            return super().logits_and_tokens(model, images)
+        return logits, norm(out["hidden_states"][-1])[:, num_prefix(tower) :]
+
     def run_watched(self, model: nn.Module, watch: Watch, image: Tensor) -> None:
         """Class attention of the query and key projections."""
         tower = self.tower(model)
+        if isinstance(family_of(tower).images, Tubes):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} takes videos: vtoken cannot read class attention there"
+            )
         if is_patched(tower):  # from a LLaVA around it, whose towers are not rotary
             self.run_image(tower, image, vtoken_rows=watch)
         else:
-            watched_tower(tower, family_of(tower).path, watch)(**_image_arguments(tower, image))
+            watched_tower(tower, path_of(tower), watch)(**_image_arguments(tower, image))
 
-    def check(self, model: nn.Module, methods: dict[str, Method]) -> None:
+    def pair(self, model: nn.Module) -> Pair | None:
+        """Of CLIP and its like."""
+        return pair_known(type(model))
+
+    def patch_spec(self, model: nn.Module) -> PatchSpec:
+        """Of a tower."""
+        return patch_spec(model)
+
+    def masked(
+        self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Patches are left out in front of the first layer; a projection is the holder's, so both are the same."""
+        return run_masked(model, images, rows, watch)
+
+    def masked_tower(self, model: nn.Module, rows: Tensor | None) -> Any:
+        """A tower whose call leaves out patches, to stand in the model around it; it returns what the tower returns."""
+        return masked_tower(model, rows)
+
+    def check(self, model: nn.Module, methods: Methods) -> None:
         """A prompt must have a placeholder for every image token, so their number must be known before."""
-        method = methods.get("on_block")
-        if isinstance(method, BlockMethod) and not method.exact and hasattr(model.config, "vision_feature_layer"):
+        projects = (hasattr(attention_of(layer), "q_proj") for _, layer in self.blocks(model))
+        if AttentionMethod in methods and not all(projects):
+            raise UnsupportedModelError(
+                f"cannot put connectivity masks into a {type(model).__name__} of this transformers release: its "
+                "attention is nested; newer releases are served. The model was left as it was."
+            )
+        method: BlockMethod | None = methods.get(BlockMethod)
+        if method is not None and not method.exact and hasattr(model.config, "vision_feature_layer"):
             raise ConfigError(
                 f"{type(model).__name__} needs prompts with one placeholder per image token, and this method lets the "
                 "images decide how many there are; use one whose counts are known, such as vtoken.PiToMe or vtoken.ToMe"
@@ -161,6 +213,10 @@ class HFAdapter(HostAdapter):
         return plan.tokens[index] - int(drops_class)
 
 
+#: What families call the norm behind their last layer.
+_NORMS = ("post_layernorm", "layernorm", "norm", "rms_norm")
+
+
 def _image_arguments(tower: Any, image: Tensor) -> dict[str, Any]:
     return family_of(tower).images.arguments(tower.config, image)
 
@@ -172,13 +228,21 @@ def _layer(layer: Any) -> Known:
 
 
 def _layer_mixin(layer: Any) -> type:
-    return MasklessDinoLayerMixin if hasattr(attention_of(layer), "attention") else _layer(layer).family.mixin
+    mixin: Any = _layer(layer).family.mixin
+    nested = hasattr(attention_of(layer), "attention")
+    return MasklessDinoLayerMixin if nested and mixin._vtoken_takes_mask else mixin
 
 
 def _parts(layer: Any) -> tuple[type, Any, type]:
     """The mixin of a layer, its attention and the mixin of that."""
     attn = attention_of(layer)
     return _layer_mixin(layer), attn, NestedAttentionMixin if hasattr(attn, "attention") else AttentionMixin
+
+
+def _known(tower: Any) -> set[type]:
+    """The attention classes of a tower's layers, as transformers has them, whose core is called by name."""
+    kinds = {cls for layer in layers_of(tower) for cls in base_of(type(attention_of(layer))).__mro__}
+    return {cls for cls in kinds if cls.__module__.startswith("transformers.models.") and "forward" in vars(cls)}
 
 
 def _own_forward(module: nn.Module) -> str | None:
@@ -199,7 +263,11 @@ def _layer_problem(layer: Any) -> str | None:
     ]
     if own or forward_is_replaced(layer):
         return f"a {kind.__qualname__} with a forward of its own, which merging would bypass"
+    if getattr(layer, "num_experts", 1) > 1:
+        return f"a {kind.__qualname__} of {layer.num_experts} experts, whose choice merged tokens do not carry"
     attn = attention_of(layer)
+    if not isinstance(getattr(attn, "k_norm", nn.Identity()), nn.Identity):
+        return f"a {kind.__qualname__} whose attention norms its keys, which vtoken reads before that"
     if not (hasattr(attn, "k_proj") or hasattr(getattr(attn, "attention", None), "key")):
         return f"a {kind.__qualname__} whose attention has no key projection that vtoken knows"
     return None

@@ -15,6 +15,7 @@ from vtoken.core.patch import forward_with
 from vtoken.core.state import TokenState
 from vtoken.core.tap import Tap, TappedMixin
 from vtoken.errors import InputError
+from vtoken.hosts.attending import attending
 from vtoken.hosts.tower import gather_rope
 from vtoken.ops.merging.attention import masked_attention
 
@@ -44,7 +45,7 @@ class LayerMixin:
         self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Any:  # fmt: skip
         mask = self._vtoken_mask(x, attn_mask)
-        if tap.row is not None:
+        if tap.row is not None or tap.acts_in(attention_of(self)):
             name = "self_attn" if hasattr(self, "self_attn") else "attention"
             attn = functools.partial(getattr(self, name), vtoken_tap=tap)
             # Checkpointing has begun outside; the host's forward would begin it again on a view of its own class.
@@ -71,9 +72,35 @@ class LayerMixin:
 
 
 class AttentionMixin(TappedMixin):
-    """What the layers' attentions share: projections of their own for queries and keys."""
+    """What the layers' attentions share: projections of their own for queries and keys, and a core called by name.
+
+    That core may be an attention method's.
+    """
 
     _vtoken_keys, _vtoken_queries = "k_proj", "q_proj"
+
+    def forward(  # type: ignore[override]
+        self: Any, hidden_states: Tensor, *args: Any, vtoken_tap: Tap | None = None, **options: Any
+    ) -> Any:  # fmt: skip
+        tap = Tap.acting(self, vtoken_tap, hidden_states.shape[1])
+        if tap is None:
+            return super().forward(hidden_states, *args, vtoken_tap=vtoken_tap, **options)
+        parts = tap.parts(self, self._vtoken_keys, self._vtoken_queries)
+        parts |= attending(self, functools.partial(_by_method, self, tap))
+        return forward_with(self, parts, hidden_states, *args, **options)
+
+
+def _by_method(
+    attn: Any, tap: Tap, view: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float,
+    dropout: float = 0.0, **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """An attention function: the method that `attn` carries."""
+    if mask is not None:
+        if mask.dtype != torch.bool:  # what eager attention calls masked is a finite number: no key may be left by it
+            mask = mask.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
+        if mask.stride(-2) == 0:  # one row for all queries
+            mask = mask[..., :1, :]
+    return tap.run(attn, q, k, v, scale=scaling, mask=mask, dropout=dropout).transpose(1, 2), None
 
 
 class ClipLayerMixin(LayerMixin):
@@ -126,8 +153,8 @@ class Aimv2LayerMixin(LayerMixin):
         return self.ffn(self.rms_norm2(x))
 
 
-class RotaryDinoLayerMixin(DinoLayerMixin):
-    """DINOv3: attention turns patches by a table, from which merged tokens take the row of their anchor.
+class RotaryLayerMixin(LayerMixin):
+    """Attention turns patches by a table, from which merged tokens take the row of their anchor.
 
     The table travels as one tensor, cosines next to sines, so that `vtoken.compile` knows its rows.
     """
@@ -152,22 +179,38 @@ class RotaryDinoLayerMixin(DinoLayerMixin):
     def _vtoken_stock(
         self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Any:  # fmt: skip
-        return super()._vtoken_stock(stock, x, tap, attn_mask, **_turned(**options))  # type: ignore[misc]
+        return super()._vtoken_stock(stock, x, tap, attn_mask, **self._vtoken_turned(**options))
 
     def _vtoken_attend(
         self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:  # fmt: skip
-        out: Tensor = super()._vtoken_attend(x, tap, attn_mask, **_turned(**options))  # type: ignore[misc]
+        out: Tensor = super()._vtoken_attend(x, tap, attn_mask, **self._vtoken_turned(**options))
         return out
 
+    def _vtoken_turned(self, rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
+        """The host's own argument for a table [..., N, 2D]."""
+        return options if rope is None else {**options, "position_embeddings": rope.chunk(2, dim=-1)}
 
-def _turned(rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
-    """DINOv3's own argument for a table [..., N, 2D]."""
-    return options if rope is None else {**options, "position_embeddings": rope.chunk(2, dim=-1)}
+
+class RotaryDinoLayerMixin(RotaryLayerMixin, DinoLayerMixin):
+    """DINOv3."""
 
 
-class MasklessDinoLayerMixin(DinoLayerMixin):
-    """DINOv2 as in transformers 5.17 (nested attention): its layers take no mask, so sizes are added here."""
+class PixtralLayerMixin(RotaryLayerMixin):
+    """Pixtral, one image: the table has no dimension for a batch."""
+
+    def _vtoken_turned(self, rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
+        return super()._vtoken_turned(rope if rope is None else rope.flatten(0, -2), **options)
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.attention_norm(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.feed_forward(self.ffn_norm(x))
+
+
+class MasklessLayerMixin(LayerMixin):
+    """Layers whose nested attention takes no mask, so sizes are added here."""
 
     _vtoken_takes_mask = False
 
@@ -186,6 +229,30 @@ class MasklessDinoLayerMixin(DinoLayerMixin):
             raise changed(f"the attention of block {self._vtoken_index}", self.attention)
         out: Tensor = self.attention(x, vtoken_tap=tap, vtoken_mask=attn_mask)
         return out
+
+
+class MasklessDinoLayerMixin(MasklessLayerMixin, DinoLayerMixin):
+    """DINOv2 as in transformers 5.17."""
+
+
+class VideoMaeLayerMixin(MasklessLayerMixin):
+    """VideoMAE: what ends the MLP adds the residual itself."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.layernorm_before(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.output(self.intermediate(self.layernorm_after(x)), x.new_zeros(()))
+
+
+class VitPoseLayerMixin(MasklessLayerMixin):
+    """ViTPose without experts."""
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.layernorm_before(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.mlp(self.layernorm_after(x))
 
 
 class NestedAttentionMixin:

@@ -12,13 +12,13 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from vtoken.core.bound import BoundBlocks, bound, changed
 from vtoken.core.carried import SavesSettings
-from vtoken.core.forward import block_method, forward_of
+from vtoken.core.forward import block_method, forward_of, masks_attention
 from vtoken.core.patch import base_of, forward_with, is_patched, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
 from vtoken.core.watch import Watch
 from vtoken.errors import InputError
-from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, tower_known
+from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, path_of, tower_known
 from vtoken.ops.rows import take_rows
 
 
@@ -41,20 +41,19 @@ class TowerMixin(SavesSettings):
         return out if return_dict else out.to_tuple()
 
 
-class BackboneMixin:
+class BackboneMixin(SavesSettings):
     """A backbone: it reshapes hidden states to maps, so it gets them spread over all patches."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given, family = _arguments(self, args, kwargs), family_of(self)
-        name = family.path[0]
+        name = path_of(self)[0]
         encoder = getattr(self, name)
         maybe_install_capturing_hooks(encoder)
         grid = functools.partial(family.images.grid, self.config, given)
         with forward_of(self, num_prefix(self), grid, anchor=family.rotary, dest=True) as state:
-            bound_encoder = _encoder(encoder, state, _masked(given))
-            stand_in = view(self, **{name: functools.partial(_dense_encoder, bound_encoder, state)})
+            stand_in = view(self, **{name: _DenseEncoder(encoder, state, _masked(given))})
             out = base_of(type(self)).forward(stand_in, *args, **kwargs)  # type: ignore[attr-defined]
-        _refuse_attentions(_asked(self, given, "output_attentions"), state)
+        _refuse_attentions(asked(self, given, "output_attentions"), state)
         return out
 
 
@@ -95,13 +94,25 @@ def _without_mask(tower: Any, given: dict[str, Any]) -> dict[str, Any]:
     mask = given.get("pixel_attention_mask")
     if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())):
         return given | {"pixel_attention_mask": None}
-    if will_remove(tower, given["pixel_values"].shape[1]):
+    if will_remove(tower, given["pixel_values"].shape[1]) or masks_attention(tower, len(layers_of(tower))):
         raise InputError(
             "pixel_attention_mask marks padding (or may: a compiled graph cannot look), and padded rows cannot be "
-            "told from image tokens when they merge; batch images of one size with max_num_patches set to their "
-            "patch count, and pass pixel_attention_mask=None"
+            "told from image tokens when they merge, nor have they places on the grid of connectivity masks; batch "
+            "images of one size with max_num_patches set to their patch count, and pass pixel_attention_mask=None"
         )
     return given
+
+
+def _refuse_unserved(tower: Any, given: dict[str, Any]) -> None:
+    """Raise InputError for an argument that names rows which will be gone."""
+    for name, why in family_of(tower).images.unserved.items():
+        if given.get(name) is not None and removes(tower):
+            raise InputError(f"{name} cannot be combined with removed tokens: {why}; use vtoken.remove(model)")
+    if family_of(tower).images.packed and given["pixel_values"].shape[0] > 1 and removes(tower):
+        raise InputError(
+            f"{type(tower).__name__} packs the patches of all images of a call into one row, where tokens of different "
+            "images would merge; give it one image at a time, or use vtoken.remove(model)"
+        )
 
 
 def run_tower(
@@ -115,15 +126,24 @@ def run_tower(
     raster = block_method(tower).order == "raster"
     watched = rows is not None  # then it must be known what became of every token
     given, family = _arguments(tower, args, kwargs), family_of(tower)
+    path = path_of(tower)
     if family.images.padded:
         given = _without_mask(tower, given)
-    attentions = _asked(tower, given, "output_attentions")
-    if attentions or _asked(tower, given, "output_hidden_states"):
-        _install_hooks(tower, family.path[0])
+    _refuse_unserved(tower, given)
+    # The mask that keeps packed images apart is all that tells them from one image, which needs none.
+    masked = _masked(given) or (family.images.packed and not removes(tower))
+    attentions = asked(tower, given, "output_attentions")
+    if attentions or asked(tower, given, "output_hidden_states"):
+        install_hooks(tower, path[0])
     grid = functools.partial(family.images.grid, tower.config, given)
     with forward_of(tower, num_prefix(tower), grid, anchor=raster or watched or family.rotary, dest=watched) as state:
+        if state.grid is None and masks_attention(tower, len(layers_of(tower))):
+            raise InputError(
+                "connectivity masks belong to places on a patch grid, so all images of a batch must have one patch "
+                "grid (spatial_shapes); batch images of one size, or use vtoken.remove(model)"
+            )
         state.watch = rows
-        stand_in = _bind(tower, family.path, state, _masked(given))
+        stand_in = _bind(tower, path, state, masked)
         if getattr(tower, "use_head", False):
             stand_in.__dict__["head"] = functools.partial(_sized, tower.head, state)
         out = base_of(type(tower)).forward(stand_in, **{**given, "return_dict": True})  # type: ignore[attr-defined]
@@ -131,6 +151,8 @@ def run_tower(
     slot = state.last
     if raster:
         out.last_hidden_state, slot = slot.in_raster_order(out.last_hidden_state)
+        if getattr(out, "features", None) is not None:  # RADIO's name for the patches among the same rows
+            out.features = out.last_hidden_state[:, num_prefix(tower) :]
         if out.hidden_states is not None:
             out.hidden_states = tuple(
                 rows if rows is None else state.slots[layer].in_raster_order(rows)[0]
@@ -139,7 +161,7 @@ def run_tower(
     return out, slot
 
 
-def _install_hooks(tower: Any, first: str) -> None:
+def install_hooks(tower: Any, first: str) -> None:
     """transformers' recording hooks on the modules themselves: it would install them anew on every stand-in."""
     # An unpatched DINOv2 installs them on its encoder; a second set on the tower would record every state twice.
     if not getattr(getattr(tower, first), "_output_capturing_hooks_installed", False):
@@ -152,11 +174,23 @@ def will_remove(tower: Any, patches: int) -> bool:
     return any(method.num_removed(layer, patches, patches) for layer in range(len(layers)))
 
 
-def _asked(model: Any, arguments: dict[str, Any], name: str) -> bool:
+def removes(tower: Any) -> bool:
+    """Whether any layer takes tokens away from an image of the tower's own size."""
+    height, width = family_of(tower).images.patches(tower.config, family_of(tower).images.size(tower.config))
+    return will_remove(tower, height * width)
+
+
+def asked(model: Any, arguments: dict[str, Any], name: str) -> bool:
+    """Whether a call, or the configuration, wants hidden states or attention maps."""
     return bool(arguments.get(name, getattr(model.config, name, False)))
 
 
 def _refuse_attentions(asked: bool, state: TokenState) -> None:
+    if asked and any(state.masks(layer) for layer in state.slots):
+        raise InputError(
+            "output_attentions=True cannot be served while a connectivity mask thins out attention: its maps are not "
+            "made. Use vtoken.tracing(model, maps=('attention',)), or vtoken.remove(model)"
+        )
     if asked and state.last is not state.first:
         raise InputError(
             "output_attentions=True cannot be served while tokens are removed: attention maps of different layers then "
@@ -212,11 +246,11 @@ def tower_targets(tower: Any) -> list[tuple[Any, type, dict[str, Any]]]:
     """What `patch` needs for the tower itself and the modules around its layers."""
     known = tower_known(type(tower))
     assert known is not None
-    family = known.family
+    family, path = known.family, path_of(tower)
     mixin = BackboneMixin if known.name in family.backbones else TowerMixin
     found: list[tuple[Any, type, dict[str, Any]]] = [(tower, mixin, {"_vtoken_family": known.module})]
-    if len(family.path) > 1:
-        found.append((getattr(tower, family.path[0]), EncoderMixin, {"_vtoken_list": family.path[-1]}))
+    if len(path) > 1:
+        found.append((getattr(tower, path[0]), EncoderMixin, {"_vtoken_list": path[-1]}))
     if getattr(tower, "use_head", False):
         found.append((tower.head, family.pool, {}))
     return found
@@ -243,13 +277,24 @@ def _weighed(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return out
 
 
-def _dense_encoder(encoder: Any, state: TokenState, *args: Any, **kwargs: Any) -> Any:
-    """The encoder's output with every hidden state spread over all patches."""
-    out = encoder(*args, **kwargs)
-    out.hidden_states = tuple(
-        None if rows is None else _spread(rows, state.slots[layer]) for layer, rows in enumerate(out.hidden_states)
-    )
-    return out
+class _DenseEncoder:
+    """An encoder for one call, whose output has every hidden state spread over all patches.
+
+    What else a backbone asks of its encoder, the encoder answers.
+    """
+
+    def __init__(self, encoder: Any, state: TokenState, masked: bool) -> None:
+        self._bound, self._state, self._own = _encoder(encoder, state, masked), state, encoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out, slots = self._bound(*args, **kwargs), self._state.slots
+        out.hidden_states = tuple(
+            None if rows is None else _spread(rows, slots[layer]) for layer, rows in enumerate(out.hidden_states)
+        )
+        return out
 
 
 def _spread(rows: Tensor, slot: Slot) -> Tensor:

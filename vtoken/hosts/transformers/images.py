@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +21,14 @@ class Pixels:
         resize: the argument that asks a tower for positions of another image size; "" if it always fits them, None if
             it takes its own size alone.
         padded: whether a call may name rows that are padding.
+        packed: whether the patches of all images of a call are one row.
+        unserved: arguments of a call that cannot be had while tokens are removed, and why.
     """
 
     resize: str | None = "interpolate_pos_encoding"
     padded: bool = False
+    packed: bool = False
+    unserved: Mapping[str, str] = field(default_factory=dict)
 
     def fixed(self, config: Any) -> bool:
         """Whether the tower takes images of one size only."""
@@ -36,7 +41,11 @@ class Pixels:
     def grid(self, config: Any, arguments: dict[str, Any]) -> Grid | None:
         """Patch rows and columns of the images of a call; None if they differ."""
         pixels = arguments["pixel_values"]
-        return patches(config, (pixels.shape[-2], pixels.shape[-1]))
+        return self.patches(config, (pixels.shape[-2], pixels.shape[-1]))
+
+    def patches(self, config: Any, img_size: tuple[int, int]) -> Grid:
+        """Patch rows and columns of an image of `img_size` (height, width) pixels."""
+        return patches(config, img_size)
 
     def arguments(self, config: Any, image: Tensor) -> dict[str, Any]:
         """A tower's arguments for images [B, C, H, W]."""
@@ -53,6 +62,55 @@ class NativePixels(Pixels):
     def fixed(self, config: Any) -> bool:
         """Whether positions are learned."""
         return not config.is_native
+
+
+@dataclass(frozen=True)
+class KeptPixels(Pixels):
+    """ViT-MAE: a random part of the patches, shuffled. They have no grid: one row of those that are kept."""
+
+    def patches(self, config: Any, img_size: tuple[int, int]) -> Grid:
+        """One row."""
+        height, width = patches(config, img_size)
+        return 1, int(height * width * (1 - config.mask_ratio))
+
+
+@dataclass(frozen=True)
+class PackedPixels(Pixels):
+    """Pixtral: images in a frame of one size, `image_sizes` of which are theirs."""
+
+    resize: str | None = ""
+    packed: bool = True
+
+    def grid(self, config: Any, arguments: dict[str, Any]) -> Grid | None:
+        """Patch rows and columns of a call's only image."""
+        sizes = arguments.get("image_sizes")
+        if sizes is None:
+            return super().grid(config, arguments)
+        return self.patches(config, (int(sizes[0][0]), int(sizes[0][1]))) if len(sizes) == 1 else None
+
+
+@dataclass(frozen=True)
+class Tubes(Pixels):
+    """Videos [B, F, C, H, W], one token for a patch of `tubelet_size` frames; the grids of all stand below each other.
+
+    What is called an image here (in a plan, a report) is a video of as many frames as the configuration says.
+    """
+
+    resize: str | None = None
+
+    def grid(self, config: Any, arguments: dict[str, Any]) -> Grid | None:
+        """Rows of all frames and columns."""
+        return self.patches(config, (arguments["pixel_values"].shape[-2], arguments["pixel_values"].shape[-1]))
+
+    def patches(self, config: Any, img_size: tuple[int, int]) -> Grid:
+        """Rows of all frames and columns; the number of frames is the configuration's."""
+        size = config.tubelet_size
+        frames, *patch = (size, *pair(config.patch_size)) if isinstance(size, int) else size
+        return config.num_frames // frames * (img_size[0] // patch[0]), img_size[1] // patch[1]
+
+    def arguments(self, config: Any, image: Tensor) -> dict[str, Any]:
+        """Videos that stand still, of images [B, C, H, W]."""
+        return {"pixel_values": image.unsqueeze(1).expand(-1, config.num_frames, -1, -1, -1)}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtoken.core.host import HostAdapter, find_adapter, keys_of
-from vtoken.core.method import Method
+from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.core.spec import HostSpec
 from vtoken.core.watch import Watch
 from vtoken.errors import UnsupportedModelError
@@ -19,7 +19,7 @@ class TimmWrapperAdapter(HostAdapter):
 
     name = "transformers TimmWrapper models over such a timm tower"
     package = "transformers"
-    hooks = frozenset({"on_block", "on_attention"})
+    serves = (BlockMethod, AttentionMethod)
 
     def matches(self, model: nn.Module) -> bool:
         """By the module of the class."""
@@ -56,7 +56,7 @@ class TimmWrapperAdapter(HostAdapter):
         tower = self.tower(model)
         return [(f"timm_model.{name}", block) for name, block in find_adapter(tower).blocks(tower)]
 
-    def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
+    def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The timm model and its blocks."""
         tower = self.tower(model)
         return find_adapter(tower).targets(tower, methods)

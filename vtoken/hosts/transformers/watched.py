@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,17 +23,20 @@ def watched_tower(tower: Any, path: tuple[str, ...], watch: Watch) -> functools.
     stand-ins.
     """
     options = {"output_hidden_states": False, "output_attentions": False}
-    return functools.partial(call_with, tower, _parts(tower, path, watch), **options)
+    parts = with_layers(tower, path, lambda layers: watched(layers, watch, read))
+    return functools.partial(call_with, tower, parts, **options)
 
 
-def _parts(module: Any, path: tuple[str, ...], watch: Watch) -> dict[str, Any]:
+def with_layers(module: Any, path: tuple[str, ...], stand_in: Callable[[Any], Any]) -> dict[str, Any]:
+    """What stands in a module, for one call, while `stand_in(layers)` is in the place of the layers behind `path`."""
     name, *rest = path
     child = getattr(module, name)
-    inner = functools.partial(call_with, child, _parts(child, tuple(rest), watch)) if rest else None
-    return {name: watched(child, watch, _read) if inner is None else inner}
+    if not rest:
+        return {name: stand_in(child)}
+    return {name: functools.partial(call_with, child, with_layers(child, tuple(rest), stand_in))}
 
 
-def _read(layer: Any, row: Row) -> dict[str, Any]:
+def read(layer: Any, row: Row) -> dict[str, Any]:
     """What stands in a layer that is read."""
     attn = attention_of(layer)
     if not hasattr(attn, "q_proj"):
@@ -46,7 +50,7 @@ def _read(layer: Any, row: Row) -> dict[str, Any]:
 
 def _attend(attn: Any, row: Row, *args: Any, **kwargs: Any) -> Any:
     row.rotate = _rotation(kwargs.get("position_embeddings"))
-    return call_with(attn, Reader(row=row).parts(attn, "k_proj", "q_proj"), *args, **kwargs)
+    return call_with(attn, Reader(row).parts(attn, "k_proj", "q_proj"), *args, **kwargs)
 
 
 def _rotation(table: tuple[Tensor, Tensor] | None) -> Rotation | None:

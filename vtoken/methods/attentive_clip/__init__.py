@@ -4,5 +4,6 @@ from vtoken.methods.attentive_clip.crop import MultiViewCrop
 from vtoken.methods.attentive_clip.loss import AttentiveMaskLoss
 from vtoken.methods.attentive_clip.model import AttentiveMaskCLIP
 from vtoken.methods.attentive_clip.settings import AttentiveMasks
+from vtoken.methods.attentive_clip.transformers import AttentiveMaskTransformersCLIP
 
-__all__ = ["AttentiveMaskCLIP", "AttentiveMaskLoss", "AttentiveMasks", "MultiViewCrop"]
+__all__ = ["AttentiveMaskCLIP", "AttentiveMaskLoss", "AttentiveMaskTransformersCLIP", "AttentiveMasks", "MultiViewCrop"]

@@ -15,7 +15,8 @@ def blocks_macs(blocks: Iterable[Any], tokens: int) -> int:
     total = 0
     for block in blocks:
         weights = sum(p.numel() for p in block.parameters() if p.dim() == 2)
-        total += tokens * weights + 2 * tokens * tokens * block.attn.num_heads * block.attn.head_dim
+        attn = next(getattr(block, name) for name in ("attn", "self_attn", "attention") if hasattr(block, name))
+        total += tokens * weights + 2 * tokens * tokens * attn.num_heads * attn.head_dim
     return total
 
 
@@ -45,13 +46,16 @@ def image_macs(
     return views * student + blocks_macs(blocks, num_prefix + seen) + embed_macs(patch_embed, seen)
 
 
-def text_macs(model: Any) -> int:
-    """A forward of the text tower at its full context length.
+def text_macs(text: Any) -> int:
+    """A forward of a text tower (or of a CLIP that has its text tower's parts) at its full context length.
 
     Raises:
-        UnsupportedModelError: if it is not one of open_clip's own.
+        UnsupportedModelError: if it is neither one of open_clip's own nor one of transformers' CLIPs.
     """
-    text = getattr(model, "text", model)
-    if not hasattr(getattr(text, "transformer", None), "resblocks"):
-        raise UnsupportedModelError(f"cannot count the text tower {type(text).__qualname__}; open_clip's own are known")
-    return blocks_macs(text.transformer.resblocks, text.positional_embedding.shape[0])
+    if hasattr(getattr(text, "transformer", None), "resblocks"):
+        return blocks_macs(text.transformer.resblocks, text.positional_embedding.shape[0])
+    if hasattr(getattr(text, "encoder", None), "layers") and hasattr(text.embeddings, "position_embedding"):
+        return blocks_macs(text.encoder.layers, text.embeddings.position_embedding.weight.shape[0])
+    raise UnsupportedModelError(
+        f"cannot count the text tower {type(text).__qualname__}; known are open_clip's own and transformers' of a CLIP"
+    )

@@ -12,12 +12,22 @@ from vtoken.methods.attentive_clip.mapping import check_boxes
 Image = Tensor | Sequence[Tensor]
 
 
-def chosen_layers(layers: str | tuple[int, ...], depth: int) -> tuple[int, ...]:
+def chosen_layers(layers: str | tuple[int, ...], depth: int, pool_query: bool) -> tuple[int, ...]:
     """Block indices, ascending, of what the setting names in a tower of `depth` blocks.
 
+    Args:
+        pool_query: whether only the pool behind the blocks, which counts as block `depth`, has a class query.
+
     Raises:
-        ConfigError: for blocks that the tower does not have.
+        ConfigError: for blocks that the tower does not have, or that have no class query.
     """
+    if pool_query:
+        if not isinstance(layers, str):
+            raise ConfigError(
+                f"layers={list(layers)}: this tower has no class token, so the query of its attention pool says what "
+                'matters, not its blocks; leave layers at "all"'
+            )
+        return (depth,)
     if isinstance(layers, str):
         return tuple(range(depth)) if layers == "all" else (depth - 1,)
     if any(not -depth <= index < depth for index in layers):

@@ -12,6 +12,9 @@ from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
 from vtoken.ops.rows import full_precision
 
+#: Divides the logits of the SimCLR term, as published.
+TEMPERATURE = 0.1
+
 
 class AttentiveMaskLoss(nn.Module):
     """Contrastive loss averaged over views, plus the self-supervised terms that the model's output holds.
@@ -46,7 +49,7 @@ class AttentiveMaskLoss(nn.Module):
         contrastive: Callable[..., Tensor] | None = None,
         simclr_weight: float = 1.0,
         byol_weight: float = 1.0,
-        temperature: float = 0.1,
+        temperature: float = TEMPERATURE,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from vtoken import checks
 from vtoken.core.watch import Watch
 from vtoken.core.wrapper import Wrapper, setting
-from vtoken.errors import ConfigError, ShapeError
+from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError
 from vtoken.methods.attentive_clip import cost, fit, heads
 from vtoken.methods.attentive_clip.ema import EmaTeacher, attach, momentum_after
 from vtoken.methods.attentive_clip.follow import StepWatch
 from vtoken.methods.attentive_clip.masking import by_view, scores_of_units, shrunk, token_rows
 from vtoken.methods.attentive_clip.select import patches_of
 from vtoken.methods.attentive_clip.settings import AttentiveMasks
+from vtoken.methods.attentive_clip.towers import pair_of
 
 
 class AttentiveMaskCLIP(Wrapper):
@@ -41,9 +42,14 @@ class AttentiveMaskCLIP(Wrapper):
     On cluttered images, trained from scratch, the attention of the first steps means nothing and "topk" can lock in on
     the background: give `warmup_steps`, or use mode "mix".
 
+    A model of transformers is called in its own words and returns its own output, loss included: see
+    `AttentiveMaskTransformersCLIP`, which is what this class makes of one.
+
     Args:
-        model: an open_clip CLIP or CustomTextCLIP, not copied, that stays usable on its own. Image towers: open_clip's
-            VisionTransformer and timm VisionTransformer trunks, with a class token.
+        model: an open_clip CLIP or CustomTextCLIP, or a CLIPModel, SiglipModel or their like of transformers; not
+            copied, and usable on its own. Its image tower has a class token, or, as SigLIP's, an attention pool with
+            one query, whose attention to the patches then counts. In open_clip it is a VisionTransformer, or a timm
+            VisionTransformer as trunk.
         config: the settings.
         generator: of the random modes; None is torch's own, which is also the one that compiles. An attribute that may
             change, and no setting.
@@ -80,6 +86,25 @@ class AttentiveMaskCLIP(Wrapper):
     hidden_dim, out_dim, head_norm = setting("hidden_dim"), setting("out_dim"), setting("head_norm")
     ema_text, freeze_patch_embed = setting("ema_text"), setting("freeze_patch_embed")
 
+    #: Subclasses for models that are called in other words, by the library that the model comes from.
+    _by_library: ClassVar[dict[str, type[AttentiveMaskCLIP]]] = {}
+
+    def __init_subclass__(cls, library: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if library:
+            AttentiveMaskCLIP._by_library[library] = cls
+
+    def __new__(cls, model: Any = None, *args: Any, **settings: Any) -> Self:
+        """An instance of the subclass for the model's library, where that has words of its own."""
+        libraries = [base.__module__.partition(".")[0] for base in type(model).__mro__]
+        kind: Any = next((cls._by_library[name] for name in libraries if name in cls._by_library), cls)
+        if cls is AttentiveMaskCLIP or issubclass(cls, kind):
+            return super().__new__(kind if cls is AttentiveMaskCLIP else cls)
+        raise UnsupportedModelError(
+            f"{cls.__name__} is called in open_clip's words; derive it from {kind.__module__}.{kind.__name__} to train "
+            f"a {type(model).__name__}"
+        )
+
     def __init__(
         self,
         model: nn.Module,
@@ -89,17 +114,16 @@ class AttentiveMaskCLIP(Wrapper):
         **settings: Any,
     ) -> None:
         super().__init__()
-        from vtoken.methods.attentive_clip.towers import tower_of
-
         config = _settings_of(config, settings)
         self.generator = generator
-        self._host, self._spec, self._patches = tower_of(model)
-        visual: Any = model.visual
+        #: The adapter of the model's family; it runs the image tower.
+        self._host: Any
+        self._host, self._pair, self._spec, self._patches = pair_of(model)
         self._patch_size, self._image_size = self._patches.size, self._patches.image_size
         self._steps = 0
         self._adopt(config)
 
-        like = next(visual.parameters())
+        like = next(getattr(model, self._pair.tower).parameters())
         sizes: dict[str, Any] = {"hidden": config.hidden_dim, "out": config.out_dim, "norm": config.head_norm}
         width, made = self._patches.features, {"device": like.device, "dtype": like.dtype}
         self.model: Any = model
@@ -116,14 +140,17 @@ class AttentiveMaskCLIP(Wrapper):
         if self._image_size is not None:  # else units are those of a call
             settings.block_of(self._spec.grid, max(self._patch_size))
         fit.check_scale(settings.teacher_scale, self._image_size, self._patch_size)
-        layers = fit.chosen_layers(settings.layers, self._spec.depth)
+        layers = fit.chosen_layers(settings.layers, self._spec.depth, self._patches.pool_query)
         super()._adopt(settings)
         self._layers = layers
         self._count_steps(self._steps)  # another warm-up counts from the step that has been reached
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Blocks of the teacher whose attention counts, by number; set as the setting is given."""
+        """Blocks of the teacher whose attention counts, by number; set as the setting is given.
+
+        The number behind the last block is the attention pool's, where that has the only class query.
+        """
         return self._layers
 
     @layers.setter
@@ -190,36 +217,64 @@ class AttentiveMaskCLIP(Wrapper):
         """
         if image is None or not self.training:
             return self.model(fit.single(image), text)
-        self._follow()
-        views = [image] if isinstance(image, Tensor) else list(image)
-        fit.check_views(views, self._image_size, self._patch_size)
-        fit.check_teacher(views, teacher_image, view_boxes, teacher_boxes)
-        if self.simclr_head is not None and len(views) != 2:
-            raise ConfigError(f"simclr_weight > 0 compares two views, but {len(views)} were given")
-        rows, target = self._look(views, teacher_image, view_boxes, teacher_boxes)
-        images = views[0] if len(views) == 1 else torch.cat(views)
-        pooled, projected = self._host.masked(self.model.visual, images, rows)
+        views, images, rows, target = self._masked_views(
+            image, teacher_image, view_boxes, teacher_boxes, self._image_size
+        )  # fmt: skip
+        pooled, projected = self._features(self.model, images, rows)
         if projected.dim() != 2:
             raise ShapeError(f"the image tower gives features {tuple(projected.shape)}; CLIP training needs [B, E]")
-        text_features = None if text is None else self.model.encode_text(text, normalize=True)
-        return self._output(len(views), pooled, projected, text_features, target)
-
-    def _output(self, views: int, pooled: Tensor, projected: Tensor, text: Tensor | None, target: Tensor | None) -> Any:
         features = F.normalize(projected, dim=-1)
         out = {
             "image_features": features if views == 1 else by_view(features, views),
-            "text_features": text,
+            "text_features": None if text is None else self.model.encode_text(text, normalize=True),
             "logit_scale": self.model.logit_scale.exp(),
         }
         if self.model.logit_bias is not None:
             out["logit_bias"] = self.model.logit_bias
+        heads = self._heads(pooled, views, target)
+        return tuple(out.values()) if views == 1 and not heads and not self.model.output_dict else out | heads
+
+    def _masked_views(
+        self,
+        image: fit.Image,
+        teacher_image: Tensor | None,
+        view_boxes: Tensor | None,
+        teacher_boxes: Tensor | None,
+        size: tuple[int, int] | None,
+    ) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
+        """What a training step needs of its images, once they are checked.
+
+        Args:
+            image, teacher_image, view_boxes, teacher_boxes: as of `forward`.
+            size: of images that the tower takes in this call; None: any.
+
+        Returns:
+            The number of views V, all of them [V*B, 3, H, W], the rows of the student's tokens that go on [V*B, T]
+            (None: all), and the BYOL target [B, D] (None: there is none).
+        """
+        self._follow()
+        views = [image] if isinstance(image, Tensor) else list(image)
+        fit.check_views(views, size, self._patch_size)
+        fit.check_teacher(views, teacher_image, view_boxes, teacher_boxes)
+        if self.simclr_head is not None and len(views) != 2:
+            raise ConfigError(f"simclr_weight > 0 compares two views, but {len(views)} were given")
+        rows, target = self._look(views, teacher_image, view_boxes, teacher_boxes)
+        return len(views), views[0] if len(views) == 1 else torch.cat(views), rows, target
+
+    def _features(self, model: Any, images: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Pooled features of images and what is projected of them; `model` has the image parts by their names."""
+        pooled, out = self._host.masked(getattr(model, self._pair.tower), images, rows)
+        return pooled, getattr(model, self._pair.projection)(out) if self._pair.projection else out
+
+    def _heads(self, pooled: Tensor, views: int, target: Tensor | None) -> dict[str, Tensor]:
+        """What the self-supervised losses compare, by name; empty without heads."""
+        out = {}
         if self.simclr_head is not None:
             out["simclr"] = by_view(self.simclr_head(pooled), views)
-        if self.byol_predictor is not None and self.byol_projector is not None:
+        if self.byol_predictor is not None and self.byol_projector is not None and target is not None:
             out["byol"] = by_view(self.byol_predictor(self.byol_projector(pooled)), views)
             out["byol_target"] = target
-        plain = views == 1 and self.simclr_head is None and self.byol_projector is None
-        return tuple(out.values()) if plain and not self.model.output_dict else out
+        return out
 
     @torch.no_grad()
     def _look(
@@ -258,10 +313,12 @@ class AttentiveMaskCLIP(Wrapper):
         image = shrunk(image.float(), self.teacher_scale, self._patch_size, self._image_size)
         grid = self._grid_of(image)
         watch = Watch(layers, stop=stop)
-        pooled = self._host.masked(self.teacher.visual, image, None, watch)[0]
+        pooled = self._host.masked(getattr(self.teacher, self._pair.tower), image, None, watch)[0]
         if not layers:
             return None, pooled
-        return watch.scores(watch.layers[-1], "mean")[0][:, self._spec.num_prefix :].unflatten(1, grid), pooled
+        # Patches come last; a pool may be given them alone.
+        scores = watch.scores(watch.layers[-1], "mean")[0][:, -grid[0] * grid[1] :]
+        return scores.unflatten(1, grid), pooled
 
     @torch.no_grad()
     def score(self, images: Tensor) -> Tensor:
@@ -287,7 +344,7 @@ class AttentiveMaskCLIP(Wrapper):
         if not ema:
             return self.model.encode_image(image, normalize=normalize)
         with torch.no_grad():
-            features: Tensor = self.teacher.visual(image.float())
+            features = self._features(self.teacher, image.float())[1]
             return F.normalize(features, dim=-1) if normalize else features
 
     def attach_ema(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -394,12 +451,13 @@ class AttentiveMaskCLIP(Wrapper):
         others = {"keep_ratio": keep_ratio, "mode": mode, "teacher_scale": teacher_scale}
         how = self._settings.replace(**{name: value for name, value in others.items() if value is not None})
         teacher = self.byol_projector is not None or (how.keep_ratio < 1 and how.mode != "random")
+        text = getattr(self.model, self._pair.text or "text", self.model)
         kept = how.num_kept(self._spec.grid, max(self._patch_size))
         image = cost.image_macs(
-            [block for _, block in self._host.blocks(self.model.visual)], self._patch_embed(), self._spec.grid,
+            [block for _, block in self._host.blocks(self._tower)], self._patch_embed(), self._spec.grid,
             self._spec.num_prefix, views=views, kept=kept, teacher_scale=how.teacher_scale if teacher else None,
         )  # fmt: skip
-        return batch * (image + 3 * cost.text_macs(self.model))
+        return batch * (image + 3 * cost.text_macs(text))
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As of any module, but the teacher (and a frozen patch embedding) stays frozen."""
@@ -413,8 +471,12 @@ class AttentiveMaskCLIP(Wrapper):
             self._patch_embed().requires_grad_(False)
 
     def _patch_embed(self) -> nn.Module:
-        visual: nn.Module = self.model.visual
-        return visual.get_submodule(self._patches.embed)
+        return self._tower.get_submodule(self._patches.embed)
+
+    @property
+    def _tower(self) -> nn.Module:
+        tower: nn.Module = getattr(self.model, self._pair.tower)
+        return tower
 
     def _averaged(self) -> dict[str, Any]:
         """What the teacher averages, by name."""
@@ -423,7 +485,7 @@ class AttentiveMaskCLIP(Wrapper):
 
     def _towers(self, model: Any) -> dict[str, Any]:
         if not self.ema_text:
-            return {"visual": model.visual}
+            return {name: getattr(model, name) for name in self._pair.image_parts}
         # A CLIP keeps the parts of its text tower beside its image tower.
         own = {n: p for n, p in model.named_parameters(recurse=False) if not n.startswith("logit_")}
         return dict(model.named_children()) | own

@@ -5,7 +5,6 @@ Source: docs/methods/pitome.md 3.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,15 +29,6 @@ class PerBlock(tuple[int, ...]):
         return not self == other
 
     __hash__ = tuple.__hash__
-
-
-def removed_by_ratio(mergeable: int, ratio: float) -> int:
-    """Tokens to remove so that the share `ratio` of `mergeable` stays.
-
-    The 1e-6 undoes float accidents: 100 - 100 * 0.55 is 44.99..., not 45. Written out, because a graph whose sizes are
-    symbols would make an argument of a global number.
-    """
-    return math.floor(mergeable - mergeable * ratio + 1e-6)
 
 
 def check_amount(owner: str, ratio: Any, r: Any) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from vtoken import checks
 from vtoken.core.apply import configure
 from vtoken.core.carried import config_tuple
+from vtoken.core.host import find_adapter
 from vtoken.core.patch import PREDICTOR
 from vtoken.core.trace import tracing
-from vtoken.errors import ShapeError, VTokenError
+from vtoken.errors import ShapeError, UnsupportedModelError, VTokenError
 
 
 def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dict[int, float]:
@@ -51,6 +53,7 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
     if [c.method for c in config_tuple(model)] != ["sparsifiner"]:
         raise VTokenError("calibrate_threshold needs a model with Sparsifiner, and nothing else, applied")
     before: Any = config_tuple(model)[0]
+    run = _runner(model)
     predictors: dict[int, Any] = {
         m.__dict__["_vtoken_index"]: m.get_submodule(PREDICTOR)
         for m in model.modules()
@@ -62,7 +65,7 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
             backend = "auto" if before.backend == "grouped" else before.backend
             configure(model, mode="exact", keep_ratio=density, phase="sparse", backend=backend)
             with tracing(model, maps=("scores",)) as found:
-                model(images)
+                run(model, images)
             for record in found.attention:
                 assert record.scores is not None
                 by_head = rearrange(record.scores, "b h query key -> h (b query key)")
@@ -72,10 +75,18 @@ def calibrate_threshold(model: nn.Module, images: Tensor, density: float) -> dic
                 predictors[record.layer].threshold.copy_(limit)
             configure(model, mode="threshold")
             with tracing(model) as reached:
-                model(images)
+                run(model, images)
     except BaseException:
         configure(model, **{name: getattr(before, name) for name in ("mode", "keep_ratio", "phase", "backend")})
         for layer, threshold in thresholds.items():
             predictors[layer].threshold.copy_(threshold)
         raise
     return {record.layer: record.density for record in reached.attention}
+
+
+def _runner(model: nn.Module) -> Callable[[nn.Module, Tensor], Any]:
+    """What runs the images of a model through its tower; a module around a patched one is called with them."""
+    try:
+        return find_adapter(model).run_image
+    except UnsupportedModelError:
+        return lambda around, images: around(images)

@@ -98,6 +98,8 @@ class ConnectivityPredictor(nn.Module):
         self.reduce_k = nn.Linear(head_dim, head_dim // reduce_c_factor, **like)
         self.w_down = nn.Parameter(torch.empty(self.num_tokens, self.num_basis, **like))
         self.w_up = self.w_down if share_proj else nn.Parameter(torch.empty_like(self.w_down))
+        #: How transformers is told that two names are one parameter: its `save_pretrained` writes the second once.
+        self._tied_weights_keys = {"w_up": "w_down"} if share_proj else {}
         self._cache: dict[tuple[str, Grid | None], tuple[Tensor, tuple[int, int], Tensor]] = {}
         self.reset_parameters()
 
@@ -265,7 +267,9 @@ class ConnectivityPredictor(nn.Module):
             self.w_up = self.w_down
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Weights of a square grid are resized when this predictor has another grid."""
+        """Weights of a square grid are resized when this predictor has another grid; a shared one needs one name."""
+        if self.share_proj and prefix + "w_down" in state_dict:
+            state_dict.setdefault(prefix + "w_up", state_dict[prefix + "w_down"])
         for name in ("w_down", "w_up"):
             rows = state_dict.get(prefix + name)
             if isinstance(rows, Tensor) and rows.dim() == 2 and rows.shape[0] != self.num_tokens:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtoken.core.apply import is_applied, remove
-from vtoken.errors import UnsupportedModelError
+from vtoken.core.host import HostAdapter, find_adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,14 +21,46 @@ class TeacherOutput:
     tokens: Tensor
 
 
-class Teacher(nn.Module):
-    """A frozen copy of a timm model without any method, always in eval mode.
+def logits_and_tokens(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the losses of the second phase compare, of a student or a teacher, by one forward.
 
     Args:
-        model: the model that the student is made from, patched or not; it is not changed.
+        model: a timm model, or an image classifier of transformers; patched or not.
+        images: [B, C, H, W].
+
+    Returns:
+        Logits [B, classes], and patch tokens behind the final norm [B, N, C], in raster order, with gradient.
 
     Raises:
-        UnsupportedModelError: if it has no `forward_features` and `forward_head`.
+        UnsupportedModelError: if it is no classifier that vtoken knows.
+
+    Example:
+        >>> import timm, torch, vtoken
+        >>> student = vtoken.apply(timm.create_model("test_vit"), vtoken.Sparsifiner())
+        >>> logits, tokens = vtoken.train.logits_and_tokens(student, torch.randn(1, 3, 160, 160))
+        >>> logits.shape, tokens.shape
+        (torch.Size([1, 1000]), torch.Size([1, 100, 64]))
+    """
+    if _is_timms(model):
+        features = model.forward_features(images)
+        return model.forward_head(features), features[:, model.num_prefix_tokens :]
+    return find_adapter(model).logits_and_tokens(model, images)
+
+
+def _is_timms(model: Any) -> bool:
+    """Whether it has what timm's classifiers have."""
+    return all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_prefix_tokens"))
+
+
+class Teacher(nn.Module):
+    """A frozen copy of a model without any method, always in eval mode.
+
+    Args:
+        model: the model that the student is made from, patched or not; it is not changed. One that
+            `logits_and_tokens` takes; for another one make `TeacherOutput` yourself.
+
+    Raises:
+        UnsupportedModelError: if it is none.
 
     Example:
         >>> import timm, torch, vtoken
@@ -40,11 +72,9 @@ class Teacher(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        if not all(hasattr(model, name) for name in ("forward_features", "forward_head", "num_prefix_tokens")):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no forward_features and forward_head, as timm's models have; make "
-                "TeacherOutput from your own frozen model instead"
-            )
+        adapter = None if _is_timms(model) else find_adapter(model)
+        if adapter is not None and type(adapter).logits_and_tokens is HostAdapter.logits_and_tokens:
+            adapter.logits_and_tokens(model, None)  # says what it takes
         self.model: Any = copy.deepcopy(model)
         if is_applied(self.model):
             remove(self.model)
@@ -58,5 +88,4 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
         """What the student is held to, for images [B, C, H, W]."""
-        features = self.model.forward_features(images)
-        return TeacherOutput(self.model.forward_head(features), features[:, self.model.num_prefix_tokens :])
+        return TeacherOutput(*logits_and_tokens(self.model, images))

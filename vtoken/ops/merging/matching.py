@@ -136,6 +136,7 @@ def plan_pitome(
     if variant == "tome" and protect is not None:
         raise ConfigError('protect works with the other variants, not with "tome", which protects nothing')
     r, num_prefix = _check("plan_pitome", metric, r, num_prefix)
+    r = min(r, (metric.shape[1] - num_prefix) // 2)
     return energy_matching(
         metric, r, num_prefix, margin=margin, alpha=alpha, variant=variant, energy=energy, protect=protect,
         backend=backend,
@@ -154,12 +155,13 @@ def energy_matching(
     protect: Tensor | Sequence[int] | None = None,
     backend: str = "auto",
 ) -> MergePlan:
-    """`plan_pitome` of checked arguments."""
+    """`plan_pitome` of checked arguments, r at most half of the tokens that may merge."""
     if variant == "tome":
         return bipartite_matching(metric, r, num_prefix, backend)
     mergeable = metric.shape[1] - num_prefix
     guard, most, fewest = (None, 0, 0) if protect is None else _protected(metric, num_prefix, protect)
-    r = min(r, (mergeable - most) // 2)
+    if guard is not None:
+        r = min(r, (mergeable - most) // 2)
     if r <= 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
     # kernels take the margin as a number
@@ -196,7 +198,7 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "au
 
     Args:
         metric: one vector per token, [B, T, d], prefix rows first.
-        r: tokens to remove, at least 0; capped at floor((T - P) / 2) and at the number of even rows.
+        r: tokens to remove, at least 0; capped at floor((T - P) / 2).
         num_prefix: prefix tokens P, in neither set.
         backend: as `plan_pitome`.
 
@@ -215,16 +217,15 @@ def plan_tome(metric: Tensor, r: int, *, num_prefix: int = 0, backend: str = "au
     """
     r, num_prefix = _check("plan_tome", metric, r, num_prefix)
     checks.choice("plan_tome", "backend", backend, BACKENDS)
-    return bipartite_matching(metric, r, num_prefix, backend)
+    return bipartite_matching(metric, min(r, (metric.shape[1] - num_prefix) // 2), num_prefix, backend)
 
 
 def bipartite_matching(metric: Tensor, r: int, num_prefix: int, backend: str = "auto") -> MergePlan:
-    """`plan_tome` of checked arguments."""
+    """`plan_tome` of checked arguments, r at most half of the tokens that may merge.
+
+    Not capped here, where a graph would carry the smaller of two numbers through the conditions of all its shapes.
+    """
     batch, num_tokens, _ = metric.shape
-    if num_tokens - num_prefix < 2:
-        return MergePlan.identity(batch, num_tokens, metric.device)
-    num_even = (num_tokens - num_prefix + 1 - num_prefix % 2) // 2
-    r = min(r, (num_tokens - num_prefix) // 2, num_even)
     if r <= 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
     if (backend != "auto" or metric.is_cuda or _backend.FORCED) and use_triton(
@@ -233,7 +234,7 @@ def bipartite_matching(metric: Tensor, r: int, num_prefix: int, backend: str = "
         from vtoken_kernels import library
 
         parts = library.plan_tome(metric.detach(), r, num_prefix)
-        return _from_kernels(parts, num_tokens, num_tokens - num_prefix - num_even)
+        return _from_kernels(parts, num_tokens, (num_tokens - num_prefix + num_prefix % 2) // 2)
     first, second = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
     with full_precision(metric):
         unit = _unit_rows(metric)
@@ -286,6 +287,11 @@ def plan_threshold(metric: Tensor, r: int, *, threshold: float, num_prefix: int 
     with full_precision(metric):
         unit = _unit_rows(metric)
         value, best = _over_similarities(_nearest, take_rows(unit, even), take_rows(unit, odd))
+    if torch.compiler.is_dynamo_compiling():  # which would speak of symbols where a whole graph was asked for
+        torch._dynamo.graph_break(
+            "the rows decide how many tokens merge, which no single graph can hold: leave it eager, or take "
+            "torch.compile without fullgraph"
+        )
     # Equal rows may come out above 1 by rounding.
     r = min(r, int((value.clamp_max(1.0) > threshold).sum(1).amin()))
     if r == 0:

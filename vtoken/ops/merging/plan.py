@@ -327,10 +327,9 @@ def _merge_rows_forward(
     This form of the weighted mean leaves rows that receive nothing, and groups of equal rows, exactly as they were;
     only destinations and sources enter arithmetic. src_share=None drops the sources.
     """
-    out = take_rows(x, keep)
+    compute, out = _compute_dtype(x), take_rows(x, keep)
     if src_share is None:
         return out
-    compute = _compute_dtype(x)
     step = (take_rows(x, src).to(compute) - take_rows(out, slot).to(compute)) * src_share.unsqueeze(-1)
     first = out.shape[1] - num_dest
     if x.device.type not in ("cpu", "meta"):  # meta counts what a CPU would do
