@@ -220,10 +220,12 @@ def video_milliseconds(name: str, frames: int, *, each: bool = False) -> Callabl
 def serving(result: Result) -> str:
     """What vLLM's engine does with all image tokens and with fewer."""
     rows = [
-        [row["name"], f"{row['prompt_tokens']}", f"{row['cache_bytes'] / 2**20:.1f}"]
-        + [f"{row['requests_per_second']:.2f}", f"{row['speedup']:.2f}"]
+        [
+            row["name"], f"{row['prompt_tokens']}", f"{row['cache_bytes'] / 2**20:.1f}",
+            f"{row['requests_per_second']:.2f}", f"{row['speedup']:.2f}",
+        ]
         for row in result["rows"]
-    ]
+    ]  # fmt: skip
     return markdown(("", "tokens of a prompt", "its cache, MiB", "requests a CPU second", "times as many"), rows)
 
 
