@@ -88,16 +88,8 @@ def show(rows: Sequence[dict[str, Any]], args: Any) -> None:
     """A line per engine."""
     size = f"{args.layers} layers of width {args.width}"
     print(f"LLaVA in vLLM {rows[0]['vllm']}: {size}, {args.requests} prompts at once")
-    head = (
-        ("", 16),
-        ("image", 8),
-        ("prompt", 8),
-        ("cache MiB", 11),
-        ("fewer", 8),
-        ("requests/s", 12),
-        ("tokens/s", 10),
-    )
-    print("".join(f"{name:>{width}}" for name, width in (*head, ("faster", 8))))
+    head = ("", "image", "prompt", "cache MiB", "fewer", "requests/s", "tokens/s", "faster")
+    print("".join(f"{name:>{width}}" for name, width in zip(head, (16, 8, 8, 11, 8, 12, 10, 8), strict=True)))
     for row in rows:
         print(
             f"{row['name']:>16}{row['image_tokens']:>8}{row['prompt_tokens']:>8}{row['cache_bytes'] / 2**20:>11.1f}"

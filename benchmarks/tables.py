@@ -217,6 +217,18 @@ def video_milliseconds(name: str, frames: int, *, each: bool = False) -> Callabl
     return figure
 
 
+def serving(result: Result) -> str:
+    """What vLLM's engine does with all image tokens and with fewer."""
+    rows = [
+        [
+            row["name"], f"{row['prompt_tokens']}", f"{row['cache_bytes'] / 2**20:.1f}",
+            f"{row['requests_per_second']:.2f}", f"{row['speedup']:.2f}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown(("", "tokens of a prompt", "its cache, MiB", "requests a CPU second", "times as many"), rows)
+
+
 def torch_version(result: Result) -> str:
     """The release of torch that gave the figures."""
     return str(result["environment"]["torch"]).split("+")[0]
@@ -233,6 +245,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "dense-126-flops": ("quality_dense.json", dense_smaller(126, factor=True)),
     "clutter": ("quality_clutter.json", copied),
     "mllm": ("mllm.json", copied),
+    "serving": ("serving.json", serving),
     "video": ("video.json", video),
     "video-clip": ("video.json", video_flops(12544, "CLIP ViT-L/14", 2)),
     "video-clip-half": ("video.json", video_flops(6272, "CLIP ViT-L/14", 2)),

@@ -158,6 +158,8 @@ def _refused_and_answered(kind: str, made: Any, good: dict[str, Any], expected: 
     text = f"{PLACES[flat]} w1"
     narrow = torch.zeros(1, 4, 32) if flat else {"image_embeds": torch.zeros(4, 32), "image_grid_thw": grid}
     wrong: list[tuple[Any, str]] = [(request(text, narrow, {}), "64|\\[rows, 192")]
+    if flat:
+        wrong.append((request(text, [torch.zeros(0, 64)], {}), "at least one row"))
     for asked, told in (
         ({"num_tokens": 0}, "num_tokens"), ({"tokens": 3}, "num_tokens per request"),
         ({"num_tokens": [3, 4]}, "one number"),
@@ -179,12 +181,13 @@ def _refused_and_answered(kind: str, made: Any, good: dict[str, Any], expected: 
         assert answers(made, [good]) == [expected]
 
 
-def test_ready_rows_on_a_stock_engine_without_a_tower(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("kind", "stock"), [("llava", True), ("qwen2_5_vl", False)])
+def test_ready_rows_in_an_engine_without_a_tower(kind: str, stock: bool, folders: dict[str, Path]) -> None:
     """The tower may be on another machine. vLLM's own class wants one count for all."""
-    folder, settings = folders["llava"], vtoken.VTCCLS(num_tokens=8)
-    wanted = [(text, images, {}) for text, images, _ in calls("llava", 10)]
+    folder, settings = folders[kind], vtoken.VTCCLS(num_tokens=8)
+    wanted = [(text, images, {} if stock else asked) for text, images, asked in calls(kind, 10)]
     model = loaded(folder, settings)
-    with engine(folder, None, images=0) as made:
+    with engine(folder, None if stock else settings, images=0) as made:
         assert answers(made, [ready(model, folder, call) for call in wanted]) == reference(model, folder, wanted)
 
 

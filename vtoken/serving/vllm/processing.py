@@ -85,6 +85,8 @@ class PruningProcessor:
             raise InputError(f"{SETTINGS}={asked} asks for fewer rows of images that come as ready rows")
         elif "image_embeds" in data and ROWS not in data:
             data[ROWS] = torch.tensor([len(rows) for rows in data["image_embeds"]])
+            if bool((data[ROWS] < 1).any()):
+                raise InputError(f"an image needs at least one row, got {data[ROWS].tolist()}")
         return data
 
     def _get_mm_fields_config(self: Any, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:

@@ -55,6 +55,7 @@ class _Qwen:
         # Prunes no video (1 - 1e-18 is 1.0), but lets vLLM call recompute_mrope_positions.
         media.video_pruning_rate = media.video_pruning_rate or 1e-18
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
+        self._dtype = vllm_config.model_config.dtype  # where no tower is loaded, it cannot be asked
         self.pruning = Pruning(self.config, settings_in(self.config))
 
     def embed_multimodal(self: Any, **kwargs: Any) -> Any:
@@ -64,8 +65,7 @@ class _Qwen:
             return ()
         if kwargs.get("image_embeds") is not None:
             ready, at = (kwargs[name].split(counts.tolist()) for name in ("image_embeds", KEPT))
-            dtype = self.visual.dtype
-            return tuple(self._placed(r.to(dtype), k, grid) for r, k, grid in zip(ready, at, grids, strict=True))
+            return tuple(self._placed(r.to(self._dtype), k, g) for r, k, g in zip(ready, at, grids, strict=True))
         asked = [read(field) for field in kwargs.pop(ASKED)]
         pruning: Pruning = self.pruning
         visuals = pruning.visuals(kwargs)
@@ -97,6 +97,12 @@ class _Qwen:
         places = (index // columns, index % columns)
         digits = torch.stack([digit for place in places for digit in (place // _BASE, place % _BASE)], dim=1)
         return torch.cat([rows, digits.to(rows)], dim=1)
+
+    def get_encoder_cudagraph_config(self: Any) -> Any:
+        """Of no kind of input: a graph of the tower would leave out what comes behind it."""
+        config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
+        config.modalities = []
+        return config
 
     def get_mrope_input_positions(
         self: Any, input_tokens: list[int], mm_features: Sequence[Any]
