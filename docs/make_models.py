@@ -85,6 +85,8 @@ COLUMNS: dict[str, Callable[[Any], bool]] = {
 
 #: Classes over the maps of a backbone that their default configurations take from families without tokens.
 OVER_MAPS = ("DPTForDepthEstimation", "UperNetForSemanticSegmentation", "ZoeDepthForDepthEstimation")
+#: Classes whose default configurations name a tower that cannot be built.
+UNBUILDABLE = ("AyaVisionForConditionalGeneration",)
 
 
 def _dino_maps() -> Any:
@@ -106,6 +108,8 @@ def transformers_models() -> Iterable[tuple[str, nn.Module]]:
                     yield name, cls(cls.config_class(vision_config=vision))
                 elif name in OVER_MAPS:
                     yield f"{name} over DINOv2", cls(cls.config_class(backbone_config=_dino_maps()))
+                elif name in UNBUILDABLE:
+                    yield name, cls(cls.config_class(vision_config=transformers.SiglipVisionConfig()))
                 else:
                     yield name, cls(cls.config_class())
     with torch.device("meta"):

@@ -26,8 +26,9 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"methods"},
     "hosting": {"core", "hosts"},
     "testing": GROUND | {"core", "ops", "methods", "accounting", "prompts"},
-    "cli": GROUND | {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video"},
     "harness": GROUND | {"core"},
+    "serving": GROUND | {"core", "ops", "hosts", "prompts", "accounting"},
+    "cli": GROUND | {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video", "serving"},
     "__main__": {"errors", "cli"},
 }
 #: The same inside hosts/: a family sees what lies in hosts/ itself, which sees no family, and of the others these.
@@ -142,6 +143,14 @@ def test_a_circle_is_seen_and_annotations_count_unless_the_file_says_why() -> No
     )
     assert imported(text.format("")) == {"vtoken.core.host", "vtoken.ops.rows"}
     assert imported(text.format("  # annotations only")) == {"vtoken.ops.rows"}
+
+
+def test_nobody_imports_the_plugin() -> None:
+    """Its files need vLLM; they are named to vLLM by strings, and imported when a model asks for one."""
+    inside = {name for name in FILES if name.startswith("vtoken.serving.vllm.")}
+    assert len(inside) > 3
+    others = set().union(*(targets for name, targets in GRAPH.items() if name not in inside))
+    assert not others & inside
 
 
 def test_every_part_is_in_the_table() -> None:

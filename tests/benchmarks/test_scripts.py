@@ -34,6 +34,7 @@ SCRIPTS = (
     "sparse_attention",
     "gpu",
     "mllm",
+    "serving",
     "video",
     "training",
     "quality",
@@ -453,6 +454,13 @@ def test_commands_of_the_readme_parse(command: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # gpu.py asks before it begins
     with pytest.raises(_ParsedError):
         module.main(options)
+
+
+def test_serving_says_that_it_needs_vllm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("serving")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert module.main(["--small"]) == 0
+    assert "vLLM is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -138,7 +138,7 @@ def test_evaluation_sees_whole_pictures(tmp_path: Path) -> None:
     made = trainer(wrapper, tmp_path, per_device_eval_batch_size=8)
     loss = made.evaluate(Pictures(8))["eval_loss"]
     given = hf_batch(8)
-    assert abs(loss - float(wrapper.model.eval()(**given).loss)) < 1e-5
+    assert abs(loss - wrapper.model.eval()(**given).loss.item()) < 1e-5
     assert wrapper.teacher.training is False
 
 

@@ -372,6 +372,18 @@ def test_refusals(build: Any, said: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_verbs_name_the_model_inside_and_settings_travel(tmp_path: Any) -> None:
+    wrapper, given = hf_wrap(keep_ratio=0.25), hf_batch()
+    with pytest.raises(vtoken.InputError, match=r"input_ids are \(4, 3, 32, 32\).*give pixel_values= and input_ids="):
+        wrapper(given["pixel_values"], given["input_ids"])
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"use model\.model"):
+        vtoken.apply(wrapper, vtoken.ToMe(r=2))
+    vtoken.save_settings(wrapper, tmp_path)
+    vtoken.load_settings(wrapper, tmp_path)
+    with pytest.raises(vtoken.ConfigError, match="is not applied but built"):
+        vtoken.load_settings(hf_wrap(), tmp_path)
+
+
 def test_a_method_works_in_eval_mode_and_is_refused_in_training() -> None:
     wrapper, given = hf_wrap(), hf_batch()
     vtoken.apply(wrapper.model, vtoken.ToMe(r=4))
@@ -390,7 +402,7 @@ def test_a_frozen_patch_embedding() -> None:
     assert frozen == {"vision_model.embeddings.patch_embedding.weight"}
 
 
-@pytest.mark.parametrize("name", OWN_LOSS)
+@pytest.mark.parametrize("name", ["clip", pytest.param("siglip", marks=pytest.mark.slow)])
 def test_the_training_forward_compiles_to_one_graph(name: str) -> None:
     torch._dynamo.reset()
     wrapper, given = hf_wrap(name), hf_batch()

@@ -38,6 +38,9 @@ from tests.contract.table import method as method_row
 from tests.helpers import Host, assert_close, assert_same, images, randomise_
 from vtoken.core import patch as patching
 from vtoken.core.apply import patched_modules
+from vtoken.core.bound import bound
+from vtoken.core.method import KeepAll
+from vtoken.core.state import TokenState
 
 
 @every_host()
@@ -335,6 +338,40 @@ def test_user_forward_that_runs_the_features_twice(pool: str) -> None:
     for m in (model, plain):
         vtoken.apply(randomise_(m, 0).eval(), PITOME.reduces)
     assert_close("both crops", run(plain, x) + 3.0 * run(plain, x.flip(-1)), run(model, x), 1e-5)
+
+
+class LookingViT(VisionTransformer):
+    """A user's subclass whose own loop reads attributes of blocks and of their container."""
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        widths = [block.attn.qkv.in_features for block in self.blocks.children()]
+        for i, block in enumerate(self.blocks[:2]):
+            x = block(x) * (block.attn.num_heads / 4) + (widths[i] - block.norm1.normalized_shape[0])
+        return self.norm(self.blocks[-1](x))
+
+
+class LookingForwardViT(LookingViT):
+    """The same in its forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward_head(LookingViT.forward_features(self, x))
+
+
+@pytest.mark.parametrize("cls", [LookingViT, LookingForwardViT])
+def test_loops_of_the_users_own_may_read_attributes_of_blocks(cls: type) -> None:
+    model = randomise_(cls(**_TINY), 0).eval()
+    plain, x = randomise_(VisionTransformer(**_TINY), 0).eval(), images((3, 32, 32))
+    assert_same("stock", run(plain, x), run(model, x))
+    for m in (model, plain):
+        vtoken.apply(m, PITOME.reduces)
+    (out, trace), (expected, known) = traced(model, x), traced(plain, x)
+    assert trace.tokens == known.tokens
+    assert trace.tokens[-1] < trace.tokens[0]
+    assert_same("merged", expected, out)
+    blocks = bound(model.blocks, TokenState(KeepAll(), 1, track_anchor=False, track_dest=False))
+    with pytest.raises(AttributeError, match="'Block' object has no attribute 'nothing'"):
+        next(iter(blocks)).nothing
 
 
 class HalvedCropsViT(VisionTransformer):

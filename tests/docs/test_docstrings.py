@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 from pathlib import Path
@@ -14,7 +14,13 @@ import pytest
 import vtoken
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = [m.name for m in pkgutil.walk_packages(vtoken.__path__, "vtoken.") if m.name != "vtoken.__main__"]
+#: Files that only vLLM imports; they need it.
+PLUGIN = "vtoken.serving.vllm."
+MODULES = [
+    m.name
+    for m in pkgutil.walk_packages(vtoken.__path__, "vtoken.")
+    if m.name != "vtoken.__main__" and (not m.name.startswith(PLUGIN) or importlib.util.find_spec("vllm") is not None)
+]
 #: Public, but handed to users, who neither make nor call them; or what users inherit from.
 GIVEN = {
     "Assigned", "Choice", "Connections", "Decoupler", "HostAdapter", "HostSpec", "MethodConfig", "Plan", "PromptReport",
@@ -32,7 +38,7 @@ ELSEWHERE = {
 def public() -> dict[str, Any]:
     """Every function and class that users get by name."""
     found: dict[str, Any] = {}
-    for place in (vtoken, vtoken.ops, vtoken.nn, vtoken.train, vtoken.video):
+    for place in (vtoken, vtoken.ops, vtoken.nn, vtoken.serving, vtoken.train, vtoken.video):
         found |= {name: getattr(place, name) for name in place.__all__}
     return {name: value for name, value in found.items() if inspect.isfunction(value) or inspect.isclass(value)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,10 +17,15 @@ TEXT = (Path(__file__).resolve().parents[2] / "docs" / "travel.md").read_text()
 
 def test_its_programs_run() -> None:
     pytest.importorskip("transformers")
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
+    found = []
     for program in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         exec(compile(program, "docs/travel.md", "exec"), names)
-    assert vtoken.config_of(names["again"]) == vtoken.ToMe(r=8)  # type: ignore[arg-type]
+        found.append(vtoken.config_of(names["again"]) if "again" in names else None)
+    assert found[-2:] == [vtoken.ToMe(r=8), vtoken.Sparsifiner()]
+    assert {k: v.tolist() for k, v in names["again"].state_dict().items()} == {
+        k: v.tolist() for k, v in names["vit"].state_dict().items()
+    }
 
 
 def test_its_file_is_read() -> None:

@@ -29,6 +29,7 @@ class Tower:
         prefix: tokens in front of the patches.
         any_size: how a call says that images have another size than the configuration's; None: it cannot.
         dense: whether what it hands out has a value for every patch.
+        alone: whether a call takes one image.
         frames: of a video; 0: it takes images.
         grid: patch rows and columns of all frames.
     """
@@ -37,6 +38,7 @@ class Tower:
     prefix: int
     any_size: dict[str, Any] | None
     dense: bool = False
+    alone: bool = False
     frames: int = 0
     grid: tuple[int, int] = (8, 8)
 
@@ -97,6 +99,7 @@ TOWERS: dict[str, Tower] = {
         _part(_made, "DINOv3ViTBackbone", "DINOv3ViTConfig", num_register_tokens=2, **_STAGES), 3, {}, True
     ),
     "pixio_maps": Tower(_part(_made, "PixioBackbone", "PixioConfig", _RATIO, n_cls_tokens=3, **_STAGES), 3, {}, True),
+    "pixtral": Tower(_part(_made, "PixtralVisionModel", "PixtralVisionConfig"), 0, {}, alone=True),
     "radio": Tower(_part(_made, "RadioModel", "RadioConfig", _SIZE, mlp_ratio=2.0, max_img_size=64), 10, {}),
     "clipseg": Tower(_part(_made, "CLIPSegVisionModel", "CLIPSegVisionConfig"), 1, {}),
     "vit_mae": Tower(_part(_made, "ViTMAEModel", "ViTMAEConfig", mask_ratio=0.5), 1, _RESIZE, grid=(1, 32)),

@@ -73,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
         _json(command)
     about = "a program as it is, with a method applied to the models that it gets from timm, open_clip or transformers"
     _run(add("run", "run:run", about))
+    about = "vLLM's engine on a model's folder, with and without a method in its images: counts, memory, speed"
+    _serve(add("serve-check", "serve:run", about))
     return top
 
 
@@ -156,6 +158,23 @@ def _run(command: argparse.ArgumentParser) -> None:
     _load(command)
     about = "a JSON file to write: every model that the program got, patched or why not"
     command.add_argument("--manifest", type=new_file, metavar="FILE.json", help=about)
+
+
+def _serve(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=path, help="model with tokenizer and processor, as save_pretrained writes it")
+    about = "a method and its settings, e.g. vtc_cls num_tokens=64; see `methods`"
+    command.add_argument("--method", type=word, nargs="+", required=True, metavar="WORD", help=about)
+    _load(command)
+    picture = command.add_mutually_exclusive_group()
+    picture.add_argument("--image", type=path, help="image file")
+    size: dict[str, Any] = {"nargs": 2, "default": [336, 336], "metavar": ("H", "W"), "type": whole(1)}
+    picture.add_argument("--size", **size, help="instead: pixels of random images (336 336)")
+    command.add_argument("--requests", type=whole(1), default=8, help="prompts that are answered at once (8)")
+    command.add_argument("--new", type=whole(1), default=32, help="tokens that each is answered with (32)")
+    command.add_argument("--limit", type=number(0, above=True), default=1200.0, help="seconds for an engine (1200)")
+    about = "arguments of vllm.LLM, e.g. max_model_len=4096 dtype=bfloat16"
+    command.add_argument("--engine", nargs="*", default=[], metavar="KEY=VALUE", help=about)
+    _json(command)
 
 
 def _video(command: argparse.ArgumentParser) -> None:

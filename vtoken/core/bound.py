@@ -72,7 +72,7 @@ def bound(container: Any, state: TokenState, layers: list[Callable[..., Tensor]]
             break
     called = blocks if layers is None else layers
     calls: list[Callable[..., Tensor]] = [functools.partial(layer, vtoken_state=state) for layer in called]
-    return BoundBlocks(container, calls)
+    return BoundBlocks(container, blocks, calls)
 
 
 def _renumber(blocks: list[Any]) -> None:
@@ -100,30 +100,50 @@ def changed(what: str, module: Any) -> UnsupportedModelError:
     )
 
 
+class BoundBlock:
+    """A block as a loop is handed it: a call is the one bound to what belongs to the loop, attributes are its own."""
+
+    def __init__(self, block: Any, call: Callable[..., Tensor]) -> None:
+        self._block, self._call = block, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_block"), name)
+
+
 class BoundBlocks:
     """Stands where a model's `blocks` stood, for one call of the model: they can be called, iterated over or sliced.
 
     Args:
-        container: what stood there.
-        calls: the blocks, each bound to what belongs to this call.
+        container: what stood there; its attributes can be read.
+        blocks: those in it that are called.
+        calls: these, each bound to what belongs to this call.
         watched: whether the tower is unpatched and its blocks are read; its container then has any class.
     """
 
-    def __init__(self, container: nn.Module, calls: list[Callable[..., Tensor]], *, watched: bool = False) -> None:
+    def __init__(
+        self, container: nn.Module, blocks: list[Any], calls: list[Callable[..., Tensor]], *, watched: bool = False
+    ) -> None:
         self._container = container
+        self._blocks = blocks
         self._calls = calls
         self._watched = watched
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
-        return iter(self._calls)
+    def __iter__(self) -> Iterator[BoundBlock]:
+        return iter([BoundBlock(*each) for each in zip(self._blocks, self._calls, strict=True)])
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return BoundBlocks(self._container, self._calls[index], watched=self._watched)
-        return self._calls[index]
+            return BoundBlocks(self._container, self._blocks[index], self._calls[index], watched=self._watched)
+        return BoundBlock(self._blocks[index], self._calls[index])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_container"), name)
 
     def __call__(self, x: Tensor) -> Tensor:
         # Through the container's own call, so that hooks which the user put on it run.

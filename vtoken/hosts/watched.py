@@ -25,7 +25,7 @@ def watched(container: Any, watch: Watch, parts: Callable[[Any, Row], dict[str, 
     if watch.stop:
         blocks = blocks[: watch.layers[-1] + 1]
     calls = [functools.partial(_run, b, i, watch, parts) if i in layers else b for i, b in enumerate(blocks)]
-    return BoundBlocks(container, calls, watched=True)
+    return BoundBlocks(container, blocks, calls, watched=True)
 
 
 def _run(

@@ -6,7 +6,7 @@ knows the other. Source: docs/methods/vtc_cls.md 5 and 6.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,7 +173,7 @@ def lay_out(model: Any, given: dict[str, Any], ids: Tensor) -> Layout:
     asked, order = asked_of(model), _order(ids, family.token_ids(model), visuals)
     methods = _back(methods_for(method, asked, len(visuals)), order)
     clues = _back(clues_for(method, asked, len(visuals)), order)
-    counts = [_count(m, v, c) for m, v, c in zip(methods, visuals, clues, strict=True)]
+    counts = [count_of(m, v, c) for m, v, c in zip(methods, visuals, clues, strict=True)]
     return Layout(visuals, methods, clues, counts, order, needs)
 
 
@@ -239,7 +239,8 @@ def _keeps_all(method: PromptMethod, visual: Visual, count: int) -> bool:
     return count >= visual.content and not method.replaces
 
 
-def _count(method: PromptMethod, visual: Visual, clues: dict[str, Any]) -> int:
+def count_of(method: PromptMethod, visual: Visual, clues: dict[str, Any]) -> int:
+    """How many content tokens of a visual stay; raises VTokenError where a method breaks its contract."""
     for name, value in clues.items():
         if name == "relevance" and len(value) != visual.content:
             raise InputError(f"budget({name}=...) has {len(value)} values for a visual of {visual.content} tokens")
@@ -329,33 +330,39 @@ def _select(
     traced: bool,
 ) -> Kept:
     """What stays of visual i."""
-    seen = _seen(method, visual, count, clues, encoded, i, text)
+    seen = seen_of(visual, count, clues, encoded, i, text)
+    levels = [level[i] for level in encoded.levels]
+    kept = stays(method, seen, levels, lambda rows: model._vtoken_family.project(model, rows))
+    return replace(kept, scores=_shown(method, seen, encoded, i)) if traced else kept
+
+
+def stays(method: PromptMethod, seen: Seen, levels: Sequence[Tensor], project: Callable[[Tensor], Tensor]) -> Kept:
+    """What stays of one visual.
+
+    Args:
+        levels: rows [length, C] of all its placeholders, of every level of features.
+        project: from in front of the projector to behind it.
+    """
     places, picked = select(method, seen)
-    scores = _shown(method, seen, encoded, i) if traced else None
     if picked.rows is None:
-        return Kept(places, None, scores)
-    rows = model._vtoken_family.project(model, picked.rows) if picked.before else picked.rows
+        return Kept(places)
+    visual, rows = seen.visual, project(picked.rows) if picked.before else picked.rows
     content = torch.zeros(visual.length, dtype=torch.bool)
     content[visual.places()] = True
     found, start = [], 0
-    for level in encoded.levels:
-        width = level[i].shape[1]
-        own = level[i].index_select(0, places.to(level[i].device))
+    for level in levels:
+        width = level.shape[1]
+        own = level.index_select(0, places.to(level.device))
         at = content[places].nonzero()[:, 0].to(own.device)
         found.append(own.index_copy(0, at, rows[:, start : start + width].to(own)))
         start += width
-    return Kept(places, tuple(found), scores)
+    return Kept(places, tuple(found))
 
 
-def _seen(
-    method: PromptMethod,
-    visual: Visual,
-    count: int,
-    clues: dict[str, Any],
-    encoded: Encoded,
-    i: int,
-    text: Tensor | None,
-) -> Seen:
+def seen_of(
+    visual: Visual, count: int, clues: Mapping[str, Any], encoded: Encoded, i: int, text: Tensor | None
+) -> Seen:  # fmt: skip
+    """What a method is shown of visual i."""
     rows = [level[i] for level in encoded.levels]
     own = rows
     if visual.length != visual.content:

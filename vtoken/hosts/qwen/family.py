@@ -120,7 +120,6 @@ class QwenVL(Family):
 
     def encode(self, model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: Needs) -> Encoded:
         """By the model's own `get_image_features` and `get_video_features`."""
-        group = int(model.config.vision_config.spatial_merge_size) ** 2
         wants_keys = "keys" in needs.features
         outputs: dict[str, Any] = {}
         levels: list[list[Tensor]] = []
@@ -144,7 +143,6 @@ class QwenVL(Family):
             deeper = getattr(out, "deepstack_features", None) or []
             both = [list(out.pooler_output), *(split(level, lengths) for level in deeper)]
             levels = [old + new for old, new in zip(levels, both, strict=True)] if levels else both
-            order = self.order(model, given[f"{kind}_grid_thw"])
             rows, projected = watch.attention(), watch.projected
             read: dict[str, Tensor] = {"before": seen[0]} if seen else {}
             if rows is not None:
@@ -153,15 +151,19 @@ class QwenVL(Family):
                 heads = int(inner.visual.blocks[0].attn.num_heads)
                 read["keys"] = projected.unflatten(1, (3, heads, -1))[:, 1].float().mean(1)
             for tap, patches in read.items():
-                tokens = patches.unflatten(0, (-1, group)).mean(1)
-                tokens = tokens if order is None else tokens.index_select(0, order.to(tokens.device))
-                each = list(tokens.split(lengths))
+                each = list(self.tokens_of(model, patches, given[f"{kind}_grid_thw"]).split(lengths))
                 taps[tap] += [row.T for row in each] if tap == "attention" else each
         return Encoded(outputs, levels, taps["attention"] or None, taps["before"] or None, taps["keys"] or None)
 
     def reading(self, tower: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """What stands in the tower so that its patches are taken as they leave the blocks."""
         return {"merger": Reader(tower.merger, before=take)}
+
+    def tokens_of(self, model: Any, patches: Tensor, grids: Tensor) -> Tensor:
+        """Of values [patches, c] in the tower's order the means over a token's patches, in the order of the prompt."""
+        group = int(model.config.vision_config.spatial_merge_size) ** 2
+        tokens, order = patches.unflatten(0, (-1, group)).mean(1), self.order(model, grids)
+        return tokens if order is None else tokens.index_select(0, order.to(tokens.device))
 
     def order(self, model: Any, grids: Tensor) -> Tensor | None:
         """Where every token of the prompt is among those of the tower, which Qwen2.5-VL sorts by windows."""

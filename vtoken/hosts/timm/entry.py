@@ -101,7 +101,7 @@ class _OwnLoop(BoundBlocks):
 
     def __init__(self, model: Any, images: Any) -> None:
         self._model, self._images = model, images
-        self._container, self._watched = model.blocks, False
+        self._container, self._blocks, self._watched = model.blocks, list(model.blocks), False
         self._forward: forward_of | None = None
         self._state: TokenState | None = None
         self._bound: list[Callable[..., Tensor]] = []
@@ -111,11 +111,11 @@ class _OwnLoop(BoundBlocks):
         if self._forward is None:
             self._forward = _forward_of(self._model, self._images, raster=True)
             self._state = self._forward.__enter__()
-            self._bound = list(bound(self._container, self._state))
+            self._bound = bound(self._container, self._state)._calls
         return self._bound
 
     def __len__(self) -> int:
-        return len(self._model.blocks)
+        return len(self._blocks)
 
     def slot(self) -> Slot:
         """What is known of the rows that left the last block that ran."""

@@ -66,8 +66,6 @@ class LayerMixin:
         """Normed tokens [B, T, C] through the host's attention, its keys into the tap."""
         attn = attention_of(self)
         out: Tensor = tap.attend(attn, x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
-        if tap.keys is not None:
-            tap.keys = tap.keys.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # [B, H, T, D]
         return out
 
 
@@ -96,10 +94,10 @@ def _by_method(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """An attention function: the method that `attn` carries."""
     if mask is not None:
-        if mask.dtype != torch.bool:  # what eager attention calls masked is a finite number: no key may be left by it
-            mask = mask.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
         if mask.stride(-2) == 0:  # one row for all queries
             mask = mask[..., :1, :]
+        if mask.dtype != torch.bool:  # what eager attention calls masked is a finite number: no key may be left by it
+            mask = mask.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
     return tap.run(attn, q, k, v, scale=scaling, mask=mask, dropout=dropout).transpose(1, 2), None
 
 
@@ -153,8 +151,8 @@ class Aimv2LayerMixin(LayerMixin):
         return self.ffn(self.rms_norm2(x))
 
 
-class RotaryDinoLayerMixin(DinoLayerMixin):
-    """DINOv3: attention turns patches by a table, from which merged tokens take the row of their anchor.
+class RotaryLayerMixin(LayerMixin):
+    """Attention turns patches by a table, from which merged tokens take the row of their anchor.
 
     The table travels as one tensor, cosines next to sines, so that `vtoken.compile` knows its rows.
     """
@@ -179,18 +177,34 @@ class RotaryDinoLayerMixin(DinoLayerMixin):
     def _vtoken_stock(
         self: Any, stock: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Any:  # fmt: skip
-        return super()._vtoken_stock(stock, x, tap, attn_mask, **_turned(**options))  # type: ignore[misc]
+        return super()._vtoken_stock(stock, x, tap, attn_mask, **self._vtoken_turned(**options))
 
     def _vtoken_attend(
         self: Any, x: Tensor, tap: Tap, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:  # fmt: skip
-        out: Tensor = super()._vtoken_attend(x, tap, attn_mask, **_turned(**options))  # type: ignore[misc]
+        out: Tensor = super()._vtoken_attend(x, tap, attn_mask, **self._vtoken_turned(**options))
         return out
 
+    def _vtoken_turned(self, rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
+        """The host's own argument for a table [..., N, 2D]."""
+        return options if rope is None else {**options, "position_embeddings": rope.chunk(2, dim=-1)}
 
-def _turned(rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
-    """DINOv3's own argument for a table [..., N, 2D]."""
-    return options if rope is None else {**options, "position_embeddings": rope.chunk(2, dim=-1)}
+
+class RotaryDinoLayerMixin(RotaryLayerMixin, DinoLayerMixin):
+    """DINOv3."""
+
+
+class PixtralLayerMixin(RotaryLayerMixin):
+    """Pixtral, one image: the table has no dimension for a batch."""
+
+    def _vtoken_turned(self, rope: Tensor | None = None, **options: Any) -> dict[str, Any]:
+        return super()._vtoken_turned(rope if rope is None else rope.flatten(0, -2), **options)
+
+    def _vtoken_attn(self: Any, x: Tensor, tap: Tap, **attention: Any) -> Tensor:
+        return self._vtoken_attend(self.attention_norm(x), tap, **attention)
+
+    def _vtoken_mlp(self: Any, x: Tensor) -> Tensor:
+        return self.feed_forward(self.ffn_norm(x))
 
 
 class MasklessLayerMixin(LayerMixin):

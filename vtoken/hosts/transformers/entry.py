@@ -108,6 +108,11 @@ def _refuse_unserved(tower: Any, given: dict[str, Any]) -> None:
     for name, why in family_of(tower).images.unserved.items():
         if given.get(name) is not None and removes(tower):
             raise InputError(f"{name} cannot be combined with removed tokens: {why}; use vtoken.remove(model)")
+    if family_of(tower).images.packed and given["pixel_values"].shape[0] > 1 and removes(tower):
+        raise InputError(
+            f"{type(tower).__name__} packs the patches of all images of a call into one row, where tokens of different "
+            "images would merge; give it one image at a time, or use vtoken.remove(model)"
+        )
 
 
 def run_tower(
@@ -125,6 +130,8 @@ def run_tower(
     if family.images.padded:
         given = _without_mask(tower, given)
     _refuse_unserved(tower, given)
+    # The mask that keeps packed images apart is all that tells them from one image, which needs none.
+    masked = _masked(given) or (family.images.packed and not removes(tower))
     attentions = asked(tower, given, "output_attentions")
     if attentions or asked(tower, given, "output_hidden_states"):
         install_hooks(tower, path[0])
@@ -136,7 +143,7 @@ def run_tower(
                 "grid (spatial_shapes); batch images of one size, or use vtoken.remove(model)"
             )
         state.watch = rows
-        stand_in = _bind(tower, path, state, _masked(given))
+        stand_in = _bind(tower, path, state, masked)
         if getattr(tower, "use_head", False):
             stand_in.__dict__["head"] = functools.partial(_sized, tower.head, state)
         out = base_of(type(tower)).forward(stand_in, **{**given, "return_dict": True})  # type: ignore[attr-defined]

@@ -19,13 +19,14 @@ from vtoken.hosts.transformers.blocks import (
     DinoLayerMixin,
     LayerMixin,
     PixioLayerMixin,
+    PixtralLayerMixin,
     RotaryDinoLayerMixin,
     VideoMaeLayerMixin,
     ViTLayerMixin,
     VitPoseLayerMixin,
 )
 from vtoken.hosts.transformers.heads import Aimv2HeadMixin, SizedHeadMixin
-from vtoken.hosts.transformers.images import Grid, KeptPixels, NativePixels, PatchRows, Pixels, Tubes
+from vtoken.hosts.transformers.images import Grid, KeptPixels, NativePixels, PackedPixels, PatchRows, Pixels, Tubes
 
 
 def no_prefix(config: Any) -> int:
@@ -147,7 +148,6 @@ _REFUSED = {
     "its tower packs the patches of all images into one row and works in windows of their grid": (
         "minicpm_ocr minicpmv4_6 minicpmv4_7 muse_glimmer muse_spark"
     ),
-    "its tower packs the patches of all images into one row": "pixtral",
     "it puts tokens back on the patch grid for convolutions behind its layers": "step3p7",
     "its image tower is a network of several stages over maps, whose places are no tokens": "fast_vlm gemma3n",
     "it segments on the maps of a backbone, of several scales": "mask2former oneformer",
@@ -342,6 +342,15 @@ FAMILIES: dict[str, Family] = {
         holders={"JanusModel": "vision_model", "JanusForConditionalGeneration": "model.vision_model"},
         prefix=no_prefix,
         why={"JanusVisionModel": "its pooled output is the first patch, which may have merged with others"},
+    ),
+    "pixtral": Family(
+        layer="PixtralAttentionLayer",
+        mixin=PixtralLayerMixin,
+        path=("transformer", "layers"),
+        towers=("PixtralVisionModel",),
+        prefix=no_prefix,
+        images=PackedPixels(),
+        rotary=True,
     ),
     "radio": Family(
         **_DINO

@@ -21,11 +21,13 @@ class Pixels:
         resize: the argument that asks a tower for positions of another image size; "" if it always fits them, None if
             it takes its own size alone.
         padded: whether a call may name rows that are padding.
+        packed: whether the patches of all images of a call are one row.
         unserved: arguments of a call that cannot be had while tokens are removed, and why.
     """
 
     resize: str | None = "interpolate_pos_encoding"
     padded: bool = False
+    packed: bool = False
     unserved: Mapping[str, str] = field(default_factory=dict)
 
     def fixed(self, config: Any) -> bool:
@@ -70,6 +72,21 @@ class KeptPixels(Pixels):
         """One row."""
         height, width = patches(config, img_size)
         return 1, int(height * width * (1 - config.mask_ratio))
+
+
+@dataclass(frozen=True)
+class PackedPixels(Pixels):
+    """Pixtral: images in a frame of one size, `image_sizes` of which are theirs."""
+
+    resize: str | None = ""
+    packed: bool = True
+
+    def grid(self, config: Any, arguments: dict[str, Any]) -> Grid | None:
+        """Patch rows and columns of a call's only image."""
+        sizes = arguments.get("image_sizes")
+        if sizes is None:
+            return super().grid(config, arguments)
+        return self.patches(config, (int(sizes[0][0]), int(sizes[0][1]))) if len(sizes) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _layers(rows: Tensor | None, watch: Watch | None, layers: Any) -> BoundBlock
     calls = list(layers if watch is None else watched(layers, watch, read))
     if rows is not None:
         calls[0] = functools.partial(_on_rows, calls[0], rows)
-    return BoundBlocks(layers, calls, watched=True)
+    return BoundBlocks(layers, list(layers), calls, watched=True)
 
 
 def _on_rows(layer: Any, rows: Tensor, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -63,8 +63,14 @@ class AttentiveMaskTransformersCLIP(AttentiveMaskCLIP, library="transformers"):
 
         Raises:
             ShapeError, ConfigError: if views, teacher image and boxes do not fit each other or the settings.
-            InputError: if there are heads and no `return_loss=True`, as nothing would train them.
+            InputError: if there are heads and no `return_loss=True`, as nothing would train them; for images in the
+                place of texts.
         """
+        if isinstance(input_ids, Tensor) and input_ids.is_floating_point():
+            raise InputError(
+                f"input_ids are {tuple(input_ids.shape)} of {input_ids.dtype}, which are no tokens: texts come first "
+                "in transformers' models; give pixel_values= and input_ids= by name"
+            )
         texts = {
             "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
             "token_type_ids": token_type_ids,

@@ -287,6 +287,11 @@ def plan_threshold(metric: Tensor, r: int, *, threshold: float, num_prefix: int 
     with full_precision(metric):
         unit = _unit_rows(metric)
         value, best = _over_similarities(_nearest, take_rows(unit, even), take_rows(unit, odd))
+    if torch.compiler.is_dynamo_compiling():  # which would speak of symbols where a whole graph was asked for
+        torch._dynamo.graph_break(
+            "the rows decide how many tokens merge, which no single graph can hold: leave it eager, or take "
+            "torch.compile without fullgraph"
+        )
     # Equal rows may come out above 1 by rounding.
     r = min(r, int((value.clamp_max(1.0) > threshold).sum(1).amin()))
     if r == 0:
