@@ -1,4 +1,4 @@
-"""What the site's reader of docstrings (griffe) is told about ours: "Example:" heads code, as "Examples:" does to it."""
+"""What the site's reader of docstrings (griffe) is told about ours: "Example:" heads code as "Examples:" does."""
 
 from __future__ import annotations
 
