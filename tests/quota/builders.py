@@ -192,3 +192,11 @@ def thinned() -> dict[str, Tensor]:
     body = [token for t, n in enumerate(still) for token in [10 + t, START, *[VIDEO] * n, END]]
     mask = torch.cat([torch.arange(6) < n for n in still])
     return one_video("llama3") | {"video_compression_mask": mask} | prompt("llama3", [[3, body, 7, 8, 9]])
+
+
+def rows_given(call: dict[str, Any]) -> Tensor:
+    """The rows [N, C] that a prepared call brings for its videos, separators among them."""
+    if "mm_encoder_outputs" not in call:
+        return call["inputs_embeds"][call["input_ids"] == VIDEO]
+    rows = call["mm_encoder_outputs"]["video"].pooler_output
+    return rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(list(rows))

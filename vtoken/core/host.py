@@ -124,19 +124,16 @@ _BUILTIN = (
     ("transformers", "tower", "vtoken.hosts.transformers.timm_wrapper", "TimmWrapperAdapter"),
     ("transformers", "tower", "vtoken.hosts.transformers.adapter", "HFAdapter"),
     ("transformers", "prompt", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
+    ("transformers", "prompt", "vtoken.hosts.llava.video", "Onevision"),
+    ("transformers", "prompt", "vtoken.hosts.llava.video", "NextVideo"),
+    ("transformers", "prompt", "vtoken.hosts.video_llama.family", "VideoLlama3"),
     ("transformers", "prompt", "vtoken.hosts.qwen.family", "QwenVL"),
     ("transformers", "prompt", "vtoken.hosts.internvl.family", "InternVL"),
     ("transformers", "prompt", "vtoken.hosts.unserved", "UnservedPrompts"),
-    ("transformers", "video", "vtoken.hosts.video.llava", "OnevisionVideo"),
-    ("transformers", "video", "vtoken.hosts.video.llava", "NextVideo"),
-    ("transformers", "video", "vtoken.hosts.video.qwen", "Qwen2Video"),
-    ("transformers", "video", "vtoken.hosts.video.qwen", "Qwen25Video"),
-    ("transformers", "video", "vtoken.hosts.video.qwen", "Qwen3Video"),
-    ("transformers", "video", "vtoken.hosts.video.llama3", "Llama3Video"),
 )
 _registered: list[HostAdapter] = []
 #: What an adapter of each part cannot do without, of what HostAdapter leaves open.
-_NEEDED = {"tower": ("spec", "grid", "blocks", "targets"), "prompt": ("spec", "targets", "count"), "video": ()}
+_NEEDED = {"tower": ("spec", "grid", "blocks", "targets"), "prompt": ("spec", "targets", "count")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,13 +225,7 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
         raise UnsupportedModelError(
             f"cannot shorten the prompt of {type(model).__module__}.{type(model).__qualname__}: it is no multimodal "
             f"model that vtoken knows. Supported: {_supported(part)}.{inner_hint(model, part)} "
-            "The model was left as it was."
-        )
-    if part == "video":
-        raise UnsupportedModelError(
-            f"cannot spend a token budget on the videos of {type(model).__module__}.{type(model).__qualname__}: no "
-            f"adapter knows this class. Supported: {_supported(part)}.{inner_hint(model, part)} "
-            "vtoken.register_adapter adds your own, a vtoken.hosts.video.VideoAdapter."
+            "vtoken.register_adapter adds your own. The model was left as it was."
         )
     raise UnsupportedModelError(
         f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this "
@@ -275,10 +266,10 @@ def inner_hint(model: nn.Module, part: str = "tower") -> str:
     """Names the supported model inside a wrapper, if there is one; a sentence for messages."""
     for name, module in model.named_modules():
         for adapter in _builtin_adapters(module, part) if name else ():
-            if part == "video" and not adapter.matches(module):
+            if not adapter.matches(module):
                 continue
             try:
-                part == "video" or adapter.spec(module)
+                adapter.spec(module)
             except UnsupportedModelError:
                 continue
             return f" It holds a supported {type(module).__name__}: use model.{name}."

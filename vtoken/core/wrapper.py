@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from vtoken.core.config import MethodConfig
+from vtoken.core.method import PromptMethod
 from vtoken.errors import ConfigError
 
 
@@ -19,6 +20,8 @@ class Wrapper(nn.Module):
     #: Names of the settings that are used up when the wrapper is built.
     _fixed: ClassVar[frozenset[str]] = frozenset()
     _settings: MethodConfig
+    #: What it does to the model's prompts, if that is what it is for.
+    _method: PromptMethod | None = None
 
     def _adopt(self, settings: Any) -> None:
         """Make these its settings; subclasses raise ConfigError, nothing changed, where they do not fit the model."""

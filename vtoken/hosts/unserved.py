@@ -11,13 +11,14 @@ from vtoken.core.spec import HostSpec
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.internvl.family import InternVL
 from vtoken.hosts.llava.adapter import LlavaAdapter
+from vtoken.hosts.llava.video import NextVideo, Onevision
 from vtoken.hosts.qwen.family import QwenVL
+from vtoken.hosts.video_llama.family import VideoLlama3
 
 #: The families that are served.
-FAMILIES = (LlavaAdapter, QwenVL, InternVL)
+FAMILIES = (LlavaAdapter, Onevision, NextVideo, QwenVL, InternVL, VideoLlama3)
 #: Why well-known relatives are refused, by the module of transformers.models.
 REASONS = {
-    "llava_next_video": "its video frames are pooled before the projector, which is not supported yet",
     "mllama": "its language model reads images by cross-attention, not from the prompt",
     "idefics": "its language model reads images by cross-attention, not from the prompt",
     "idefics2": "its resampler mixes image tokens, which then belong to no patch",

@@ -1,7 +1,8 @@
 """What version 0.1 made of prompts, as files: `python -m tests.prompts.frozen.make` writes them, the test compares.
 
-They were written before images and videos came to share one engine (`beside` by version 0.2, just before), and are not to be written anew because something
-else comes out: a kept set, a logit or a generated id that differs is what the test is there to find.
+They were written before images and videos came to share one engine (`beside` by version 0.2, just before that), and are
+not to be written anew because something else comes out: a kept set, a logit or a generated id that differs is what the
+test is there to find.
 """
 
 from __future__ import annotations
@@ -139,12 +140,9 @@ def beside() -> Iterator[tuple[str, Callable[[], dict[str, Tensor]]]]:
             one = builders.one_video(kind)
             yield f"{kind}.frames", lambda q=quota, g=one, m=frames: _of(_with(q, 9), g, ["greedy"], m)
         if kind == "llama3":
-            yield (
-                f"{kind}.thinned",
-                lambda q=quota, g=builders.thinned(): _of(
-                    _with(q, 0.5), g, ["greedy"], {"frame_scores": [0.1, 0.9, 0.8, 0.2]}
-                ),
-            )
+            thinned = builders.thinned()
+            told = {"frame_scores": [0.1, 0.9, 0.8, 0.2]}
+            yield f"{kind}.thinned", lambda q=quota, g=thinned, m=told: _of(_with(q, 0.5), g, ["greedy"], m)
 
 
 def _with(quota: Any, budget: float) -> Any:
