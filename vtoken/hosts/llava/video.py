@@ -49,6 +49,10 @@ class LlavaVideo(LlavaAdapter):
         """Rows [F, N, c] of frames as the model pools them."""
         raise NotImplementedError
 
+    def record_grid(self, model: Any, given: dict[str, Any], visual: Visual) -> tuple[int, int] | None:
+        """Of a frame its own."""
+        return visual.cells[0].grid if visual.kind == "video" else super().record_grid(model, given, visual)
+
     def check(self, model: Any, methods: dict[str, Method]) -> None:
         """Newlines behind rows need rows."""
         super().check(model, methods)
