@@ -111,12 +111,11 @@ def test_who_has_no_videos_is_told_at_once() -> None:
     assert vtoken.num_tokens(quota, img_size=54) == vtoken.num_tokens(
         vtoken.apply(build("onevision"), vtoken.VTCCLS(keep_ratio=1.0)), img_size=54
     ), "images stay whole"
-    with pytest.raises(vtoken.InputError, match="3 scores for a video, which has 4 frames"):
-        with vtoken.budget(quota, frame_scores=[1, 2, 3]):
-            quota(**one_video("onevision"))
-    with pytest.raises(vtoken.InputError, match="2 budgets for 1 video"):
-        with vtoken.budget(quota, budget=[3, 4]):
-            quota(**one_video("onevision"))
+    match = "3 scores for a video, which has 4 frames"
+    with pytest.raises(vtoken.InputError, match=match), vtoken.budget(quota, frame_scores=[1, 2, 3]):
+        quota(**one_video("onevision"))
+    with pytest.raises(vtoken.InputError, match="2 budgets for 1 video"), vtoken.budget(quota, budget=[3, 4]):
+        quota(**one_video("onevision"))
     with pytest.raises(vtoken.ConfigError, match="no frame a whole token"):
         vtoken.QuotaVideoModel(build("next"), budget=1, rounding="floor")(**one_video("next"), frame_scores=SCORES)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,31 +17,27 @@ class VideoFeatures:
     Args:
         visual: how the video lies in a prompt.
         encoded: what the model made of it.
-        native: its cells on their native grids, [H, W, C] each.
         inputs: what the model needs to number positions, such as its grid; one row each.
     """
 
     visual: Visual
     encoded: Encoded
-    native: tuple[Tensor, ...]
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def grid(self) -> Tensor:
         """Features [T, H, W, C] where they are resampled; deeper levels are beside them."""
-        return torch.stack(self.native)
+        if self.encoded.native is not None:
+            return torch.stack(self.encoded.native[0])
+        rows = torch.cat([level[0] for level in self.encoded.levels], dim=-1)
+        return rows[self.visual.places().to(rows.device)].unflatten(0, (-1, *self.visual.cells[0].grid))
 
     def to(self, device: torch.device | str) -> VideoFeatures:
         """The same on another device."""
-
-        def moved(values: Any) -> Any:
-            return values if values is None else type(values)(v.to(device) for v in values)
-
-        levels = [moved(level) for level in self.encoded.levels]
-        native = moved(self.native)
-        return replace(
-            self,
-            encoded=replace(self.encoded, levels=levels, native=[native]),
-            native=native,
-            inputs={name: value.to(device) for name, value in self.inputs.items()},
+        native = self.encoded.native
+        encoded = replace(
+            self.encoded,
+            levels=[[rows.to(device) for rows in level] for level in self.encoded.levels],
+            native=None if native is None else [tuple(cell.to(device) for cell in native[0])],
         )
+        return replace(self, encoded=encoded, inputs={name: value.to(device) for name, value in self.inputs.items()})

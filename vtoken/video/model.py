@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.host import Host, HostAdapter, host_of
+from vtoken.core.host import HostAdapter, host_of
 from vtoken.core.records import VideoRecord
 from vtoken.core.trace import current_trace
 from vtoken.core.visual import Visual
@@ -168,8 +168,7 @@ class QuotaVideoModel(Wrapper):
         if not self._has_video(given, frame_scores, frames, features):
             go_on(core, self._family, given)
             return self.model(*args, **kwargs)
-        service, given = self._service(given, frame_scores, query, frames, features)
-        prepared = self._prepared(service, given, scored=frame_scores is None, generating=False)
+        service, given, prepared, _ = self._rebuilt(given, frame_scores, query, frames, features, generating=False)
         return forwarded(service, self.model, prepared, given)
 
     @torch.no_grad()
@@ -199,8 +198,7 @@ class QuotaVideoModel(Wrapper):
 
         check_way(core, given)
         given = with_ids(core, {name: value for name, value in given.items() if name != "inputs"}, ids)
-        service, given = self._service(given, frame_scores, query, frames, features)
-        prepared = self._prepared(service, given, scored=frame_scores is None, generating=True)
+        service, given, prepared, _ = self._rebuilt(given, frame_scores, query, frames, features, generating=True)
         return generated(service, core.generate, prepared, given)
 
     def prepare(
@@ -232,8 +230,7 @@ class QuotaVideoModel(Wrapper):
             ConfigError: if a budget cannot be spent.
         """
         core, family, generating = self._core, self._family, padding_side == "left"
-        service, given = self._service(inputs, frame_scores, query, frames, features)
-        prepared = self._prepared(service, given, scored=frame_scores is None, generating=generating)
+        _, _, prepared, told = self._rebuilt(inputs, frame_scores, query, frames, features, generating=generating)
         target, call = family.hand_over(core, dict(prepared.call), generating=generating)
         if target is not core:  # an older release encodes in its forward: there `forward` calls a stand-in
             call = {name: value for name, value in prepared.call.items() if name != "features"}
@@ -241,8 +238,7 @@ class QuotaVideoModel(Wrapper):
         if prepared.offset is not None:
             family.go_on(core, prepared.offset)
         made = PreparedPrompt(call | {"input_ids": prepared.ids})
-        made.index = prepared.index
-        made.reports = self._reports(service, given, prepared, scored=frame_scores is None)
+        made.index, made.reports = prepared.index, told
         return made
 
     def encode_video(self, **inputs: Any) -> VideoFeatures:
@@ -265,83 +261,63 @@ class QuotaVideoModel(Wrapper):
             raise InputError(
                 f"encode_video takes one video, got {len(visuals)}; call it for each and pass a list of features"
             )
-        encoded, [visual] = family.encode(core, given, visuals, needs), visuals
-        if encoded.native is None:
-            rows = torch.cat([level[0] for level in encoded.levels], dim=-1)[visual.places()]
-            encoded = replace(encoded, native=[tuple(rows.unflatten(0, (-1, *visual.cells[0].grid)))])
+        encoded = family.encode(core, given, visuals, needs)
         kept = {name: torch.as_tensor(given[name]) for name in family.numbering if name in given}
-        assert encoded.native is not None
-        return VideoFeatures(visual, encoded, encoded.native[0], kept)
+        return VideoFeatures(visuals[0], encoded, kept)
 
     @property
     def _core(self) -> Any:
         """The model itself where it was compiled."""
         return getattr(self.model, "_orig_mod", self.model)
 
-    def _service(
-        self, inputs: dict[str, Any], frame_scores: Any, query: Any, frames: Any, features: Features | None
-    ) -> tuple[Service, dict[str, Any]]:
-        """Who shortens this call, and the call; raises InputError for one whose prompt cannot be rebuilt."""
-        core, family = self._core, self._family
+    def _rebuilt(
+        self,
+        inputs: dict[str, Any],
+        frame_scores: Any,
+        query: Any,
+        frames: Any,
+        features: Features | None,
+        *,
+        generating: bool,
+    ) -> tuple[Service, dict[str, Any], Prepared, tuple[Any, ...]]:
+        """Who shortens a call, the call, what became of it, and a report of every video."""
+        core, family, asked = self._core, self._family, asked_of(self)
         given = {name: value for name, value in inputs.items() if value is not None}
         if given.get("input_ids") is None or "inputs_embeds" in given or "mm_encoder_outputs" in given:
             raise InputError(
                 "a call with a video needs input_ids, and neither inputs_embeds nor mm_encoder_outputs: its prompt is "
                 "rebuilt from ids. Tuned prompts (peft's PromptTuningConfig and the like) cannot be combined with it"
             )
-        if isinstance(given.get("logits_to_keep"), Tensor):
-            raise InputError(
-                "logits_to_keep names positions of the full prompt; pass how many of the last ones to keep"
-            )
-        if is_filled(cache_of(given)):
-            raise InputError(
-                "a video came with a cache that is not empty: what it holds cannot be matched to a rebuilt prompt. "
-                "Send the whole conversation without the cache"
-            )
         known = [features] if isinstance(features, VideoFeatures) else list(features or [])
         known = [video.to(given["input_ids"].device) for video in known]
         for name in dict.fromkeys(name for video in known for name in video.inputs):
             given.setdefault(name, torch.cat([video.inputs[name] for video in known]))
-        asked = asked_of(self)
+        scores = asked.get("frame_scores") if frame_scores is None else frame_scores
 
         def told(videos: list[Visual]) -> list[dict[str, Any]]:
-            scores = self._scores(videos, frame_scores, query, frames, asked)
-            return [{"frame_scores": each} for each in scores]
+            return [{"frame_scores": each} for each in self._scores(videos, scores, query, frames)]
 
         own = service_of(core) if "_vtoken_family" in core.__dict__ else Service(core, family, {}, {})
-        return (
-            Service(
-                core,
-                family,
-                {**own.methods, "video": self._method},
-                {**own.asked, "video": asked},
-                told,
-                [(video.visual, video.encoded) for video in known],
-            ),
-            given,
+        service = replace(
+            own,
+            methods={**own.methods, "video": self._method},
+            asked={**own.asked, "video": asked},
+            told=told,
+            known=[(video.visual, video.encoded) for video in known],
         )
-
-    def _prepared(self, service: Service, given: dict[str, Any], *, scored: bool, generating: bool) -> Prepared:
-        found = eagerly(service, given, generating=generating)
-        if found is None:
+        prepared, token_id = eagerly(service, given, generating=generating), family.token_ids(core)["video"]
+        if prepared is None:
+            videos = [*family.layout(core, given), *(visual for visual, _ in service.known)]
             raise ShapeError(
                 "0 video placeholders in the prompt, but its video(s) need "
-                f"{sum(v.length for v in self._videos(service, given))}: let the model's processor write the prompt"
+                f"{sum(v.length for v in videos if v.kind == 'video')}: let the model's processor write the prompt"
             )
+        scoring = 0 if scores is not None or self.scorer is None else None
+        made = reports(core, token_id, given, prepared, scoring)
         record = current_trace(self)
         if record is not None:
-            record.record_video(
-                VideoRecord(self._reports(service, given, found, scored=scored), found.index, found.ids)
-            )
-        return found
-
-    def _videos(self, service: Service, given: dict[str, Any]) -> list[Visual]:
-        found = [*self._family.layout(service.model, given), *(visual for visual, _ in service.known)]
-        return [visual for visual in found if visual.kind == "video"]
-
-    def _reports(self, service: Service, given: dict[str, Any], prepared: Prepared, *, scored: bool) -> tuple[Any, ...]:
-        token_id = self._family.token_ids(service.model)["video"]
-        return reports(service.model, token_id, given, prepared, None if scored and self.scorer is not None else 0)
+            record.record_video(VideoRecord(made, prepared.index, prepared.ids))
+        return service, given, prepared, made
 
     def _has_video(self, given: dict[str, Any], frame_scores: Any, frames: Any, features: Any) -> bool:
         """Whether a call is to be prepared; raises InputError for one that has only a part of a video."""
@@ -368,11 +344,9 @@ class QuotaVideoModel(Wrapper):
         return False
 
     def _scores(
-        self, videos: Sequence[Visual], frame_scores: Any, query: Any, frames: Any, asked: dict[str, Any]
+        self, videos: Sequence[Visual], frame_scores: Any, query: Any, frames: Any
     ) -> list[list[float]]:  # fmt: skip
         """Scores of the cells of every video."""
-        if frame_scores is None:
-            frame_scores = asked.get("frame_scores")
         if frame_scores is None:
             if self.scorer is None:
                 self._warn_uniform()
@@ -412,13 +386,9 @@ class QuotaVideoModel(Wrapper):
 
 def _family(model: nn.Module, adapter: HostAdapter | str) -> Any:
     core = getattr(model, "_orig_mod", model)
-    if isinstance(adapter, Family):
-        host = Host(adapter, core, adapter.spec(core))
-    elif adapter == "auto":
-        host = host_of(core, "prompt")
-    else:
+    if adapter != "auto" and not isinstance(adapter, Family):
         raise ConfigError(f'adapter={adapter!r}: must be "auto" or a vtoken.prompts.family.Family')
-    family: Any = host.adapter
+    family: Any = adapter if isinstance(adapter, Family) else host_of(core, "prompt").adapter
     if "video" not in family.kinds:
         raise UnsupportedModelError(
             f"cannot spend a token budget on the videos of {type(core).__name__}: vtoken knows only its "
