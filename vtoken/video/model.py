@@ -14,9 +14,9 @@ from vtoken.core.host import HostAdapter, host_of
 from vtoken.core.records import VideoRecord
 from vtoken.core.trace import current_trace
 from vtoken.core.visual import Visual
-from vtoken.core.wrapper import Wrapper, setting
+from vtoken.core.wrapper import Wrapper, setting, settings_from
 from vtoken.errors import ConfigError, InputError, ShapeError, UnsupportedModelError, VTokenWarning
-from vtoken.methods.quota import Budget, FrameBudget, QuoTA, per_cell
+from vtoken.methods.quota import FrameBudget, QuoTA, per_cell
 from vtoken.prompts.budget import asked_of, clues_for
 from vtoken.prompts.calls import by_name, cache_of, is_chosen, is_filled
 from vtoken.prompts.engine import Prepared, Service, service_of
@@ -56,8 +56,8 @@ class QuotaVideoModel(Wrapper):
     Args:
         model: transformers LlavaOnevision, LlavaNextVideo, Qwen2VL, Qwen2_5_VL, Qwen3VL, Qwen3_5 or VideoLlama3
             ...ForConditionalGeneration, or one that a family of yours knows; plain or compiled.
-        budget, mode, min_tokens, max_tokens, power, count_separators, vision_chunk, rounding, shape: those of
-            `vtoken.QuoTA`.
+        config, settings: a `vtoken.QuoTA`, or its values by name: budget, mode, min_tokens, max_tokens, power,
+            count_separators, vision_chunk, rounding, shape.
         scorer, decoupler: used for calls that bring `frames` and a `query` but no scores; by default no scorer, and a
             decoupler that leaves the question as it is.
         adapter: "auto", or a `vtoken.prompts.family.Family`; fixed once the wrapper is built.
@@ -82,31 +82,21 @@ class QuotaVideoModel(Wrapper):
     def __init__(
         self,
         model: nn.Module,
+        config: QuoTA | None = None,
         *,
-        budget: Budget | Sequence[Budget] = None,
-        mode: str = "bilinear",
-        min_tokens: int | None = None,
-        max_tokens: int | None = None,
-        power: float = 2.0,
         scorer: Scorer | None = None,
         decoupler: Decoupler | None = None,
         adapter: HostAdapter | str = "auto",
-        count_separators: bool = False,
-        vision_chunk: int | None = 32,
-        rounding: str = "exact",
-        shape: str = "exact",
+        **settings: Any,
     ) -> None:
         super().__init__()
-        settings = QuoTA(
-            budget=budget, mode=mode, min_tokens=min_tokens, max_tokens=max_tokens, power=power, rounding=rounding,
-            count_separators=count_separators, vision_chunk=vision_chunk, shape=shape,
-        )  # fmt: skip
+        config = settings_from("QuotaVideoModel", QuoTA, config, settings)
         self._family = _family(model, adapter)
         self.model = model
         self.scorer: Any = scorer
         self.decoupler = IdentityDecoupler() if decoupler is None else decoupler
         self._warned = False
-        self._adopt(settings)
+        self._adopt(config)
 
     def _adopt(self, settings: QuoTA) -> None:
         """Make these the settings; raises ConfigError, nothing changed, where they do not fit the model."""

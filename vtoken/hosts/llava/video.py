@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from vtoken.hosts.llava.features import LAYER_NAMES, drops_first, feature_layer,
 from vtoken.hosts.transformers.entry import will_remove
 from vtoken.hosts.transformers.families import num_prefix
 from vtoken.hosts.watch import Reader
+from vtoken.prompts.family import named_for
 
 
 class LlavaVideo(LlavaAdapter):
@@ -121,80 +123,52 @@ class LlavaVideo(LlavaAdapter):
         if visuals[0].kind == "image":
             return super().encode(model, given, visuals, needs)
         videos = _videos(given["pixel_values_videos"])
-        frames, grid = torch.cat(videos), visuals[0].cells[0].grid
-        step = len(frames) if needs.chunk is None else needs.chunk
-        runs = [self._run(model, given, part, needs) for part in frames.split(step)]
-        rows, native, before, keys, attention = (
-            None if part[0] is None else torch.cat(part) for part in zip(*runs, strict=True)
-        )
-        assert rows is not None
-        lengths = [len(video) for video in videos]
-        content = grid[0] * grid[1]
-        inner, levels = model.model, []
-        for visual, own in zip(visuals, rows.split(lengths), strict=True):
-            level = own.new_empty(visual.length, own.shape[-1])
-            level[visual.places()] = own.reshape(-1, own.shape[-1])
-            if visual.separators:
-                level[list(visual.separators)] = inner.image_newline.to(level)
-            levels.append(level)
-
-        def by_video(values: Tensor | None) -> list[Tensor] | None:
-            return None if values is None else [v.flatten(0, 1) for v in values.split(lengths)]
-
-        assert rows.shape[1] == content
-        side = visuals[0].cells[0].native
-        cells = None
-        if native is not None and side is not None:
-            cells = [tuple(part) for part in native.unflatten(1, side).split(lengths)]
-        scores = by_video(attention)
+        frames, lengths = torch.cat(videos), [len(video) for video in videos]
+        runs = [self._run(model, given, part, needs) for part in frames.split(needs.chunk or len(frames))]
+        taps = {name: torch.cat([run[name] for run in runs]).split(lengths) for name in runs[0]}
+        levels = [_with_lines(model, v, own.flatten(0, 1)) for v, own in zip(visuals, taps.pop("rows"), strict=True)]
+        side, grids = visuals[0].cells[0].native, taps.pop("native", ())
+        assert side is not None
+        flat = {name: [own.flatten(0, 1) for own in each] for name, each in taps.items()}
+        if "attention" in flat:
+            flat["attention"] = [scores.T for scores in flat["attention"]]
+        native = [tuple(own.unflatten(1, side)) for own in grids] or None
         out = BaseModelOutputWithPooling(pooler_output=_stacked(levels))
-        return Encoded(
-            {"video": out},
-            [levels],
-            None if scores is None else [score.T for score in scores],
-            by_video(before),
-            by_video(keys),
-            native=cells,
-        )
+        made = Encoded({"video": out}, [levels], flat.get("attention"), flat.get("before"), flat.get("keys"))
+        return replace(made, native=native)
 
-    def _run(
-        self, model: Any, given: dict[str, Any], frames: Tensor, needs: Needs
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Of frames [F, C, H, W] rows as pooled [F, n, C], native, in front of the projector, keys and attention."""
-        name, tower = tower_of(model)
-        inner, first, native, before = model.model, int(drops_first(model, given)), list[Tensor](), list[Tensor]()
+    def _run(self, model: Any, given: dict[str, Any], frames: Tensor, needs: Needs) -> dict[str, Tensor]:
+        """Of frames [F, C, H, W] their "rows" [F, n, C], and what else was asked for by its name."""
+        (name, tower), inner, first = tower_of(model), model.model, int(drops_first(model, given))
+        native, before = list[Tensor](), list[Tensor]()
         watch = Watch(needs.layers, "cls" if needs.attention == "class" else "received", keys="keys" in needs.features)
         reads = needs.attention != "none" or "keys" in needs.features
         if reads and not is_patched(tower):
             raise changed("the image tower", tower)
         run: Any = functools.partial(tower, vtoken_rows=watch) if reads else tower
-        parts: dict[str, Any] = {name: functools.partial(_dense, tower, run, layers_of(model, given))}
         pooler = "vision_resampler" if self.pools_first else "apply_pooling"
-        own = getattr(inner, pooler)
-        parts[pooler] = Reader(own, before=native.append if "native" in needs.features else None)
-        if "before" in needs.features:
-            parts["multi_modal_projector"] = Reader(inner.multi_modal_projector, before=before.append)
-        function = inner.get_video_features
+        parts: dict[str, Any] = {
+            name: functools.partial(_dense, tower, run, layers_of(model, given)),
+            pooler: Reader(getattr(inner, pooler), before=native.append),
+            "multi_modal_projector": Reader(inner.multi_modal_projector, before=before.append),
+        }
+        function = view(inner, **parts).get_video_features
         takes = inspect.signature(function).parameters
-        named = {n: given[n] for n in (*LAYER_NAMES, "vision_feature_select_strategy") if given.get(n) is not None}
-        named = {n: value for n, value in named.items() if n in takes}
         pixels = "pixel_values_videos" if "pixel_values_videos" in takes else "pixel_values"  # in older releases
-        out = getattr(view(inner, **parts), "get_video_features")(  # noqa: B009
-            **{pixels: frames.unsqueeze(0)}, **named, return_dict=True
-        )
+        named = named_for(function, given, (*LAYER_NAMES, "vision_feature_select_strategy"))
+        out = function(**{pixels: frames.unsqueeze(0)}, **named, return_dict=True)
         half = self.default_side(_side(model)) ** 2
-        rows = out.pooler_output[0].flatten(0, -2)[: len(frames) * half].unflatten(0, (len(frames), half))
-        keys = attention = None
-        if reads:
-            each, _ = watch.each(feature_layer(model, given))
-            if each:
-                attention = self.pooled(model, torch.stack(each, dim=-1)[:, first:])
-            if watch.keys is not None:
-                keys = self.pooled(model, watch.keys[:, first:])
-        seen = None
-        if before:
-            seen = before[0] if self.pools_first else self.pooled(model, before[0])
-        return rows, native[0] if native else None, seen, keys, attention
+        found = {"rows": out.pooler_output[0].flatten(0, -2)[: len(frames) * half].unflatten(0, (len(frames), half))}
+        if "native" in needs.features:
+            found["native"] = native[0]
+        if "before" in needs.features:
+            found["before"] = before[0] if self.pools_first else self.pooled(model, before[0])
+        if needs.attention != "none":
+            each = watch.each(feature_layer(model, given))[0]
+            found["attention"] = self.pooled(model, torch.stack(each, dim=-1)[:, first:])
+        if watch.keys is not None:
+            found["keys"] = self.pooled(model, watch.keys[:, first:])
+        return found
 
 
 class Onevision(LlavaVideo):
@@ -261,6 +235,16 @@ def _videos(pixels: Tensor | Sequence[Tensor]) -> list[Tensor]:
         shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else [tuple(frames.shape) for frames in videos]
         raise ShapeError(f"pixel_values_videos must be [videos, frames, C, H, W], got {shape}")
     return videos
+
+
+def _with_lines(model: Any, visual: Visual, rows: Tensor) -> Tensor:
+    """Rows [n, C] of a video with its newlines between or behind them."""
+    if not visual.separators:
+        return rows
+    found = rows.new_empty(visual.length, rows.shape[-1])
+    found[visual.places()] = rows
+    found[list(visual.separators)] = model.model.image_newline.to(rows)
+    return found
 
 
 def _stacked(levels: list[Tensor]) -> Tensor:
