@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 
 from tests.helpers import assert_close
 from tests.hosts import llavas
+from tests.prompts import qwens
 from tests.quota.builders import (
     FAMILIES,
     GRID,
@@ -151,6 +152,22 @@ def test_frames_are_shortened_like_images(kind: str) -> None:
     if kind in ("qwen2_5",):
         given.pop("second_per_grid_ts")  # not flipped with the pixels
     vtoken.testing.check_family(build(kind), given)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_moe", "qwen3_5_moe"])
+@torch.no_grad()
+def test_budgets_of_all_qwens(kind: str) -> None:
+    """Whole frames are the model's own to the bit; with fewer tokens every cell keeps one."""
+    model, given = qwens.build(kind), qwens.call(video=True, kind=kind)
+    quota = vtoken.QuotaVideoModel(model, budget=1.0)
+    [video] = [v for v in quota.adapter.layout(model, given) if v.kind == "video"]
+    scores = [[0.3] * len(video.cells)]
+    assert torch.equal(quota(**given, frame_scores=scores).logits, model(**given).logits)
+    quota.budget = len(video.cells) + 1
+    report = quota.prepare(**given, frame_scores=scores).reports[0]
+    assert sorted(report.tokens_per_frame) == [1] * (len(video.cells) - 1) + [2]
+    ids = quota.generate(**given, frame_scores=scores, max_new_tokens=2, do_sample=False)
+    assert torch.equal(ids[:, :-2], given["input_ids"])
 
 
 @torch.no_grad()
