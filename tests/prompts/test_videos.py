@@ -246,6 +246,9 @@ def test_inner_models_do_not_run_past_a_budget() -> None:
     vtoken.apply(model, vtoken.QuoTA(budget=5))
     with pytest.raises(vtoken.InputError, match="with videos past"):
         model.model(**given)
+    pixels, count = image_inputs("qwen2")
+    image = prompt("qwen2", [[3, 56, [59] * count, 8]]) | pixels
+    assert model.model(**image).last_hidden_state.shape[1] == 3 + count, "images stay whole in any case"
     ready = model.get_video_features(given["pixel_values_videos"], given["video_grid_thw"])
     rest = {name: given[name] for name in ("input_ids", "mm_token_type_ids", "video_grid_thw")}
     if "mm_encoder_outputs" in model.forward.__signature__.parameters:

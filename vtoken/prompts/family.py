@@ -180,7 +180,9 @@ class Family(HostAdapter):
     def targets(self, model: nn.Module, methods: dict[str, Method]) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, and the one inside for those who run it alone."""
         inner: Any = model.model
-        return [(model, PromptMixin, {"_vtoken_family": self}), (inner, InnerMixin, {"_vtoken_kinds": self.kinds})]
+        method: Any = methods["on_features"]
+        kinds = tuple(kind for kind in self.kinds if kind in method.kinds)
+        return [(model, PromptMixin, {"_vtoken_family": self}), (inner, InnerMixin, {"_vtoken_kinds": kinds})]
 
     def check_known(self, model: Any, *more: tuple[Any, str]) -> None:
         """Raise UnsupportedModelError if a method that a call goes through was replaced on an instance."""
