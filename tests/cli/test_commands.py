@@ -49,7 +49,7 @@ def test_small_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["tokens"][-1] == 60
     assert main(["methods", "--json"]) == 0
     known = {"pitome", "tome", "random_merge", "random_prune", "stride", "threshold_merge", "sparsifiner", "vtc_cls"}
-    known |= {"divprune", "visionzip", "cdpruner", "random_tokens", "uniform_tokens", "pooled_tokens"}
+    known |= {"divprune", "visionzip", "cdpruner", "random_tokens", "uniform_tokens", "pooled_tokens", "quota"}
     assert set(json.loads(capsys.readouterr().out)) == known
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__.partition("+")[0] or True

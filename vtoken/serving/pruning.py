@@ -52,7 +52,7 @@ class Pruning:
         #: The stand-in, on the device "meta".
         self.model: Any = apply(_weightless(config), settings)
         self.family: Family = self.model._vtoken_family
-        self.method: PromptMethod = self.model._vtoken.methods["on_features"]
+        self.method: PromptMethod = self.model._vtoken.methods[PromptMethod]
         self.facts: TowerFacts = self.family.facts(self.model, {})
         self.needs: Needs = self.method.needs(self.facts)
         if self.needs.text:

@@ -87,7 +87,8 @@ class _Qwen:
 
     def _tokens(self: Any, patches: Tensor, visuals: Sequence[Visual], grids: Tensor) -> list[Tensor]:
         """Values [patches, c] as means over the patches of every token, by image."""
-        tokens = self.pruning.family.tokens_of(self.pruning.model, patches, torch.as_tensor(grids).cpu())
+        merges = [int(self.config.vision_config.spatial_merge_size)] * len(visuals)
+        tokens = self.pruning.family.tokens_of(self.pruning.model, patches, torch.as_tensor(grids).cpu(), merges)
         return list(tokens.split([visual.length for visual in visuals]))
 
     def _placed(self: Any, rows: Tensor, index: Tensor, grid: Tensor) -> Tensor:
