@@ -60,7 +60,7 @@ def check_call(adapter: VideoAdapter, model: Any, given: dict[str, Any]) -> None
         )
     if isinstance(given.get("logits_to_keep"), Tensor):
         raise InputError("logits_to_keep names positions of the full prompt; pass how many of the last ones to keep")
-    pruning = _pruning(model)
+    pruning = method_of(model)
     if pruning is not None and given.get("pixel_values") is not None and model._vtoken_family.axes == 3:
         raise ConfigError(
             f"{type(pruning).__name__} shortens prompts of {type(model).__name__} along three axes, which cannot be "
@@ -158,11 +158,6 @@ def _encode_images(adapter: VideoAdapter, model: Any, given: dict[str, Any], sid
         raise InputError("pixel_values came without image placeholders in the prompt")
     call = prepared.call
     return _Images(_without(call, {"features": None}) | videos, call["features"]["image"], record.prompt.index)
-
-
-def _pruning(model: Any) -> Any:
-    """The method that takes image tokens out of the model's prompts; None if there is none."""
-    return getattr(model.__dict__.get("_vtoken"), "methods", {}).get("on_features")
 
 
 def _without(given: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
