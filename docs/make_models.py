@@ -103,12 +103,22 @@ def transformers_models() -> Iterable[tuple[str, nn.Module]]:
         cls = getattr(transformers, name, None)
         if cls is not None:  # older releases lack some
             with torch.device("meta"):
-                if name in OVER_MAPS:
+                if name == "AyaVisionForConditionalGeneration":  # whose own default divides no width by its heads
+                    vision = transformers.SiglipVisionConfig(hidden_size=1152, num_attention_heads=16)
+                    yield name, cls(cls.config_class(vision_config=vision))
+                elif name in OVER_MAPS:
                     yield f"{name} over DINOv2", cls(cls.config_class(backbone_config=_dino_maps()))
                 elif name in UNBUILDABLE:
                     yield name, cls(cls.config_class(vision_config=transformers.SiglipVisionConfig()))
                 else:
                     yield name, cls(cls.config_class())
+    with torch.device("meta"):
+        config = transformers.LlavaConfig(
+            vision_config=transformers.PixtralVisionConfig(),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+        yield "LlavaForConditionalGeneration over Pixtral", transformers.LlavaForConditionalGeneration(config)
 
 
 #: transformers' auto-mappings of whatever sees images.

@@ -16,6 +16,7 @@ import vtoken
 from tests.contract.table import attention, blocks, call, checkpointing_, run, snapshot
 from tests.helpers import assert_close, assert_same, images, randomise_
 from tests.methods.sparse_hosts import TOWERS, against_loops, sparse, taught
+from vtoken.methods.sparsifiner.settings import SparseAttention
 
 hf = pytest.importorskip("transformers")
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
@@ -211,6 +212,22 @@ def test_masks_of_the_caller(name: str) -> None:
                      attn(rows, attention_mask=whole)[0], 1e-12)  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["hf_vit", "hf_clip", "hf_siglip"])
+def test_sizes_of_merged_tokens_are_one_number_a_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels serve no other mask."""
+    model, seen = sparse(TOWERS[name].model(), [vtoken.ToMe(r=4), CONFIG]), []
+    stock = SparseAttention.attend
+
+    def noted(self: Any, q: Tensor, k: Tensor, v: Tensor, predictor: Any, told: Any) -> Tensor:
+        seen.append(None if told.mask is None else tuple(told.mask.shape))
+        return stock(self, q, k, v, predictor, told)
+
+    monkeypatch.setattr(SparseAttention, "attend", noted)
+    run(model, x)
+    tokens = vtoken.plan(model).tokens
+    assert seen == [None, (2, 1, 1, tokens[1]), (2, 1, 1, tokens[2])]
+
+
 @pytest.mark.parametrize("name", ["hf_vit", "hf_clip", "hf_siglip", "hf_dino_reg"])
 @pytest.mark.parametrize("mode", ["exact", "grouped", "threshold"])
 def test_checkpointed_gradients_with_two_forwards_before_one_backward(name: str, mode: str) -> None:
@@ -261,6 +278,6 @@ def test_other_attentions_are_refused_by_name() -> None:
     vtoken.remove(model)
     model.vit.layers[2].attention = _Nested()
     before = snapshot(model)
-    with pytest.raises(vtoken.UnsupportedModelError, match="nested; newer releases"):
+    with pytest.raises(vtoken.UnsupportedModelError, match=r"its _Nested holds another attention.*q_proj"):
         vtoken.apply(model, CONFIG)
     assert snapshot(model) == before

@@ -220,8 +220,6 @@ def test_what_cannot_be_generated() -> None:
     vtoken.apply(model, vtoken.VTCCLS(num_tokens=6, positions="original"))
     with pytest.raises(vtoken.InputError, match="use_cache=False"):
         model.generate(**given, pixel_values=pixels, **GREEDY, use_cache=False)
-    with pytest.raises(vtoken.InputError, match="assisted"):
-        model.generate(**given, pixel_values=pixels, **GREEDY, prompt_lookup_num_tokens=2)
 
 
 def test_rows_that_end_up_unequal_without_a_mask_are_padded_left() -> None:

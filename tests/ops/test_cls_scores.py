@@ -36,6 +36,9 @@ def test_received_attention_over_chunks(tokens: int) -> None:
     q, k = heads(tokens)
     maps = (q @ k.transpose(2, 3) * 0.3).softmax(-1)
     assert_close("received", maps.mean((1, 2)), received_row(q, k, scale=0.3), 1e-6)
+    bias = torch.randn(len(q), 1, tokens, tokens, generator=torch.Generator().manual_seed(tokens))
+    maps = (q @ k.transpose(2, 3) * 0.3 + bias).softmax(-1)
+    assert_close("a bias by query", maps.mean((1, 2)), received_row(q, k, scale=0.3, bias=bias), 1e-6)
 
 
 def test_scores_are_float32_and_detached_whatever_comes_in() -> None:

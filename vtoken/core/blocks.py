@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtoken.core.bound import alone
 from vtoken.core.calling import is_heard_within
 from vtoken.core.compiled import CompiledBlocks
 from vtoken.core.method import BlockMethod
@@ -31,7 +32,7 @@ def _refuse_mask(attention: dict[str, Any]) -> None:
 
 def merged_block(
     block: Any,
-    state: TokenState,
+    state: TokenState | None,
     x: Tensor,
     stock: Callable[..., Tensor],
     **attention: Any,
@@ -41,11 +42,15 @@ def merged_block(
     Args:
         block: has `_vtoken_index` and its two residual branches as `_vtoken_attn(x, tap, **attention)`, which runs its
             attention with the tap, and `_vtoken_mlp(x)`.
-        state: of this forward.
+        state: of this forward; None where somebody calls the block past the model, who is told once.
         x: tokens [B, T, C].
-        stock: called as stock(x, tap, **attention) where nothing is removed: the block's own forward.
+        stock: called as stock(x, tap, **attention) where nothing is removed: the block's own forward. Without a state
+            there is no tap.
         attention: further arguments of the block's attention.
     """
+    if state is None:
+        alone(block)
+        return stock(x, None, **attention)
     layer: int = block._vtoken_index
     method = state.method
     state.enter(layer, x)

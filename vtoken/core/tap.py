@@ -13,7 +13,7 @@ from vtoken.core.bound import changed
 from vtoken.core.method import KeepAll
 from vtoken.core.patch import forward_with
 from vtoken.core.state import TokenState
-from vtoken.core.watch import Reader
+from vtoken.core.watch import Reader, by_heads
 from vtoken.errors import InputError
 from vtoken.ops.merging.matching import summed_keys
 
@@ -115,9 +115,10 @@ class Tap(Reader):
             return self._cls.detach().mean(1).unsqueeze(-1)
         if self.keys is None:
             raise RuntimeError("the attention never called its key norm, so there are no keys to compare tokens by")
+        keys = self.keys if self.keys.dim() == 4 else by_heads(self.keys, self._made_by)
         if self._wanted == "key":
-            return summed_keys(self.keys)
-        return self.keys.detach().transpose(1, 2).flatten(2)
+            return summed_keys(keys)
+        return keys.detach().transpose(1, 2).flatten(2)
 
 
 class TappedMixin:
@@ -127,6 +128,8 @@ class TappedMixin:
     #: The norms or projections of keys and queries.
     _vtoken_keys: ClassVar[str] = "k_norm"
     _vtoken_queries: ClassVar[str] = "q_norm"
+    #: The attribute that counts heads, of attentions without a `head_dim` whose keys are a projection [B, T, C].
+    _vtoken_heads: ClassVar[str] = ""
 
     def forward(self: Any, *args: Any, vtoken_tap: Tap | None = None, **options: Any) -> Any:
         if vtoken_tap is None:

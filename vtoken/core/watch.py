@@ -163,6 +163,7 @@ class Reader:
     wants_keys: bool = False
     #: Keys as their module makes them, once the attention has run.
     keys: Tensor | None = None
+    _made_by: Any = None
 
     def __init__(self, row: Row | None) -> None:
         self.row = row
@@ -181,21 +182,24 @@ class Reader:
     def _query(self, attn: Any, make: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         made = make(x)
         if self.row is not None:
-            self.row.queries(_heads(made.detach(), attn), _scale(attn))
+            self.row.queries(by_heads(made.detach(), attn), _scale(attn))
         return made
 
     def _key(self, attn: Any, make: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         made = make(x)
         if self.wants_keys:
-            self.keys = made
+            self.keys, self._made_by = made, attn
         if self.row is not None:
-            self.row.keys(_heads(made.detach(), attn), _scale(attn))
+            self.row.keys(by_heads(made.detach(), attn), _scale(attn))
         return made
 
 
-def _heads(x: Tensor, attn: Any) -> Tensor:
+def by_heads(x: Tensor, attn: Any) -> Tensor:
     """[B, H, T, D] of a projection [B, T, C], or as it is."""
-    return x if x.dim() == 4 else x.unflatten(2, (-1, int(attn.head_dim))).transpose(1, 2)
+    if x.dim() == 4:
+        return x
+    name = getattr(attn, "_vtoken_heads", "")
+    return x.unflatten(2, (int(getattr(attn, name)), -1) if name else (-1, int(attn.head_dim))).transpose(1, 2)
 
 
 def _scale(attn: Any) -> float:

@@ -56,8 +56,8 @@ class Pruning:
         self.family: Family = self.model._vtoken_family
         if not isinstance(self.family, (LlavaAdapter, QwenVL)):
             raise UnsupportedModelError(
-                f"{self.family.name} is not served inside an engine: LLaVA and LLaVA-NeXT with a CLIP or SigLIP tower and "
-                "Qwen-VL are"
+                f"{self.family.name} is not served inside an engine: LLaVA and LLaVA-NeXT with a CLIP or SigLIP tower "
+                "and Qwen-VL are"
             )
         found = method_of(self.model)
         assert found is not None

@@ -13,6 +13,7 @@ from torch import Tensor
 from vtoken.core.trace import current_trace, tracing
 from vtoken.errors import ConfigError, InputError, ShapeError
 from vtoken.hosts.video.adapter import VISION_SIDE, VideoAdapter, VideoFeatures, VideoLayout, embed
+from vtoken.prompts.budget import method_of
 from vtoken.prompts.calls import cache_of, chosen, is_filled
 from vtoken.prompts.family import rows_of
 from vtoken.prompts.shrink import ShortPrompt, check_ids, check_shapes, default_positions, shrink_inputs
@@ -146,7 +147,7 @@ def _encode_images(adapter: VideoAdapter, model: Any, given: dict[str, Any], sid
     """Images by the model's own path, or pruned if VTC-CLS is applied to it."""
     if given.get("pixel_values") is None:
         return _Images(given)
-    if _pruning(model) is None:
+    if method_of(model) is None:
         return _Images(given, adapter.images(model, given))
     from vtoken.prompts.engine import prepare
 

@@ -175,7 +175,7 @@ class HFAdapter(HostAdapter):
 
     def patch_spec(self, model: nn.Module) -> PatchSpec:
         """Of a tower."""
-        return patch_spec(model)
+        return super().patch_spec(model) if tower_known(type(model)) is None else patch_spec(model)
 
     def masked(
         self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
@@ -189,11 +189,12 @@ class HFAdapter(HostAdapter):
 
     def check(self, model: nn.Module, methods: Methods) -> None:
         """A prompt must have a placeholder for every image token, so their number must be known before."""
-        projects = (hasattr(attention_of(layer), "q_proj") for _, layer in self.blocks(model))
-        if AttentionMethod in methods and not all(projects):
+        nested = next((a for _, b in self.blocks(model) if not hasattr(a := attention_of(b), "q_proj")), None)
+        if AttentionMethod in methods and nested is not None:
             raise UnsupportedModelError(
-                f"cannot put connectivity masks into a {type(model).__name__} of this transformers release: its "
-                "attention is nested; newer releases are served. The model was left as it was."
+                f"cannot put connectivity masks into a {type(model).__name__}: in this release of transformers its "
+                f"{base_of(type(nested)).__qualname__} holds another attention, and masks are served where one module "
+                "has q_proj, k_proj and v_proj. The model was left as it was."
             )
         method: BlockMethod | None = methods.get(BlockMethod)
         if method is not None and not method.exact and hasattr(model.config, "vision_feature_layer"):

@@ -66,8 +66,6 @@ class LayerMixin:
         """Normed tokens [B, T, C] through the host's attention, its keys into the tap."""
         attn = attention_of(self)
         out: Tensor = tap.attend(attn, x, attention_mask=self._vtoken_mask(x, attn_mask), **options)[0]
-        if tap.keys is not None:
-            tap.keys = tap.keys.unflatten(2, (-1, attn.head_dim)).transpose(1, 2)  # [B, H, T, D]
         return out
 
 
@@ -96,10 +94,10 @@ def _by_method(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """An attention function: the method that `attn` carries."""
     if mask is not None:
-        if mask.dtype != torch.bool:  # what eager attention calls masked is a finite number: no key may be left by it
-            mask = mask.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
         if mask.stride(-2) == 0:  # one row for all queries
             mask = mask[..., :1, :]
+        if mask.dtype != torch.bool:  # what eager attention calls masked is a finite number: no key may be left by it
+            mask = mask.masked_fill(mask == torch.finfo(mask.dtype).min, -torch.inf)
     return tap.run(attn, q, k, v, scale=scaling, mask=mask, dropout=dropout).transpose(1, 2), None
 
 
