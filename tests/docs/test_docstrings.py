@@ -30,7 +30,7 @@ GIVEN = {
 #: Their example needs more than a few lines: run from a page or a test of its own.
 ELSEWHERE = {
     "LVLMScorer": "tests/video/test_scorers.py", "text_generator": "tests/video/test_scorers.py",
-    "QuotaVideoModel": "tests/quota/test_readme.py", "budget": "tests/methods/test_vtc_cls.py",
+    "QuotaVideoModel": "tests/quota/test_page.py", "budget": "tests/methods/test_vtc_cls.py",
     "encode_images": "tests/prompts/test_serving.py",
 }  # fmt: skip
 

@@ -84,8 +84,7 @@ def load_settings(model: M, source: str | os.PathLike[str] | Mapping[str, Any], 
     Raises:
         ConfigError: if there are no settings, they are damaged or of another version, a method is not known, or they
             do not fit the model.
-        UnsupportedModelError, AlreadyAppliedError: as `vtoken.apply`.
-        In every case the model is left as it was.
+        UnsupportedModelError, AlreadyAppliedError: as `vtoken.apply`. In every case the model is left as it was.
 
     Warns:
         VTokenWarning: if there are learned parts whose weights must be loaded now.
@@ -117,8 +116,8 @@ def restore(model: M, *, replace: bool = False) -> M:
 
     Raises:
         VTokenError: if no config in the model names settings.
-        ConfigError, UnsupportedModelError, AlreadyAppliedError: as `vtoken.load_settings`.
-        In every case the model is left as it was.
+        ConfigError, UnsupportedModelError, AlreadyAppliedError: as `vtoken.load_settings`. In every case the model is left as it
+            was.
 
     Warns:
         VTokenWarning: if there are learned parts whose weights must be loaded now.
