@@ -83,7 +83,9 @@ class Tuned:
     def __str__(self) -> str:
         timed = any(row.milliseconds is not None for row in self.table)
         width = max(len(row.name) for row in self.table)
-        lines = [f"  {'':<{width}} {'FLOPs':>7} {'change':>10} {'+-':>9}" + (f" {'ms':>9}" if timed else "") + "  removed"]
+        lines = [
+            f"  {'':<{width}} {'FLOPs':>7} {'change':>10} {'+-':>9}" + (f" {'ms':>9}" if timed else "") + "  removed"
+        ]
         for row in self.table:
             mark = "*" if row.config == self.config else " "
             error = "" if row.error is None else f"{row.error:.2e}"
