@@ -116,8 +116,8 @@ def restore(model: M, *, replace: bool = False) -> M:
 
     Raises:
         VTokenError: if no config in the model names settings.
-        ConfigError, UnsupportedModelError, AlreadyAppliedError: as `vtoken.load_settings`. In every case the model is left as it
-            was.
+        ConfigError, UnsupportedModelError, AlreadyAppliedError: as `vtoken.load_settings`. In every case the model is
+            left as it was.
 
     Warns:
         VTokenWarning: if there are learned parts whose weights must be loaded now.

@@ -138,7 +138,7 @@ def tune(
         progress: whether a bar is shown on stderr.
 
     Raises:
-        ConfigError: if the method has no schedule, if the target cannot be reached (with what can), or for wrong values.
+        ConfigError: if the method has no schedule, if the target cannot be reached (with what can), or wrong values.
         InputError, ShapeError: for images that are none.
         AlreadyAppliedError: if the model carries a method.
         UnsupportedModelError: as `vtoken.apply`.
