@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "hosts": GROUND | {"core", "ops", "prompts"},
     "nn": GROUND | {"core", "ops", "methods"},
     "accounting": GROUND | {"core", "ops", "methods"},
+    "tuning": GROUND | {"core", "methods", "accounting"},
     "visualize": GROUND | {"core", "ops", "accounting"},
     "demo": GROUND | {"core"},
     "video": GROUND | {"core", "ops", "methods", "prompts", "accounting"},
@@ -28,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "testing": GROUND | {"core", "ops", "methods", "accounting", "prompts"},
     "harness": GROUND | {"core"},
     "serving": GROUND | {"core", "ops", "hosts", "prompts", "accounting"},
-    "cli": GROUND | {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video", "serving"},
+    "cli": GROUND
+    | {"core", "ops", "methods", "hosts", "accounting", "tuning", "visualize", "demo", "nn", "video", "serving"},
     "__main__": {"errors", "cli"},
 }
 #: The same inside hosts/: a family sees what lies in hosts/ itself, which sees no family, and of the others these.

@@ -45,6 +45,7 @@ from vtoken.ops import select_tokens
 from vtoken.prompts.budget import budget
 from vtoken.prompts.serving import encode_images, retained_count, retention_mask
 from vtoken.prompts.shrink import shrink_inputs
+from vtoken.tuning.tune import Tuned, tune
 from vtoken.video.model import QuotaVideoModel
 
 if TYPE_CHECKING:  # drawing needs optional packages, so it is imported when first used
@@ -83,6 +84,7 @@ __all__ = [
     "ThresholdMerge",
     "ToMe",
     "Trace",
+    "Tuned",
     "UniformTokens",
     "UnsupportedModelError",
     "VTokenError",
@@ -122,6 +124,7 @@ __all__ = [
     "trace",
     "tracing",
     "train",
+    "tune",
     "unmerge",
     "video",
     "visualize",

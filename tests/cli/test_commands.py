@@ -12,6 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from tests.visualize.pages import read_page
 from vtoken.__main__ import main, parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,4 +123,23 @@ def test_demo_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         rows["tome ratio=0.9"]["quality"]["saliency corr"]["mean"]
         > rows["random_merge ratio=0.9"]["quality"]["saliency corr"]["mean"]
     )
-    assert {p.name for p in tmp_path.iterdir()} == {"demo.json", "demo.csv", "pareto.png", "groups.png"}
+    written = {"demo.json", "demo.csv", "pareto.png", "groups.png", "index.html"}
+    assert {p.name for p in tmp_path.iterdir()} == written
+    page, _ = read_page(tmp_path / "index.html")
+    assert page["results"] == values
+    groups, kept, frames = values["views"]
+    assert groups["choice"]["values"] == kept["choice"]["values"] == frames["choice"]["values"] == values["photographs"]
+    for [[photograph, *methods]] in groups["panels"]:
+        assert photograph["values"] == {}
+        tokens = [rows[f"{panel['caption'].lower()} ratio=0.9"]["tokens"] for panel in methods]
+        assert [panel["values"]["groups"] for panel in methods] == [count - 1 for count in tokens]  # the class token
+    for steps in kept["panels"]:
+        assert [panels[1]["values"]["patches"] for panels in steps] == kept["slider"]["values"]
+    for index, steps in enumerate(frames["panels"]):
+        scores = [[panel["values"]["score"] for panel in panels] for panels in steps]
+        assert scores.count(scores[0]) == len(scores)
+        assert scores[0].index(max(scores[0])) // 3 == index, "the frame that is most like a photograph shows it"
+        for share, panels in zip(frames["slider"]["values"], steps, strict=True):
+            tokens = [panel["values"]["tokens"] for panel in panels]
+            assert sum(tokens) == round(share * 256 * 9)
+            assert [panel["share"] for panel in panels] == [count / 256 for count in tokens]

@@ -24,8 +24,8 @@ MODULES = [
 #: Public, but handed to users, who neither make nor call them; or what users inherit from.
 GIVEN = {
     "Assigned", "Choice", "Connections", "Decoupler", "HostAdapter", "HostSpec", "MethodConfig", "Plan", "PromptReport",
-    "ScheduledMergeConfig",
-    "QuotaReport", "Report", "Scorer", "TeacherOutput", "Trace", "VideoInfo", "register_adapter", "register_method",
+    "QuotaReport", "Report", "ScheduledMergeConfig", "Scorer", "TeacherOutput", "Trace", "Tuned", "VideoInfo",
+    "register_adapter", "register_method",
 }  # fmt: skip
 #: Their example needs more than a few lines: run from a page or a test of its own.
 ELSEWHERE = {
