@@ -25,7 +25,8 @@ MODULES = [
 GIVEN = {
     "Assigned", "Choice", "Connections", "Decoupler", "HostAdapter", "HostSpec", "MethodConfig", "Plan", "PromptReport",
     "ScheduledMergeConfig",
-    "QuotaReport", "Report", "Scorer", "TeacherOutput", "Trace", "Tuned", "VideoInfo", "register_adapter", "register_method",
+    "QuotaReport", "Report", "Scorer", "TeacherOutput", "Trace", "Tuned", "VideoInfo", "register_adapter",
+    "register_method",
 }  # fmt: skip
 #: Their example needs more than a few lines: run from a page or a test of its own.
 ELSEWHERE = {
