@@ -390,7 +390,7 @@ def _refused() -> dict[str, Any]:
     text = t.LlamaConfig(**TEXT, num_key_value_heads=2)
     both = {"vision_config": vision, "text_config": text, "image_token_id": IMAGE_TOKEN}
     return {
-        "bias": lambda: t.BeitModel(t.BeitConfig(**tiny, image_size=32, patch_size=8)),
+        "made for a table of position biases": lambda: t.BeitModel(t.BeitConfig(**tiny, image_size=32, patch_size=8)),
         "windows": lambda: t.SwinModel(t.SwinConfig(image_size=32, embed_dim=8, depths=[1], num_heads=[2])),
         "does not know": lambda: t.ViTForMaskedImageModeling(t.ViTConfig(**SMALL)),
         "tiles": lambda: t.LlavaNextForConditionalGeneration(
@@ -400,6 +400,9 @@ def _refused() -> dict[str, Any]:
             t.LlavaConfig(**both, vision_feature_layer=[-2, -1])
         ),
         "single layer": lambda: clip_vision().encoder.layers[0],
+        "reads text, no images": lambda: t.Data2VecTextForSequenceClassification(
+            t.Data2VecTextConfig(**tiny, vocab_size=20, max_position_embeddings=16)
+        ),
         "CLIPTextModel": lambda: t.CLIPTextModel(t.CLIPTextConfig(**TEXT)),
     }
 
