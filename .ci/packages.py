@@ -45,7 +45,8 @@ def _try(package: Path, target: Path, elsewhere: Path) -> None:
     python = str(target / "bin" / "python")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     [site] = target.glob("lib/python*/site-packages")
-    # pip sees no vtoken there: what this environment has of the checkout, it has by a .pth file, which counts only here.
+    # Dependencies come after, so that pip does not see the checkout's vtoken among them; Python does not either: a .pth
+    # file of a folder that a .pth file names is not read.
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", str(package)]
     subprocess.run(install, check=True, env=environment)
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")

@@ -50,7 +50,7 @@ def small_llava(words: str, cache_dir: Path | None = None) -> tuple[Any, Any]:
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         vocab_size=len(known), pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=known.index(IMAGE))
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=known.index(IMAGE))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.LlavaForConditionalGeneration(config).eval()
