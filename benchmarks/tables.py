@@ -1,4 +1,4 @@
-"""Write the figures of README.md and benchmarks/README.md from benchmarks/results/.
+"""Write the figures of README.md, docs/results.md and benchmarks/README.md from benchmarks/results/.
 
 `python benchmarks/tables.py` rewrites what stands between `<!-- table: NAME -->` or `<!-- figure: NAME -->` and
 `<!-- end -->`; `--check` changes nothing, prints how page and files differ, and exits with 1 if they do. So does
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("README.md", "docs/results.md", "benchmarks/README.md")
 REGION = re.compile(r"(<!-- (?:table|figure): ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- (?:table|figure): ")
 DEMO_COLUMNS = (
@@ -100,6 +100,57 @@ def compiling(result: Result) -> str:
     ]
     head = ("", "compiling", "of stock's", "speed x compiled stock", "x eager stock", "FLOPs x")
     return markdown(head, rows)
+
+
+def small_speed(model: str, batch: int, method: str) -> Callable[[Result], str]:
+    """One speed-up of `small`, for a sentence."""
+
+    def figure(result: Result) -> str:
+        wanted = (model, batch, method)
+        (row,) = [row for row in result["rows"] if (row["model"], row["batch"], row["name"]) == wanted]
+        return f"{row['speedup']:.2f}"
+
+    return figure
+
+
+def sparsifiner_top1(name: str, ratio: float) -> Callable[[Result], str]:
+    """One mean of `sparsifiner`, for a sentence."""
+
+    def figure(result: Result) -> str:
+        at = result["ratios"].index(ratio)
+        return f"{statistics.mean(run['top1'][name][at] for run in result['runs']):.1f}"
+
+    return figure
+
+
+def mllm_prefill(kept: str) -> Callable[[Result], str]:
+    """The time of a prefill with fewer image tokens, as a share."""
+
+    def figure(result: Result) -> str:
+        (row,) = [row for row in result["rows"] if row["kept"] == kept]
+        return str(row["time of the prefill"])
+
+    return figure
+
+
+def training_time(name: str) -> Callable[[Result], str]:
+    """The time of a training step, plain CLIP = 1."""
+
+    def figure(result: Result) -> str:
+        (row,) = [row for row in result["rows"] if row["name"] == name]
+        return f"{row['time_ratio']:.2f}"
+
+    return figure
+
+
+def video_prefill(share: float) -> Callable[[Result], str]:
+    """FLOPs of the prefill under a budget, as a share."""
+
+    def figure(result: Result) -> str:
+        (row,) = [row for row in result["rows"] if row["part"] == "prefill" and row["share"] == share]
+        return f"{row['flops_ratio']:.3f}"
+
+    return figure
 
 
 def sparsifiner(result: Result) -> str:
@@ -236,6 +287,12 @@ def torch_version(result: Result) -> str:
 
 # Name on a page -> file under benchmarks/results, and what makes text of it.
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "pitome-speed": ("small.json", small_speed("vit_base_patch16_224", 8, "pitome")),
+    "sparsifiner-quarter": ("train_sparsifiner.json", sparsifiner_top1("learned", 0.25)),
+    "sparsifiner-dense": ("train_sparsifiner.json", sparsifiner_top1("dense", 0.25)),
+    "prefill-64": ("mllm.json", mllm_prefill("64")),
+    "attentive-time": ("training.json", training_time("1 x 50 %")),
+    "quota-quarter": ("video.json", video_prefill(0.25)),
     "demo": ("demo.json", demo),
     "demo-torch": ("demo.json", torch_version),
     "dense": ("quality_dense.json", dense),

@@ -20,15 +20,17 @@ ALLOWED: dict[str, set[str]] = {
     "hosts": GROUND | {"core", "ops", "prompts"},
     "nn": GROUND | {"core", "ops", "methods"},
     "accounting": GROUND | {"core", "ops", "methods"},
+    "tuning": GROUND | {"core", "methods", "accounting"},
     "visualize": GROUND | {"core", "ops", "accounting"},
     "demo": GROUND | {"core"},
-    "video": GROUND | {"core", "ops", "hosts", "prompts", "accounting"},
+    "video": GROUND | {"core", "ops", "methods", "prompts", "accounting"},
     "train": {"methods"},
     "hosting": {"core", "hosts"},
     "testing": GROUND | {"core", "ops", "methods", "accounting", "prompts"},
     "harness": GROUND | {"core"},
     "serving": GROUND | {"core", "ops", "hosts", "prompts", "accounting"},
-    "cli": GROUND | {"core", "ops", "methods", "hosts", "accounting", "visualize", "demo", "nn", "video", "serving"},
+    "cli": GROUND
+    | {"core", "ops", "methods", "hosts", "accounting", "tuning", "visualize", "demo", "nn", "video", "serving"},
     "__main__": {"errors", "cli"},
 }
 #: The same inside hosts/: a family sees what lies in hosts/ itself, which sees no family, and of the others these.
@@ -43,7 +45,7 @@ FAMILIES: dict[str, set[str]] = {
     "cohere": {"llava"},
     "pixtral": {"llava"},
     "qwen": set(),
-    "video": {"transformers", "llava", "qwen"},
+    "video_llama": set(),
 }
 #: Files in hosts/ that stand above the families: what is asked last names all that are served.
 ABOVE = {"unserved"}

@@ -36,6 +36,7 @@ from vtoken.methods.merging.base import MergeConfig, ScheduledMergeConfig
 from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.merging.pitome import PiToMe
 from vtoken.methods.merging.threshold import ThresholdMerge
+from vtoken.methods.quota import QuoTA
 from vtoken.methods.sparsifiner.calibrate import calibrate_threshold
 from vtoken.methods.sparsifiner.settings import Sparsifiner
 from vtoken.methods.visionzip import VisionZip
@@ -44,6 +45,7 @@ from vtoken.ops import select_tokens
 from vtoken.prompts.budget import budget
 from vtoken.prompts.serving import encode_images, retained_count, retention_mask
 from vtoken.prompts.shrink import shrink_inputs
+from vtoken.tuning.tune import Tuned, tune
 from vtoken.video.model import QuotaVideoModel
 
 if TYPE_CHECKING:  # drawing needs optional packages, so it is imported when first used
@@ -69,6 +71,7 @@ __all__ = [
     "Plan",
     "PooledTokens",
     "PromptReport",
+    "QuoTA",
     "QuotaVideoModel",
     "RandomMerge",
     "RandomPrune",
@@ -81,6 +84,7 @@ __all__ = [
     "ThresholdMerge",
     "ToMe",
     "Trace",
+    "Tuned",
     "UniformTokens",
     "UnsupportedModelError",
     "VTokenError",
@@ -120,6 +124,7 @@ __all__ = [
     "trace",
     "tracing",
     "train",
+    "tune",
     "unmerge",
     "video",
     "visualize",

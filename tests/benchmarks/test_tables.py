@@ -1,4 +1,4 @@
-"""The figures of README.md and benchmarks/README.md are those of the files under benchmarks/results."""
+"""The figures of the pages that benchmarks/tables.py names are those of the files under benchmarks/results."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def copy(tmp_path: Path, tables: Any) -> Path:
-    """Both pages and all result files, to be changed."""
+    """The pages and all result files, to be changed."""
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     for page in tables.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
     return tmp_path
 
@@ -36,6 +37,12 @@ def test_pages_say_what_the_result_files_say(tables: Any, capsys: pytest.Capture
     assert tables.main(["--check"]) == 0, capsys.readouterr()
 
 
+def test_no_line_starts_with_a_figure(tables: Any) -> None:
+    """Markdown would end the paragraph there."""
+    for text in texts(tables, ROOT):
+        assert "\n<!-- figure" not in text
+
+
 def test_rewriting_what_is_right_changes_nothing(tables: Any, copy: Path) -> None:
     before = texts(tables, copy)
     assert tables.main([], copy) == 0
@@ -45,8 +52,10 @@ def test_rewriting_what_is_right_changes_nothing(tables: Any, copy: Path) -> Non
 @pytest.mark.parametrize(
     ("page", "right", "wrong"),
     [
-        ("README.md", "| learned masks | 85.3 |", "| learned masks | 85.4 |"),
-        ("README.md", "<!-- figure: grouped-1025 -->2.4<!--", "<!-- figure: grouped-1025 -->2.5<!--"),
+        ("docs/results.md", "| learned masks | 85.3 |", "| learned masks | 85.4 |"),
+        ("docs/results.md", "<!-- figure: grouped-1025 -->2.4<!--", "<!-- figure: grouped-1025 -->2.5<!--"),
+        ("README.md", "<!-- figure: pitome-speed -->1.75<!--", "<!-- figure: pitome-speed -->1.85<!--"),
+        ("README.md", "<!-- figure: prefill-64 -->0.183<!--", "<!-- figure: prefill-64 -->0.138<!--"),
         ("benchmarks/README.md", "| 2305 | 10% | 3.67 (9.9)", "| 2305 | 10% | 3.76 (9.9)"),
     ],
 )

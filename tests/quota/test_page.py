@@ -1,4 +1,4 @@
-"""The sample of the README, and a video question from file to answer, with a real processor."""
+"""The recipe of docs/tasks/long_video.md, and a video question from file to answer, with a real processor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from tests.video import answering
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/tasks/long_video.md"
 PROMPT = "<s>user: <video> which dog ?</s><s>assistant:"
 SCORES = [0.1, 0.9, 0.2, 0.4, 0.3, 0.1]
 
@@ -30,14 +30,17 @@ def test_the_sample_runs(tmp_path: Path) -> None:
 
     path = tmp_path / "clip.mp4"
     write_clip(path, 6)
-    [snippet] = [text for text in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-                 if "QuotaVideoModel" in text]  # fmt: skip
+    [snippet] = [text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+                 if "LVLMScorer" in text]  # fmt: skip
     names: dict[str, Any] = {
         "vtoken": vtoken, "path": path, "processor": answering.processor(), "model": answering.model(),
-        "prompt": PROMPT, "question": "Which dog is that?", "scores": SCORES,
+        "prompt": PROMPT, "question": "Which dog is that?",
     }  # fmt: skip
-    exec(compile(snippet, "README.md", "exec"), names)
-    report = names["record"].video.reports[0]
+    exec(compile(snippet, str(PAGE), "exec"), names)
+    with vtoken.tracing(names["quota"]) as record:
+        names["quota"](**names["inputs"], frame_scores=SCORES)
+    assert record.video is not None
+    report = record.video.reports[0]
     assert report.frames == 6
     assert report.content_tokens == round(0.25 * 6 * 25 + 0.001)
     assert torch.equal(names["ids"][:, : names["inputs"]["input_ids"].shape[1]], names["inputs"]["input_ids"])
