@@ -27,6 +27,7 @@ CALLS = {
     "info": [],
     "methods": [],
     "run": ["--method", "tome", "r=2"],
+    "tune": ["test_vit", "tome", "--target", "0.5", "--data", "nowhere"],
 }
 # Any text is a question; a tag of weights is looked up only beside --model, a device of this machine only in a run.
 TEXT = {"--question", "--pretrained"}
@@ -94,6 +95,11 @@ def test_values_that_no_option_takes(
         "bench --model test_vit --checkpoint list.pth",
         "bench --model test_vit --checkpoint a.safetensors",
         "bench --model test_vit --img-size 2147483647",
+        "tune test_vit tome --data empty",
+        "tune test_vit tome --data empty --target 0.5",
+        "tune test_vit tome --data empty --target 1.5",
+        "tune test_vit tome --data empty --target 0.5 --milliseconds 3",
+        "tune test_vit vtc_cls num_tokens=4 --data missing --target 0.5",
         "overlay chelsea test_vit tome --out empty",
         "overlay chelsea test_vit tome --out a.txt/b.png",
         "overlay chelsea test_vit tome --out b.words",

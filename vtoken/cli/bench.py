@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtoken.accounting import compare
 from vtoken.accounting.break_even import break_even, is_slower, told
 from vtoken.cli import weights
+from vtoken.cli.images import load_images
 from vtoken.cli.settings import sweep
 from vtoken.core.config import MethodConfig
 from vtoken.errors import ConfigError
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model = weights.build_model(args).to(device)
-    images, labels = _images(args, model)
+    images, labels = load_images(args, model)
     quality = _Agreement(model, images, labels, args.batch)
     with tqdm(total=(1 + 2 * len(configs)) * (args.rounds + 1), desc="measuring", unit="run") as bar:
         rows = compare.compare(
@@ -63,33 +64,6 @@ def _device(name: str) -> torch.device:
     if name not in there:
         raise ConfigError(f"--device {name}: this machine has {', '.join(there)}")
     return torch.device(name)
-
-
-def _images(args: argparse.Namespace, model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Inputs [N, C, H, W] on the device, and labels if they come from folders."""
-    from timm.data.config import resolve_data_config
-    from timm.data.transforms_factory import create_transform
-
-    options = {"img_size": args.img_size} if args.img_size else {}
-    config = resolve_data_config(options, model=model)
-    if args.data is None:
-        try:
-            return torch.randn(args.batch, *config["input_size"], device=args.device), None
-        except RuntimeError as error:  # memory
-            raise ConfigError(f"--batch {args.batch}: so many images cannot be made: {error}") from error
-    from torchvision.datasets import ImageFolder
-
-    if not args.data.is_dir():
-        raise ConfigError(f"--data {args.data}: no such folder; it must hold one folder of images per class")
-    try:
-        folder = ImageFolder(str(args.data), transform=create_transform(**config, is_training=False))
-    except FileNotFoundError as error:  # no class, or a class without an image
-        told = str(error).partition("\n")[0]
-        raise ConfigError(f"--data {args.data} must hold one folder of images per class: {told}") from error
-    step = max(1, len(folder) // args.limit)
-    chosen = [folder[i] for i in range(0, len(folder), step)][: args.limit]
-    images = torch.stack([image for image, _ in chosen])
-    return images.to(args.device), torch.tensor([label for _, label in chosen], device=args.device)
 
 
 class _Agreement:

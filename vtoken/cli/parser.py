@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
 
     _demo(add("demo", "demo:run", "a real pretrained ViT on real photographs, every method at several ratios, offline"))
     _bench(add("bench", "bench:run", "any supported timm model, any methods and amounts, on random or real images"))
+    about = "settings of a merging method for a target cost, chosen on a folder of images"
+    _tune(add("tune", "tune:run", about))
     about = "one image beside its merged groups, or beside its kept and pruned patches"
     _overlay(add("overlay", "overlay:run", about))
     _video(add("video", "video:run", "score the frames of a clip for a question, spread a token budget, draw both"))
@@ -137,6 +139,29 @@ def _bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", type=word, default="cpu", help="cpu or cuda")
     about = "folder for results and the plot"
     command.add_argument("--out", type=new_folder, default=Path("out/bench"), help=about)
+
+
+def _tune(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=word, help="timm architecture")
+    _method(command)
+    target = command.add_mutually_exclusive_group(required=True)
+    about = "share of the model's FLOPs to spend, e.g. 0.6"
+    target.add_argument("--target", type=number(0, 1, above=True), help=about)
+    about = "instead: what one batch may take here"
+    target.add_argument("--milliseconds", type=number(0, above=True), help=about)
+    about = "an ImageFolder (one folder per class); labels are not used"
+    command.add_argument("--data", type=path, required=True, help=about)
+    about = "images of --data that are used, spread over the classes (256)"
+    command.add_argument("--limit", type=whole(1), default=256, help=about)
+    command.add_argument("--batch", type=whole(1), default=16, help="images that run at once (16)")
+    about = "how often blocks are tried one by one; with 0 only constant schedules are tried (2)"
+    command.add_argument("--rounds", type=whole(0), default=2, help=about)
+    command.add_argument("--seed", type=whole(0), default=0, help="of the images on which that is done (0)")
+    command.add_argument("--threads", type=whole(1, _MOST_THREADS), default=1, help=_THREADS)
+    command.add_argument("--out", type=new_file, metavar="FILE.json", help="settings, for vtoken.config_from_dict")
+    _weights(command)
+    command.set_defaults(device="cpu")
+    _json(command)
 
 
 def _overlay(command: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -83,9 +84,8 @@ class Tuned:
     def __str__(self) -> str:
         timed = any(row.milliseconds is not None for row in self.table)
         width = max(len(row.name) for row in self.table)
-        lines = [
-            f"  {'':<{width}} {'FLOPs':>7} {'change':>10} {'+-':>9}" + (f" {'ms':>9}" if timed else "") + "  removed"
-        ]
+        head = f"  {'':<{width}} {'FLOPs':>7} {'change':>10} {'+-':>9}"
+        lines = [head + (f" {'ms':>9}" if timed else "") + "  removed"]
         for row in self.table:
             mark = "*" if row.config == self.config else " "
             error = "" if row.error is None else f"{row.error:.2e}"
@@ -138,7 +138,7 @@ def tune(
         progress: whether a bar is shown on stderr.
 
     Raises:
-        ConfigError: if the method has no schedule, if the target cannot be reached (with what can), or wrong values.
+        ConfigError: if the method has no schedule, if the target cannot be reached, or for wrong values.
         InputError, ShapeError: for images that are none.
         AlreadyAppliedError: if the model carries a method.
         UnsupportedModelError: as `vtoken.apply`.
@@ -166,8 +166,8 @@ def tune(
     refuse_compiled(model, "tune")
     if is_applied(model):
         raise AlreadyAppliedError(
-            f"this {type(model).__name__} carries a method: tune chooses settings for the model itself. vtoken.remove it "
-            "first, and apply what is found"
+            f"this {type(model).__name__} carries a method: tune chooses settings for the model itself. vtoken.remove "
+            "it first, and apply what is found"
         )
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if like.is_meta:
@@ -255,7 +255,8 @@ class _Search:
             least = costs.report(costs.config.replace(ratio=0.5))
             raise ConfigError(
                 f"tune(target={share:.4g}): with {costs.config.method} this model cannot cost less than "
-                f"{least.flops_after / least.flops_before:.4f} of its FLOPs, where every block removes half of its tokens"
+                f"{least.flops_after / least.flops_before:.4f} of its FLOPs, which it does where every block removes "
+                "half of its tokens"
             )
         rows = [self._tried(name, config) for name, config in plain.items()]
         best = min(rows, key=lambda row: row.change)
@@ -321,13 +322,13 @@ class _Clock:
         for config, spent in zip(settings, self._measured(settings), strict=True):
             points.append((costs.of(costs.removed(config)) / costs.before, spent))
         wanted = 0.98 * self.limit
-        for (share, spent), (lower, faster) in zip(points, points[1:], strict=False):
+        for (share, spent), (lower, faster) in itertools.pairwise(points):
             if faster <= wanted < spent:
                 return lower + (share - lower) * (wanted - faster) / (spent - faster)
         raise ConfigError(
             f"tune(milliseconds={self.limit:g}): a batch of {len(self._images)} takes {points[-1][1]:.2f} where every "
-            f"block removes half of its tokens with {costs.config.method}, and {self._full:.2f} as it is. Less is out of "
-            "reach; a smaller batch takes less"
+            f"block removes half of its tokens with {costs.config.method}, and {self._full:.2f} as it is. Less is out "
+            "of reach; a smaller batch takes less"
         )
 
     def timed(self, rows: Sequence[Tried]) -> list[Tried]:
