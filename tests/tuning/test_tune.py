@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     cost = vtoken.report(timm.create_model("test_vit"), found)
     assert cost.flops_after <= 0.7 * cost.flops_before
     assert [row["name"] for row in told["table"]] == ["constant ratio", "constant r", "falling", "rising"]
+
+
+def test_the_page_on_choosing_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "choosing.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "docs/choosing.md", "exec"), names)
+    assert vtoken.config_of(names["model"]) == names["found"].config
+    assert "constant ratio" in capsys.readouterr().out
