@@ -280,6 +280,23 @@ def serving(result: Result) -> str:
     return markdown(("", "tokens of a prompt", "its cache, MiB", "requests a CPU second", "times as many"), rows)
 
 
+def tuned(result: Result) -> str:
+    """What tuned schedules change on images that tuning never saw, beside constant ones of equal FLOPs."""
+    rows = []
+    for row in (row for row in result["rows"] if row["part"] == "summary"):
+        cells = [row["method"], f"{row['target']:.0%}", *(f"{row['means'][n]['change']:.2e}" for n in row["means"])]
+        for gap in row["against"].values():
+            low, high = (gap["difference"] + side * gap["half"] for side in (-1, 1))
+            sure = "" if low <= 0 <= high else ", sure"
+            cells.append(f"{gap['quotient']:.2f} ({low:+.1e} to {high:+.1e}{sure})")
+        if "top1" in row["means"]["tuned"]:
+            cells.append(", ".join(f"{means['top1']:.3f}" for means in row["means"].values()))
+        rows.append([*cells, ", ".join(row["forms"])])
+    head = ["", "FLOPs", "one ratio", "one r", "tuned", "of one ratio's (95 %)", "of one r's (95 %)"]
+    head += ["top-1 of the three"] if len(rows[0]) > len(head) + 1 else []
+    return markdown((*head, "what tuning took, by seed"), rows)
+
+
 def torch_version(result: Result) -> str:
     """The release of torch that gave the figures."""
     return str(result["environment"]["torch"]).split("+")[0]
@@ -314,6 +331,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "sparsifiner": ("train_sparsifiner.json", sparsifiner),
     "clip": ("train_clip.json", clip),
     "training": ("training.json", training),
+    "tune": ("tune.json", tuned),
     "small": ("small.json", small),
     "compile": ("compile.json", compiling),
     "sparse": ("sparse_attention.json", sparse),

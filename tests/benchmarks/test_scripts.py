@@ -38,6 +38,7 @@ SCRIPTS = (
     "video",
     "training",
     "quality",
+    "tune",
 )
 COMMANDS = re.findall(r"^python benchmarks/(.+)$", README, re.MULTILINE)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -30,6 +30,16 @@ def _open_clip_tower() -> nn.Module:
     return VisionTransformer(48, 8, width=32, layers=4, heads=2, mlp_ratio=2.0, output_dim=16).eval()
 
 
+def _plain() -> nn.Module:
+    options = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    return timm.models.VisionTransformer(**options).eval()
+
+
+def _eva() -> nn.Module:
+    options = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    return timm.models.Eva(**options, use_rot_pos_emb=True, swiglu_mlp=True).eval()
+
+
 def _pooled() -> nn.Module:
     """Its attention pooling costs less after a merge, outside all blocks."""
     options = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
@@ -37,9 +47,9 @@ def _pooled() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
-    "timm": (lambda: timm.create_model("test_vit").eval(), (3, 160, 160)),
+    "timm": (_plain, (3, 48, 48)),
     "timm, map": (_pooled, (3, 48, 48)),
-    "eva": (lambda: timm.create_model("test_vit4").eval(), (3, 160, 160)),
+    "timm, gated and rotary": (_eva, (3, 48, 48)),
     "open_clip": (_open_clip_tower, (3, 48, 48)),
     "transformers": (_clip_tower, (3, 48, 48)),
 }
@@ -51,14 +61,15 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "method"), [(name, "pitome") for name in MODELS] + [("timm, map", name) for name in METHODS]
+)
 def test_costs_are_those_of_reports(name: str, method: str) -> None:
     make, size = MODELS[name]
     model, config = make(), METHODS[method]
     costs = Costs(model, config, size)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
+    for _ in range(2):
         r = torch.randint(0, 5, (costs.spec.depth,), generator=generator).tolist()
         settings = config.replace(r=r)
         found = vtoken.report(model, settings, input_size=size)
@@ -107,42 +118,49 @@ def _tiny() -> Costs:
 
 
 def test_schedules_per_block_are_those_of_brute_force() -> None:
-    """Of all schedules within what was measured, on a model so small that each can be tried."""
-    costs = _tiny()
+    """Of all schedules within what was measured, on a model so small that each can be tried.
+
+    Every block's cost is rounded up to a unit, so the best of those that fit with so much to spare must be reached.
+    """
+    costs, found_any = _tiny(), 0
+    every = [r for r in itertools.product(range(5), repeat=3) if costs.removed(removing(costs.config, r)) == list(r)]
     for seed, share in itertools.product(range(4), (0.9, 0.8, 0.7)):
-        values = torch.rand(3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).cumsum(1)
-        curves = [Curve([0.0, 0.25, 0.5], [0.0, *row[:2]]) for row in values.tolist()]
+        values = torch.rand(3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).cumsum(1)
+        curves = [Curve([0.0, 0.25, 0.5], [0.0, *row]) for row in values.tolist()]
         budget = share * costs.before
-        every: list[tuple[float, list[int]]] = []
-        for r in itertools.product(range(5), repeat=3):
-            if costs.removed(removing(costs.config, r)) == list(r) and costs.of(r) <= budget:
-                every.append((sum(c.at(s) for c, s in zip(curves, shares(costs, r), strict=True)), list(r)))
+
+        def change(r: Sequence[int], curves: Sequence[Curve] = curves) -> float:
+            return sum(curve.at(at) for curve, at in zip(curves, shares(costs, r), strict=True))
+
         found = per_block(costs, curves, budget)
-        if not every:
-            assert found is None
+        fit = [change(r) for r in every if costs.of(r) <= budget]
+        easily = [change(r) for r in every if costs.of(r) <= budget * (1 - 3 / 1024)]
+        if found is None:
+            assert not easily
             continue
-        assert found is not None
-        change = sum(c.at(s) for c, s in zip(curves, shares(costs, found), strict=True))
+        found_any += 1
         assert costs.of(found) <= budget
-        assert change == pytest.approx(min(every)[0], abs=1e-9)
+        assert min(fit) - 1e-9 <= change(found) <= min(easily, default=math.inf) + 1e-9
+    assert found_any > 6
 
 
 def test_a_filled_schedule_removes_no_token_too_many() -> None:
-    costs = Costs(timm.create_model("test_vit").eval(), vtoken.PiToMe(), (3, 160, 160))
-    curves, budget = [Curve([0.0, 0.5], [0.0, 1.0 + i]) for i in range(6)], 0.6 * costs.before
-    found = filled(costs, curves, [40, 20, 10, 5, 3, 2], budget)
+    costs = Costs(_plain(), vtoken.PiToMe(), (3, 48, 48))
+    curves, budget = [Curve([0.0, 0.5], [0.0, 1.0 + i]) for i in range(4)], 0.6 * costs.before
+    found = filled(costs, curves, [18, 9, 3, 2], budget)
+    assert found != [18, 9, 3, 2]
     assert costs.of(found) <= budget
-    for layer in range(6):
+    for layer in range(4):
         if found[layer]:
             assert costs.of([r - (i == layer) for i, r in enumerate(found)]) > budget
 
 
-@pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
+@pytest.mark.parametrize("share", [0.9, 0.7, 0.5])
 def test_constant_schedules_are_as_near_as_they_come(share: float) -> None:
-    costs = Costs(timm.create_model("test_vit").eval(), vtoken.ToMe(), (3, 160, 160))
+    costs = Costs(_plain(), vtoken.ToMe(), (3, 48, 48))
     budget = share * costs.before
     found = constant(costs, budget)
-    assert list(found) == ["constant ratio", "constant r", "falling", "rising"] or share == 0.4
+    assert list(found) == ["constant ratio", "constant r", "falling", "rising"]
 
     def fits(config: Any) -> bool:
         return costs.of(costs.removed(config)) <= budget

@@ -173,18 +173,20 @@ def tune(
     if like.is_meta:
         raise ConfigError("tune runs the model, and this one has no weights (it is on the meta device)")
     network, most = shared_copy(model).eval(), config.replace(ratio=0.5)
+    given: Tensor | None = None
     if callable(images) and not isinstance(images, (Tensor, nn.Module)):
         size = (host.adapter.channels(model), *host.image_size())
         sample = torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed)).to(like)
-        evaluate: OutputChange | ScoreChange = ScoreChange(network, images, most)
-        probes = None
     else:
         given = gathered(images, limit).to(like)
         size, sample = (given.shape[1], given.shape[2], given.shape[3]), given[:batch]
+    costs, probes = Costs(network, config, size), None
+    if given is None:
+        evaluate: OutputChange | ScoreChange = ScoreChange(network, images, most)
+    else:
         evaluate = OutputChange(network, given, batch, most)
         drawn = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed))[:_PROBES]
         probes = drawn.sort().values
-    costs = Costs(network, config, size)
     clock = None if milliseconds is None else _Clock(network, sample, milliseconds)
     share = target if clock is None or target is not None else clock.share(costs)
     assert share is not None
