@@ -10,7 +10,7 @@ must equal those of the unpatched model for a prompt that was shortened by a loo
 and the exit code is 1. Memory is the growth of the process (CPU) or of the allocator.
 
 Part "choice": every method keeps 192 of 2880 tokens, which are one grid, or an overview and a grid of 2 x 2 crops of
-576 each (LLaVA-NeXT, 193 tokens: shares are rounded up), beside the tower that made them.
+576 each (LLaVA-NeXT, 195 tokens: shares are rounded up), beside the tower that made them.
 
 Quotients are medians of quotients within rounds of all variants.
 """
