@@ -123,12 +123,13 @@ def sparsifiner_top1(name: str, ratio: float) -> Callable[[Result], str]:
     return figure
 
 
-def mllm_prefill(kept: str) -> Callable[[Result], str]:
-    """The time of a prefill with fewer image tokens, as a share."""
+def mllm_prefill(family: str, kept: int) -> Callable[[Result], str]:
+    """The time of a family's prefill with fewer image tokens, as a share."""
 
     def figure(result: Result) -> str:
-        (row,) = [row for row in result["rows"] if row["kept"] == kept]
-        return str(row["time of the prefill"])
+        wanted = ("prefill", family, kept)
+        (row,) = [row for row in result["rows"] if (row["part"], row.get("family"), row["kept"]) == wanted]
+        return f"{row['prefill_ratio']:.3f}"
 
     return figure
 
@@ -268,6 +269,55 @@ def video_milliseconds(name: str, frames: int, *, each: bool = False) -> Callabl
     return figure
 
 
+def prompts(result: Result) -> str:
+    """What LLaVA's first pass takes with fewer image tokens."""
+    rows = []
+    for row in (row for row in result["rows"] if row["part"] == "prefill" and row["family"] == "llava"):
+        memory = [f"{row[name] / 2**20:.0f}" for name in ("peak_bytes", "cache_bytes")]
+        if "mac_ratio" in row:
+            ratios = [f"{row[name]:.3f}" for name in ("mac_ratio", "prefill_ratio", "call_ratio")]
+        else:
+            ratios = ["1", f"1 ({row['prefill_seconds']:.2f} s)", "1"]
+        rows.append([str(row["kept"]), *ratios, *memory])
+    parts = ("multiply-adds of the prefill", "time of the prefill", "time of the whole call")
+    return markdown(("kept", *parts, "peak MiB", "cache MiB"), rows)
+
+
+def families(result: Result) -> str:
+    """A third of the image tokens in every family: times beside multiply-adds, and who takes them."""
+    rows = []
+    for row in (row for row in result["rows"] if row["part"] == "prefill"):
+        swept = row["family"] == "llava" and 3 * row["kept"] != row["tokens"]  # its other counts have a table
+        if "mac_ratio" not in row or swept:
+            continue
+        rows.append(
+            [row["family"], f"{row['kept']} of {row['tokens']}"]
+            + [f"{row[name]:.3f}" for name in ("mac_ratio", "prefill_ratio", "call_ratio")]
+            + [f"{row[name]:.1%}" for name in ("tower_share", "watch_share")]
+            + [f"{row[name]:.2%}" for name in ("choose_share", "engine_share")]
+            + [f"{row['keep_all_ratio']:.3f}{', missed' if 'keep_all_ratio' in row['missed'] else ''}"]
+        )
+    times = ("multiply-adds", "time", "whole call")
+    return markdown(("family", "kept", *times, "tower", "reading", "choosing", "engine", "keep all"), rows)
+
+
+def choosing(result: Result) -> str:
+    """What each method takes to choose, beside the tower."""
+    rows = [
+        [row["name"]]
+        + [f"{1e3 * row[f'{form}seconds']:.1f} ({row[f'{form}of_tower']:.1%})" for form in ("", "one_grid_")]
+        + [f"{row['watch_of_tower']:.1%}" if row["watch_of_tower"] else ""]
+        for row in result["rows"]
+        if row["part"] == "choice"
+    ]
+    return markdown(("", "five grids of 576, ms (of the tower)", "one grid of 2880", "reading the tower"), rows)
+
+
+def tower_seconds(result: Result) -> str:
+    """What the tower of the methods' table takes."""
+    return next(f"{row['tower_seconds']:.1f}" for row in result["rows"] if row["part"] == "choice")
+
+
 def serving(result: Result) -> str:
     """What vLLM's engine does with all image tokens and with fewer."""
     rows = [
@@ -307,7 +357,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "pitome-speed": ("small.json", small_speed("vit_base_patch16_224", 8, "pitome")),
     "sparsifiner-quarter": ("train_sparsifiner.json", sparsifiner_top1("learned", 0.25)),
     "sparsifiner-dense": ("train_sparsifiner.json", sparsifiner_top1("dense", 0.25)),
-    "prefill-64": ("mllm.json", mllm_prefill("64")),
+    "prefill-64": ("mllm.json", mllm_prefill("llava", 64)),
     "attentive-time": ("training.json", training_time("1 x 50 %")),
     "quota-quarter": ("video.json", video_prefill(0.25)),
     "demo": ("demo.json", demo),
@@ -318,7 +368,10 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "dense-126": ("quality_dense.json", dense_smaller(126)),
     "dense-126-flops": ("quality_dense.json", dense_smaller(126, factor=True)),
     "clutter": ("quality_clutter.json", copied),
-    "mllm": ("mllm.json", copied),
+    "mllm": ("mllm.json", prompts),
+    "mllm-families": ("mllm.json", families),
+    "mllm-choice": ("mllm.json", choosing),
+    "mllm-tower": ("mllm.json", tower_seconds),
     "serving": ("serving.json", serving),
     "video": ("video.json", video),
     "video-clip": ("video.json", video_flops(12544, "CLIP ViT-L/14", 2)),

