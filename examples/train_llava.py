@@ -1,0 +1,254 @@
+"""Train the small LLaVA that the repository ships: it answers questions about garments on photographs.
+
+    python examples/train_llava.py --out out/llava     # what made examples/weights/small_llava
+    python examples/train_llava.py --small --out out/tiny                       # seconds, learns nothing
+
+The tower's class token learns to name the garment, as a CLIP learns it from captions, its patches learn what they
+show, and the whole model learns to answer, all at once. Whole pictures are dear, so most come as parts of the canvas,
+laid on a random part of the position table. Several conversations about a picture lie in one sequence and do not see
+each other. A killed call goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from vtoken.demo.clutter import DATA, PATCH, SIDE
+from vtoken.demo.questions import BEGIN, END, GARMENTS, IDS, IMAGE, KINDS, PAD, PATCH_CLASSES, SMALL_KINDS, VOCABULARY, Material, Scenes, ask
+from vtoken.errors import VTokenError
+
+# Side of the part of the canvas in patches, and the share of the steps at that size.
+STAGES = ((9, 0.75), (SIDE // PATCH, 0.25))
+MUON_RATE, ADAMW_RATE, WARM_UP = 0.004, 0.002, 0.02
+ALONE = ("object", "place", "count", "count", "colour", "digit")  # conversations about every training picture
+TWO_TURNS = ("object, then place", "digit, then place")  # and one of these
+NAMING, SEEING = 0.5, 0.5  # weights of the losses of class token and patches beside that of the answers
+
+
+def build(width: int = 128) -> Any:
+    """An untrained LLaVA: 14 x 14 patches and a class token, 5 blocks; a Llama of 4; about 2 M parameters."""
+    vision = CLIPVisionConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=5, num_attention_heads=width // 32,
+        image_size=SIDE, patch_size=PATCH, hidden_act="gelu", projection_dim=width, attention_dropout=0.0,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4, num_attention_heads=width // 64,
+        num_key_value_heads=width // 64, vocab_size=len(VOCABULARY), max_position_embeddings=512,
+        bos_token_id=IDS[BEGIN], eos_token_id=IDS[END], pad_token_id=IDS[PAD], tie_word_embeddings=False,
+    )  # fmt: skip
+    # The last block's features, since the class token learns from them: its attention there says what it names.
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IDS[IMAGE], vision_feature_layer=-1,
+        vision_feature_select_strategy="default", image_seq_length=(SIDE // PATCH) ** 2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+class Heads(nn.Module):
+    """What the tower learns from beside the answers; not part of the model that is saved."""
+
+    def __init__(self, width: int, patch_classes: int) -> None:
+        super().__init__()
+        self.naming, self.seeing = nn.Linear(width, len(GARMENTS)), nn.Linear(width, patch_classes)
+
+
+def tower_rows(tower: Any, pictures: Tensor, corner: tuple[int, int]) -> Tensor:
+    """Last hidden state [N, 1 + patches, C]; a part of the canvas takes the positions from `corner` on."""
+    embed, grid, (top, left) = tower.embeddings, pictures.shape[-1] // PATCH, corner
+    patches = embed.patch_embedding(pictures).flatten(2).transpose(1, 2)
+    prefix, table = embed.position_embedding.weight.split([1, (SIDE // PATCH) ** 2])
+    positions = table.unflatten(0, (SIDE // PATCH, -1))[top : top + grid, left : left + grid].flatten(0, 1)
+    first = (embed.class_embedding + prefix).expand(len(patches), 1, -1)
+    rows = torch.cat([first.to(patches.dtype), patches + positions], 1)
+    return tower.encoder(inputs_embeds=tower.pre_layrnorm(rows)).last_hidden_state
+
+
+def conversations(scenes: Scenes, kinds: Sequence[str], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """`ask` for every kind, counting a random kind of small garment."""
+    found = []
+    for kind in kinds:
+        which = None
+        if kind == "count":
+            which = torch.randint(len(SMALL_KINDS), (len(scenes.pictures),), generator=generator)
+        found.append(ask(kind, scenes, which))
+    return found
+
+
+def side_by_side(lengths: Sequence[int], prefix: int) -> tuple[Tensor, Tensor]:
+    """Additive mask [T, T] and positions [T] of conversations that see the image in front of them and themselves."""
+    owner = torch.cat([torch.zeros(prefix, dtype=torch.long)] + [torch.full((n,), i) for i, n in enumerate(lengths, 1)])
+    places = torch.cat([torch.arange(prefix)] + [prefix + torch.arange(n) for n in lengths])
+    order = torch.arange(len(owner))
+    seen = (order[:, None] >= order) & ((owner[:, None] == owner) | (owner == 0))
+    return torch.zeros(seen.shape).masked_fill(~seen, -1e9), places
+
+
+def answers(model: Any, rows: Tensor, talks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """Logits [M, vocabulary] at the positions that have a label column, and those columns' labels by conversation."""
+    inner, table = model.model, model.get_input_embeddings()
+    count, patches = len(rows), rows.shape[1] - 1
+    ids = torch.cat([torch.full((count, 1), IDS[BEGIN]), *(ids for ids, _ in talks)], 1)
+    text = table(ids)
+    features = inner.multi_modal_projector(rows[:, 1:])
+    embeds = torch.cat([text[:, :1], features.to(text.dtype), text[:, 1:]], 1)
+    mask, places = side_by_side([ids.shape[1] for ids, _ in talks], 1 + patches)
+    out = inner.language_model(
+        inputs_embeds=embeds, attention_mask=mask[None, None].expand(count, 1, -1, -1),
+        position_ids=places[None].expand(count, -1), use_cache=False,
+    ).last_hidden_state  # fmt: skip
+    return model.lm_head(out[:, 1 + patches :]), [labels for _, labels in talks]
+
+
+def optimisers(model: Any, heads: Heads) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of all blocks, AdamW for everything else."""
+    blocks = [model.model.vision_tower.encoder.layers, model.model.language_model.layers]
+    matrices = [p for part in blocks for p in part.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in (*model.parameters(), *heads.parameters()) if id(p) not in chosen and p.requires_grad]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=ADAMW_RATE, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+
+
+def losses(
+    model: Any, heads: Heads, scenes: Scenes, kinds: Sequence[str], corner: tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a batch, and shares of right answers by kind; of class token and patches too."""
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = tower_rows(model.model.vision_tower, scenes.pictures, corner)
+        talks = conversations(scenes, kinds, generator)
+        logits, labels = answers(model, rows, talks)
+        named = heads.naming(model.model.vision_tower.post_layernorm(rows[:, 0]))
+        seen = heads.seeing(rows[:, 1:])
+    logits, named, seen = logits.float(), named.float(), seen.float()
+    loss = F.cross_entropy(logits.flatten(0, 1), torch.cat(labels, 1).flatten())
+    loss = loss + NAMING * F.cross_entropy(named, scenes.facts["garment"])
+    loss = loss + SEEING * F.cross_entropy(seen.flatten(0, 1), scenes.patches.flatten())
+    with torch.no_grad():
+        thing = scenes.patches > 0
+        right = {
+            "naming": float((named.argmax(-1) == scenes.facts["garment"]).float().mean()),
+            "seeing": float((seen.argmax(-1) == scenes.patches)[thing].float().mean()),
+        }
+        part = logits.split([l.shape[1] for l in labels], 1)
+        for kind, found, label in zip(kinds, part, labels, strict=True):
+            # The last answer is told by the position before it.
+            hit, known = found[:, -2].argmax(-1) == label[:, -2], label[:, -2] >= 0
+            right[kind] = float(hit[known].float().mean())
+    return loss, right
+
+
+@torch.inference_mode()
+def accuracy(model: Any, heads: Heads, material: Material, count: int, seed: int = 12345) -> dict[str, float]:
+    """Shares of right answers on whole pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    model.eval()
+    found: dict[str, list[float]] = {}
+    for _ in range(max(1, count // 50)):
+        scenes = material.draw(50, generator)
+        for name, share in losses(model, heads, scenes, list(KINDS), (0, 0), generator)[1].items():
+            found.setdefault(name, []).append(share)
+    model.train()
+    return {name: sum(shares) / len(shares) for name, shares in found.items()}
+
+
+def train(args: argparse.Namespace, material: Material, test: Material, checkpoint: Path) -> tuple[Any, Heads]:
+    """A model that saw `args.steps` batches, from the last checkpoint on if there is one."""
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    model = build().train()
+    model.set_attn_implementation("eager")  # the backward pass of the fused one is slow on the CPU
+    heads = Heads(model.config.vision_config.hidden_size, PATCH_CLASSES)
+    opts = optimisers(model, heads)
+    rates = [opt.param_groups[0]["lr"] for opt in opts]
+    grids = [grid for grid, share in STAGES for _ in range(round(args.steps * share))]
+    first = 0
+    if checkpoint.is_file():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        heads.load_state_dict(saved["heads"])
+        for opt, state in zip(opts, saved["optimisers"], strict=True):
+            opt.load_state_dict(state)
+        generator.set_state(saved["generator"])
+        first = saved["step"]
+    start, mean = time.time(), dict[str, float]()
+    for step in range(first, len(grids)):
+        grid = grids[step]
+        scale = min((step + 1) / (WARM_UP * len(grids)), 1 - step / len(grids))  # up, then down in a straight line
+        for opt, rate in zip(opts, rates, strict=True):
+            opt.param_groups[0]["lr"] = rate * scale
+        top, left = torch.randint(SIDE // PATCH - grid + 1, (2,), generator=generator).tolist()
+        scenes = material.draw(args.batch, generator, side=grid * PATCH, corner=(top, left))
+        kinds = [*ALONE, TWO_TURNS[step % len(TWO_TURNS)]]
+        loss, right = losses(model, heads, scenes, kinds, (top, left), generator)
+        loss.backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        for name, value in {"loss": float(loss.detach()), **right}.items():
+            mean[name] = mean.get(name, value) + 0.05 * (value - mean.get(name, value))
+        last = step + 1 == len(grids)
+        if step % 25 == 24 or last:
+            told = ", ".join(f"{name} {value:.2f}" for name, value in mean.items())
+            print(f"{step + 1}/{len(grids)} grid {grid} {time.time() - start:.0f} s {told}", flush=True)
+        if (step + 1) % args.save_every == 0 or last:
+            partial = checkpoint.with_suffix(".partial")
+            torch.save({
+                "model": model.state_dict(), "heads": heads.state_dict(), "step": step + 1,
+                "optimisers": [opt.state_dict() for opt in opts], "generator": generator.get_state(),
+            }, partial)  # fmt: skip
+            partial.replace(checkpoint)
+            told = ", ".join(f"{name} {value:.3f}" for name, value in accuracy(model, heads, test, 100).items())
+            print(f"  held-back pictures: {told}", flush=True)
+    return model, heads
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, measure on test pictures, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2200, help="batches")
+    parser.add_argument("--batch", type=int, default=32, help="pictures")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the Fashion-MNIST files")
+    parser.add_argument("--out", type=Path, default=Path("out/train_llava"), help="folder of model and checkpoint")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--test", type=int, default=2000, help="test pictures in the end")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--small", action="store_true", help="a step per stage, to see that it runs")
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if "--small" in arguments:
+        parser.set_defaults(steps=2, batch=4, test=50)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.process_time()
+    try:
+        material, test = Material("train", args.data), Material("test", args.data)
+    except (VTokenError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    model, heads = train(args, material, test, args.out / "checkpoint.pt")
+    right = accuracy(model, heads, test, args.test)
+    print(json.dumps(right))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
