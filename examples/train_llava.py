@@ -1,7 +1,7 @@
 """Train the small LLaVA that the repository ships: it answers questions about garments on photographs.
 
-    python examples/train_llava.py --out out/llava     # what made examples/weights/small_llava
-    python examples/train_llava.py --small --out out/tiny                       # seconds, learns nothing
+    python examples/train_llava.py                     # what made examples/weights/small_llava, in out/train_llava
+    python examples/train_llava.py --small             # seconds, learns nothing
 
 The tower's class token learns to name the garment, as a CLIP learns it from captions, its patches learn what they
 show, and the whole model learns to answer, all at once. Whole pictures are dear, so most come as parts of the canvas,
@@ -12,6 +12,7 @@ each other. A killed call goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import shlex
@@ -24,13 +25,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vtoken.demo.clutter import DATA, PATCH, SIDE
-from vtoken.demo.questions import BEGIN, END, GARMENTS, IDS, IMAGE, KINDS, PAD, PATCH_CLASSES, SMALL_KINDS, VOCABULARY, Material, Scenes, ask
+from vtoken.demo.questions import BEGIN, END, IDS, IMAGE, KINDS, PAD, VOCABULARY, ask, side_by_side
+from vtoken.demo.scenes import CLOTHES, PATCH_CLASSES, SMALL_KINDS, Material, Scenes
 from vtoken.errors import VTokenError
 
 # Side of the part of the canvas in patches, and the share of the steps at that size.
@@ -65,7 +69,7 @@ class Heads(nn.Module):
 
     def __init__(self, width: int, patch_classes: int) -> None:
         super().__init__()
-        self.naming, self.seeing = nn.Linear(width, len(GARMENTS)), nn.Linear(width, patch_classes)
+        self.naming, self.seeing = nn.Linear(width, len(CLOTHES)), nn.Linear(width, patch_classes)
 
 
 def tower_rows(tower: Any, pictures: Tensor, corner: tuple[int, int]) -> Tensor:
@@ -81,38 +85,11 @@ def tower_rows(tower: Any, pictures: Tensor, corner: tuple[int, int]) -> Tensor:
 
 def conversations(scenes: Scenes, kinds: Sequence[str], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
     """`ask` for every kind, counting a random kind of small garment."""
-    found = []
-    for kind in kinds:
-        which = None
-        if kind == "count":
-            which = torch.randint(len(SMALL_KINDS), (len(scenes.pictures),), generator=generator)
-        found.append(ask(kind, scenes, which))
-    return found
-
-
-def side_by_side(lengths: Sequence[int], prefix: int) -> tuple[Tensor, Tensor]:
-    """Additive mask [T, T] and positions [T] of conversations that see the image in front of them and themselves."""
-    owner = torch.cat([torch.zeros(prefix, dtype=torch.long)] + [torch.full((n,), i) for i, n in enumerate(lengths, 1)])
-    places = torch.cat([torch.arange(prefix)] + [prefix + torch.arange(n) for n in lengths])
-    order = torch.arange(len(owner))
-    seen = (order[:, None] >= order) & ((owner[:, None] == owner) | (owner == 0))
-    return torch.zeros(seen.shape).masked_fill(~seen, -1e9), places
-
-
-def answers(model: Any, rows: Tensor, talks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    """Logits [M, vocabulary] at the positions that have a label column, and those columns' labels by conversation."""
-    inner, table = model.model, model.get_input_embeddings()
-    count, patches = len(rows), rows.shape[1] - 1
-    ids = torch.cat([torch.full((count, 1), IDS[BEGIN]), *(ids for ids, _ in talks)], 1)
-    text = table(ids)
-    features = inner.multi_modal_projector(rows[:, 1:])
-    embeds = torch.cat([text[:, :1], features.to(text.dtype), text[:, 1:]], 1)
-    mask, places = side_by_side([ids.shape[1] for ids, _ in talks], 1 + patches)
-    out = inner.language_model(
-        inputs_embeds=embeds, attention_mask=mask[None, None].expand(count, 1, -1, -1),
-        position_ids=places[None].expand(count, -1), use_cache=False,
-    ).last_hidden_state  # fmt: skip
-    return model.lm_head(out[:, 1 + patches :]), [labels for _, labels in talks]
+    count = len(scenes.pictures)
+    return [
+        ask(kind, scenes, torch.randint(len(SMALL_KINDS), (count,), generator=generator) if kind == "count" else None)
+        for kind in kinds
+    ]
 
 
 def optimisers(model: Any, heads: Heads) -> list[torch.optim.Optimizer]:
@@ -134,11 +111,12 @@ def losses(
     with torch.autocast("cpu", torch.bfloat16):
         rows = tower_rows(model.model.vision_tower, scenes.pictures, corner)
         talks = conversations(scenes, kinds, generator)
-        logits, labels = answers(model, rows, talks)
+        features = model.model.multi_modal_projector(rows[:, 1:])
+        parts = side_by_side(model, features, [ids for ids, _ in talks])
         named = heads.naming(model.model.vision_tower.post_layernorm(rows[:, 0]))
         seen = heads.seeing(rows[:, 1:])
-    logits, named, seen = logits.float(), named.float(), seen.float()
-    loss = F.cross_entropy(logits.flatten(0, 1), torch.cat(labels, 1).flatten())
+    logits, named, seen = torch.cat(parts, 1).float(), named.float(), seen.float()
+    loss = F.cross_entropy(logits.flatten(0, 1), torch.cat([labels for _, labels in talks], 1).flatten())
     loss = loss + NAMING * F.cross_entropy(named, scenes.facts["garment"])
     loss = loss + SEEING * F.cross_entropy(seen.flatten(0, 1), scenes.patches.flatten())
     with torch.no_grad():
@@ -147,8 +125,7 @@ def losses(
             "naming": float((named.argmax(-1) == scenes.facts["garment"]).float().mean()),
             "seeing": float((seen.argmax(-1) == scenes.patches)[thing].float().mean()),
         }
-        part = logits.split([l.shape[1] for l in labels], 1)
-        for kind, found, label in zip(kinds, part, labels, strict=True):
+        for kind, found, (_, label) in zip(kinds, parts, talks, strict=True):
             # The last answer is told by the position before it.
             hit, known = found[:, -2].argmax(-1) == label[:, -2], label[:, -2] >= 0
             right[kind] = float(hit[known].float().mean())
@@ -169,8 +146,8 @@ def accuracy(model: Any, heads: Heads, material: Material, count: int, seed: int
     return {name: sum(shares) / len(shares) for name, shares in found.items()}
 
 
-def train(args: argparse.Namespace, material: Material, test: Material, checkpoint: Path) -> tuple[Any, Heads]:
-    """A model that saw `args.steps` batches, from the last checkpoint on if there is one."""
+def train(args: argparse.Namespace, material: Material, test: Material, checkpoint: Path) -> tuple[Any, Heads, float]:
+    """A model that saw `args.steps` batches, from the last checkpoint on if there is one; CPU seconds of all calls."""
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = build().train()
@@ -179,7 +156,7 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
     opts = optimisers(model, heads)
     rates = [opt.param_groups[0]["lr"] for opt in opts]
     grids = [grid for grid, share in STAGES for _ in range(round(args.steps * share))]
-    first = 0
+    first, spent = 0, 0.0
     if checkpoint.is_file():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -187,8 +164,8 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
         for opt, state in zip(opts, saved["optimisers"], strict=True):
             opt.load_state_dict(state)
         generator.set_state(saved["generator"])
-        first = saved["step"]
-    start, mean = time.time(), dict[str, float]()
+        first, spent = saved["step"], saved["cpu_seconds"]
+    start, began, mean = time.time(), time.process_time(), dict[str, float]()
     for step in range(first, len(grids)):
         grid = grids[step]
         scale = min((step + 1) / (WARM_UP * len(grids)), 1 - step / len(grids))  # up, then down in a straight line
@@ -212,12 +189,13 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
             partial = checkpoint.with_suffix(".partial")
             torch.save({
                 "model": model.state_dict(), "heads": heads.state_dict(), "step": step + 1,
+                "cpu_seconds": spent + time.process_time() - began,
                 "optimisers": [opt.state_dict() for opt in opts], "generator": generator.get_state(),
             }, partial)  # fmt: skip
             partial.replace(checkpoint)
             told = ", ".join(f"{name} {value:.3f}" for name, value in accuracy(model, heads, test, 100).items())
             print(f"  held-back pictures: {told}", flush=True)
-    return model, heads
+    return model, heads, spent + time.process_time() - began
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,16 +216,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    start = time.process_time()
     try:
         material, test = Material("train", args.data), Material("test", args.data)
     except (VTokenError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
-    model, heads = train(args, material, test, args.out / "checkpoint.pt")
+    model, heads, seconds = train(args, material, test, args.out / "checkpoint.pt")
     right = accuracy(model, heads, test, args.test)
-    print(json.dumps(right))
+    about = {
+        "command": shlex.join(["python", "examples/train_llava.py", *arguments]),
+        "right": right,
+        "test": f"{args.test} pictures of the test split",
+        "cpu_minutes": round(seconds / 60, 1),
+        "date": datetime.date.today().isoformat(),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    save(model, args.out / "model", about)
+    print(json.dumps(about, indent=1))
     return 0
+
+
+def save(model: Any, folder: Path, about: dict[str, Any]) -> None:
+    """Write what `from_pretrained` of model and `AutoProcessor` takes, weights in half precision, and how they came."""
+    model = copy.deepcopy(model).eval().half()
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(folder)
+    processor().save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def processor() -> Any:
+    """Words to ids, pictures of 112 pixels to [-1, 1]: `processor(images=picture, text="<image> where is it ?")`."""
+    words = Tokenizer(WordLevel(IDS, unk_token=PAD))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, IDS[BEGIN])])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token=BEGIN, eos_token=END, pad_token=PAD, unk_token=PAD, padding_side="left",
+        extra_special_tokens={"image_token": IMAGE},
+    )  # fmt: skip
+    pixels = transformers.CLIPImageProcessor(
+        size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return transformers.LlavaProcessor(
+        pixels, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
 
 
 if __name__ == "__main__":

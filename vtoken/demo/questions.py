@@ -1,297 +1,140 @@
-"""Questions about pictures whose answers are known: garments and a tagged digit pasted on photographs.
+"""Questions in words about the pictures of `vtoken.demo.scenes`, and their true answers.
 
-Every picture shows, on a crop of a photograph: one large garment, which is what the picture is about; up to nine small
-garments of three kinds; and near the border a small coloured tag with a handwritten digit, which a summary of the
-picture has no reason to look at. All of it is real: Fashion-MNIST (Debian's dataset-fashion-mnist), scikit-image's
-photographs, scikit-learn's digits. Training and test pictures share no garment, no digit and no photograph.
+Every answer is one word of a small vocabulary, whose words are the tokens. In a prompt the image comes first, then one
+or two turns; the answer follows the question mark.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vtoken.demo.captions import DIGITS, read_digits
-from vtoken.demo.clutter import DATA, PATCH, SIDE, read_fashion_mnist
-from vtoken.demo.photos import load_photographs
+from vtoken.demo.captions import DIGITS
+from vtoken.demo.scenes import CLOTHES, COLOURS, MOST, SMALL_KINDS, Scenes
+from vtoken.errors import ConfigError
 
-LARGE, SMALL, TAG = 40, 18, 16  # sides in pixels of the garment, the small garments, the tag
-PHOTOGRAPHS = {
-    "train": ("astronaut", "chelsea", "motorcycle", "clock", "retina", "moon", "hubble"),
-    "test": ("camera", "coffee", "coins", "rocket"),
-}
-_PHOTO_SIDE = 224
-_DIGITS_TRAIN = 1400
-_TRIES = 48  # places looked at for a thing before it is left out
-_MOST = 3  # small garments of a kind
-_STARTS, _SPAN = (0, 29, 59), 14  # upper left corners of the garment by place, along one side
-_EDGE = 4  # pixels between a centre and the border of its place, so that no answer hangs on one pixel
-
-GARMENTS = ("tshirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-SMALL_KINDS = {"bags": 8, "trousers": 1, "sneakers": 7}  # word of the question -> class of Fashion-MNIST
+WEIGHTS = Path(__file__).parents[2] / "examples" / "weights" / "small_llava"
 COUNTS = ("none", "one", "two", "three")
-COLOURS = {"red": (230, 40, 40), "green": (40, 190, 60), "blue": (60, 90, 255), "yellow": (250, 220, 40)}
 PLACES = (
     "top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom", "bottom-right",
 )  # fmt: skip
+IGNORED = -100  # label of a position that answers nothing
 
 
 @dataclass(frozen=True)
-class Turns:
-    """A conversation about a picture: questions in words, `{}` standing for a kind of small garment.
+class Turn:
+    """A question, `{}` standing for a kind of small garment, and the fact (see `Scenes`) that answers it."""
 
-    Args:
-        asked: one or two questions.
-        facts: of every question the name of its answer's fact, see `Scenes`.
-    """
-
-    asked: tuple[str, ...]
-    facts: tuple[str, ...]
+    question: str
+    fact: str
 
 
-# The kinds of questions. The answer that counts is the last one; the turn before it is given.
-KINDS: dict[str, Turns] = {
-    "object": Turns(("what is the garment ?",), ("garment",)),
-    "place": Turns(("where is the garment ?",), ("garment_place",)),
-    "count": Turns(("how many small {} ?",), ("count",)),
-    "colour": Turns(("what colour is the tag ?",), ("colour",)),
-    "digit": Turns(("what digit is on the tag ?",), ("digit",)),
-    "object, then place": Turns(("what is the garment ?", "where is it ?"), ("garment", "garment_place")),
-    "digit, then place": Turns(("what digit is on the tag ?", "where is it ?"), ("digit", "tag_place")),
+# The kinds of questions. The last answer counts; the one before it is given.
+KINDS = {
+    "object": (Turn("what is the garment ?", "garment"),),
+    "place": (Turn("where is the garment ?", "garment place"),),
+    "count": (Turn("how many small {} ?", "{}"),),
+    "colour": (Turn("what colour is the tag ?", "colour"),),
+    "digit": (Turn("what digit is on the tag ?", "digit"),),
+    "object, then place": (Turn("what is the garment ?", "garment"), Turn("where is it ?", "garment place")),
+    "digit, then place": (Turn("what digit is on the tag ?", "digit"), Turn("where is it ?", "tag place")),
 }
-WORDS: dict[str, tuple[str, ...]] = {
-    "garment": GARMENTS,
-    "garment_place": PLACES,
-    "tag_place": PLACES,
-    "count": COUNTS,
-    "colour": tuple(COLOURS),
-    "digit": DIGITS,
-}
+ANSWERS = {
+    "garment": CLOTHES, "garment place": PLACES, "tag place": PLACES, "colour": tuple(COLOURS), "digit": DIGITS,
+    **dict.fromkeys(SMALL_KINDS, COUNTS),
+}  # fmt: skip
+assert len(COUNTS) == MOST + 1
 
 PAD, BEGIN, END, IMAGE = "<pad>", "<s>", "</s>", "<image>"
-_QUESTION_WORDS = {
-    word for turns in KINDS.values() for question in turns.asked for word in question.split() if word != "{}"
-}
-VOCABULARY = (PAD, BEGIN, END, IMAGE, *sorted(_QUESTION_WORDS | {w for ws in WORDS.values() for w in ws} | {*SMALL_KINDS}))
-PATCH_CLASSES = 1 + len(GARMENTS) + len(SMALL_KINDS) + len(DIGITS)  # values of `Scenes.patches`
+_ASKED = {word for turns in KINDS.values() for turn in turns for word in turn.question.split()} - {"{}"}
+_WORDS = _ASKED.union(SMALL_KINDS, *ANSWERS.values())
+VOCABULARY = (PAD, BEGIN, END, IMAGE, *sorted(_WORDS))
 IDS = {word: number for number, word in enumerate(VOCABULARY)}
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """Pictures and what is true of them.
-
-    Args:
-        pictures: float32 [N, 3, side, side] in [-1, 1].
-        patches: what the middle of every patch shows, int64 [N, side / 8 * side / 8]; 0 photograph, then the large
-            garments by class, the small ones by kind, the tags by digit. For training alone.
-        facts: answers as numbers int64 [N] into `WORDS`, by fact; -1 where a picture has none.
-        counts: small garments by kind, int64 [N, 3], in the order of `SMALL_KINDS`.
-        places: centres of garment and tag in pixels of the whole canvas (row, column), float32 [N, 2, 2].
-    """
-
-    pictures: Tensor
-    patches: Tensor
-    facts: dict[str, Tensor]
-    counts: Tensor
-    places: Tensor
-
-
-class Material:
-    """The things that scenes of one split are made of.
-
-    Args:
-        split: "train" or "test"; they have nothing in common.
-        folder: of the Fashion-MNIST files.
-
-    Raises:
-        ConfigError, ImportError, VTokenError: if data are missing or damaged; see `read_fashion_mnist`,
-            `load_photographs` and `read_digits`.
-    """
-
-    def __init__(self, split: Literal["train", "test"], folder: Path = DATA) -> None:
-        images, self.labels = read_fashion_mnist(split, folder)
-        self.large = _resized(images, LARGE)
-        self.small = [_resized(images[self.labels == label], SMALL) for label in SMALL_KINDS.values()]
-        photos = load_photographs(_PHOTO_SIDE, PHOTOGRAPHS[split])[1]
-        self.photos = (photos * 255).round().to(torch.uint8)
-        digits, values = read_digits()
-        order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
-        chosen = order[:_DIGITS_TRAIN] if split == "train" else order[_DIGITS_TRAIN:]
-        self.digits, self.values = _resized((digits[chosen] + 1) * 127.5, TAG - 2), values[chosen]
-
-    def draw(
-        self, count: int, generator: torch.Generator, side: int = SIDE, corner: tuple[int, int] = (0, 0)
-    ) -> Scenes:
-        """Random scenes; the generator decides all.
-
-        Args:
-            count: how many.
-            generator: on the CPU.
-            side: of the pictures in pixels, a multiple of 8. Less than 112: a part of the canvas with all that there
-                is on it, for quicker training.
-            corner: where that part lies on the canvas, in patches (row, column).
-        """
-
-        def draw(high: int, *shape: int) -> Tensor:
-            return torch.randint(high, (count, *shape), generator=generator)
-
-        garments = draw(len(self.labels))
-        digits, colours, photos = draw(len(self.values)), draw(len(COLOURS)), draw(len(self.photos))
-        # What lies where: the garment first, then the tag at the border, then small garments where there is room.
-        room = side - LARGE + 1
-        corners = draw(room, 2)
-        if side == SIDE:  # every place as often as any other, and none on a border between two
-            corners = torch.tensor(_STARTS)[draw(3, 2)] + draw(_SPAN, 2)
-        boxes: list[Box] = [(corners, LARGE, torch.ones(count, dtype=torch.bool))]
-        boxes.append(_find_room(_at_border(draw, side), TAG, boxes))
-        wanted = draw(_MOST + 1, len(SMALL_KINDS))
-        order = torch.rand(count, len(SMALL_KINDS) * _MOST, generator=generator).argsort(1)
-        kinds = order // _MOST
-        pieces = [draw(len(small)) for small in self.small for _ in range(_MOST)]
-        for k in range(len(SMALL_KINDS) * _MOST):
-            present = (order[:, k] % _MOST) < wanted.gather(1, kinds[:, k : k + 1])[:, 0]
-            corners, size, found = _find_room(draw(side - SMALL + 1, _TRIES, 2), SMALL, boxes)
-            boxes.append((corners, size, found & present))
-        counts = torch.stack([_count(boxes[2:], kinds, kind) for kind in range(len(SMALL_KINDS))], 1)
-
-        pictures = self._backgrounds(photos, side, draw)
-        marks = torch.zeros(count, side * side, dtype=torch.long)
-        _paste(pictures, marks, boxes[0], self.large[garments][:, None], 1 + self.labels[garments])
-        tags, ids = self._tags(digits, colours), 1 + len(GARMENTS) + len(SMALL_KINDS) + self.values[digits]
-        _paste(pictures, marks, boxes[1], tags, ids)
-        for k, box in enumerate(boxes[2:]):
-            which = torch.stack(pieces, 1).gather(1, order[:, k : k + 1])[:, 0]
-            rows = torch.empty(count, SMALL, SMALL, dtype=torch.uint8)
-            for kind, small in enumerate(self.small):
-                mine = kinds[:, k] == kind
-                rows[mine] = small[which[mine]]
-            _paste(pictures, marks, box, rows[:, None], 1 + len(GARMENTS) + kinds[:, k])
-
-        offset = torch.tensor(corner) * PATCH
-        places = torch.stack([boxes[0][0] + LARGE / 2 + offset, boxes[1][0] + TAG / 2 + offset], 1)
-        tagged = boxes[1][2]
-        facts = {
-            "garment": self.labels[garments],
-            "garment_place": _place(places[:, 0]),
-            "tag_place": torch.where(tagged, _place(places[:, 1]), -1),
-            "colour": torch.where(tagged, colours, -1),
-            "digit": torch.where(tagged, self.values[digits], -1),
-        }
-        middles = marks.view(count, side, side)[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].flatten(1)
-        return Scenes(pictures.view(count, 3, side, side) / 127.5 - 1, middles, facts, counts, places)
-
-    def _backgrounds(self, photos: Tensor, side: int, draw: Callable[..., Tensor]) -> Tensor:
-        """Crops of photographs, float32 [N, 3, side * side] in [0, 255], mirrored and their colours exchanged."""
-        count, whole = len(photos), self.photos.shape[-1]
-        corners, steps = draw(whole - side + 1, 2), 1 - 2 * draw(2, 2)
-        along = torch.arange(side)
-        rows = torch.where(steps[:, :1] > 0, along, side - 1 - along) + corners[:, :1]
-        columns = torch.where(steps[:, 1:] > 0, along, side - 1 - along) + corners[:, 1:]
-        channels = (torch.arange(3) * (1 + draw(2, 1)) + draw(3, 1)) % 3  # all six orders
-        flat = self.photos.flatten()
-        index = (photos[:, None] * 3 + channels)[:, :, None] * whole + rows[:, None]
-        return flat[(index[..., None] * whole + columns[:, None, None]).view(count, 3, -1)].float()
-
-    def _tags(self, digits: Tensor, colours: Tensor) -> Tensor:
-        """Tags uint8 [N, 3, 16, 16]: black ink on a colour, a white rim."""
-        paint = torch.tensor(list(COLOURS.values()), dtype=torch.float32)[colours]
-        ink = self.digits[digits].float()[:, None] / 255
-        inside = paint[:, :, None, None] * (1 - ink)
-        return F.pad(inside, (1, 1, 1, 1), value=255.0).round().to(torch.uint8)
-
-
 def ask(kind: str, scenes: Scenes, which: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The conversation of one kind about every picture, behind the image.
+    """The conversation of one kind about every picture, as it stands behind the image.
 
     Args:
         kind: of `KINDS`.
         scenes: N of them.
-        which: of "count", the kind of small garment that is asked for, int64 [N] into `SMALL_KINDS`.
+        which: of "count", the kinds of small garments that are asked for, int64 [N] into `SMALL_KINDS`.
 
     Returns:
-        Token ids int64 [N, L] up to the last answer and with it, and the tokens to answer at every position [N, L]:
-        -100 where there is nothing to answer, the end token at the last answer, and nothing at all for pictures that
-        have no answer.
+        Token ids int64 [N, L], the last answer included, and what follows at each position, int64 [N, L]: an answer at
+        a question mark, the end token at the last answer, else -100; -100 everywhere if the picture has no answer.
     """
-    count, turns = len(scenes.pictures), KINDS[kind]
-    ids, labels = list[Tensor](), list[Tensor]()
-    silent = torch.full((count,), -100)
-    valid = torch.ones(count, dtype=torch.bool)
-    for question, fact in zip(turns.asked, turns.facts, strict=True):
-        for word in question.split():
-            if word == "{}" and which is not None:
-                ids.append(torch.tensor([IDS[name] for name in SMALL_KINDS])[which])
-            else:
-                ids.append(torch.full((count,), IDS[word]))
-            labels.append(silent)
-        value = scenes.counts.gather(1, which[:, None])[:, 0] if which is not None else scenes.facts[fact]
-        answer = torch.tensor([IDS[word] for word in WORDS[fact]])[value.clamp(min=0)]
-        valid = valid & (value >= 0)
-        labels[-1] = answer
+    count = len(scenes.pictures)
+    which = torch.zeros(count, dtype=torch.long) if which is None else which
+    names = list(SMALL_KINDS)
+    ids, labels, known = list[Tensor](), list[Tensor](), torch.ones(count, dtype=torch.bool)
+    for turn in KINDS[kind]:
+        for word in turn.question.split():
+            row = [IDS[name] for name in names] if word == "{}" else [IDS[word]] * len(names)
+            ids.append(torch.tensor(row)[which])
+        facts = [turn.fact.format(name) for name in names]
+        values = torch.stack([scenes.facts[fact] for fact in facts], 1).gather(1, which[:, None])[:, 0]
+        answer = torch.tensor([IDS[word] for word in ANSWERS[facts[0]]])[values.clamp(min=0)]
+        known &= values >= 0
+        labels += [torch.full((count,), IGNORED)] * (len(ids) - len(labels) - 1) + [answer]
         ids.append(answer)
-        labels.append(silent)
-    labels[-1] = torch.full((count,), IDS[END])
-    return torch.stack(ids, 1), torch.where(valid[:, None], torch.stack(labels, 1), -100)
+    labels.append(torch.full((count,), IDS[END]))
+    return torch.stack(ids, 1), torch.where(known[:, None], torch.stack(labels, 1), IGNORED)
 
 
-Box = tuple[Tensor, int, Tensor]  # corners [N, 2], side in pixels, whether it is there [N]
+def side_by_side(model: Any, features: Tensor, texts: Sequence[Tensor]) -> list[Tensor]:
+    """Logits of several conversations about the same pictures, in one pass of a LLaVA's language model.
+
+    All see the image in front of them and none sees another, so each is answered as if it were alone.
+
+    Args:
+        model: a LLaVA of transformers with this vocabulary.
+        features: of the images as they stand in the prompt, [N, K, D].
+        texts: token ids int64 [N, L] of every conversation.
+
+    Returns:
+        [N, L, vocabulary] for every conversation.
+    """
+    count, front = len(features), 1 + features.shape[1]
+    lengths = [ids.shape[1] for ids in texts]
+    owner = torch.cat([torch.full((n,), i) for i, n in enumerate([front, *lengths])]).to(features.device)
+    places = torch.cat([torch.arange(front), *(front + torch.arange(n) for n in lengths)]).to(features.device)
+    order = torch.arange(len(owner), device=features.device)
+    seen = (order[:, None] >= order) & ((owner[:, None] == owner) | (owner == 0))
+    table = model.get_input_embeddings()
+    begin = table(torch.full((count, 1), IDS[BEGIN], device=features.device))
+    embeds = torch.cat([begin, features.to(begin.dtype), table(torch.cat(list(texts), 1))], 1)
+    mask = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
+    out = model.model.language_model(
+        inputs_embeds=embeds, attention_mask=mask.to(embeds.dtype)[None, None].expand(count, 1, -1, -1),
+        position_ids=places.expand(count, -1), use_cache=False,
+    )  # fmt: skip
+    return list(model.lm_head(out.last_hidden_state[:, front:]).split(lengths, 1))
 
 
-def _resized(images: Tensor, side: int) -> Tensor:
-    """uint8 [N, side, side]."""
-    parts = [
-        F.interpolate(part[:, None].float(), (side, side), mode="bilinear", antialias=True)[:, 0]
-        for part in images.split(4096)
-    ]
-    return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+def prompt(ids: Tensor, image_tokens: int) -> Tensor:
+    """Token ids [N, 1 + image_tokens + L] of prompts whose text [N, L] stands behind an image."""
+    begin, image = ids.new_full((len(ids), 1), IDS[BEGIN]), ids.new_full((len(ids), image_tokens), IDS[IMAGE])
+    return torch.cat([begin, image, ids], 1)
 
 
-def _at_border(draw: Callable[..., Tensor], side: int) -> Tensor:
-    """Corners [N, tries, 2] of tags that touch one of the four borders, or nearly."""
-    near, along = draw(3, _TRIES), draw(side - TAG + 1, _TRIES)
-    near = torch.where(draw(2, _TRIES) > 0, near, side - TAG - near)
-    corners = torch.stack([near, along], -1)
-    return torch.where(draw(2, _TRIES)[..., None] > 0, corners, corners.flip(-1))
+def load_small_llava(folder: Path | None = None) -> Any:
+    """The trained LLaVA in eval mode, float32, on the CPU; `examples/train_llava.py` made its weights.
 
+    Args:
+        folder: what `from_pretrained` takes; None means the one in the repository.
 
-def _find_room(tries: Tensor, size: int, boxes: list[Box]) -> Box:
-    """The first of the tried corners [N, tries, 2] whose square overlaps none of the boxes that are there."""
-    free = torch.ones(tries.shape[:2], dtype=torch.bool)
-    for corners, other, there in boxes:
-        apart = ((tries + size <= corners[:, None]) | (corners[:, None] + other <= tries)).any(-1)
-        free &= apart | ~there[:, None]
-    first = free.to(torch.uint8).argmax(1)
-    chosen = tries.gather(1, first[:, None, None].expand(-1, 1, 2))[:, 0]
-    return chosen, size, free.any(1)
+    Raises:
+        ConfigError: if there is no such folder. ImportError: if transformers is missing.
+    """
+    from transformers import LlavaForConditionalGeneration
 
-
-def _count(boxes: list[Box], kinds: Tensor, kind: int) -> Tensor:
-    """How many of the boxes are there and of the kind, [N]."""
-    return torch.stack([there & (kinds[:, k] == kind) for k, (_, _, there) in enumerate(boxes)], 1).sum(1)
-
-
-def _paste(pictures: Tensor, marks: Tensor, box: Box, things: Tensor, ids: Tensor) -> None:
-    """Put things [N, 1 or 3, size, size] where the box says, and their ids [N] on the marks."""
-    corners, size, there = box
-    side = int(marks.shape[1] ** 0.5)
-    rows, columns = (corners[there][:, :, None] + torch.arange(size)).unbind(1)
-    index = (rows[:, :, None] * side + columns[:, None, :]).flatten(1)
-    values = things[there].flatten(2).float().expand(-1, 3, -1)
-    where = there.nonzero()[:, 0]
-    pictures[where[:, None, None], torch.arange(3)[None, :, None], index[:, None]] = values
-    marks[where[:, None], index] = ids[there][:, None].expand_as(index)
-
-
-def _place(centres: Tensor) -> Tensor:
-    """Which of the nine places [N] the centres [N, 2] lie in; -1 too near to a border between two."""
-    third = SIDE / 3
-    near = torch.stack([(centres - third).abs(), (centres - 2 * third).abs()]).amin((0, 2)) < _EDGE
-    cells = (centres / third).long().clamp(0, 2)
-    return torch.where(near, -1, cells[:, 0] * 3 + cells[:, 1])
+    folder = WEIGHTS if folder is None else folder
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"no model in {folder}; it lies in the repository and comes from examples/train_llava.py")
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
