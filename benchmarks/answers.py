@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -77,7 +78,7 @@ class Setting:
 def schedule(tokens: int, depth: int) -> tuple[int, ...]:
     """Patches to merge in every block, the same share each time, so that `tokens` are left."""
     left = [round(WHOLE * (tokens / WHOLE) ** (i / depth)) for i in range(depth + 1)]
-    return tuple(before - after for before, after in zip(left, left[1:], strict=False))
+    return tuple(before - after for before, after in itertools.pairwise(left))
 
 
 def settings(model: Any, divisors: Sequence[int], names: Sequence[str]) -> list[Setting]:
@@ -127,7 +128,9 @@ def plainly(model: Any, pictures: Tensor, ids: Tensor, placeholders: int) -> Ten
     return logits
 
 
-def together(model: Any, setting: Setting, pictures: Tensor, texts: Sequence[Tensor], placeholders: int) -> list[Tensor]:
+def together(
+    model: Any, setting: Setting, pictures: Tensor, texts: Sequence[Tensor], placeholders: int
+) -> list[Tensor]:  # fmt: skip
     """The same logits for several questions about the same pictures; tower and image go through once."""
     if any(config.part == "prompt" for config in setting.configs):
         given = {"input_ids": prompt(texts[0][:, :-1], placeholders), "pixel_values": pictures}
@@ -173,7 +176,8 @@ def answer(
                 plain = [plainly(model, pictures[:some], ids[:some], placeholders) for ids in texts]
                 if not setting.together:
                     found = plain
-                error = max(float((a - b[:some]).abs().max() / a.abs().max()) for a, b in zip(plain, found, strict=True))
+                pairs = [(a, b[:some]) for a, b in zip(plain, found, strict=True)]
+                error = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
                 if error > 1e-4:
                     return {}, f"questions side by side differ from plain calls by {error:.1e}"
         for kind, logits, (_, labels) in zip(KINDS, found, asked, strict=True):
@@ -242,9 +246,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
             other = None if uniform is None or setting.name == "uniform grid" else uniform[kind][mine]
             kinds[kind] = judged(found[setting][kind][mine], whole[kind][mine], other)
         row |= {"kinds": kinds, "guess": guess} | cost(models[setting.side], setting, TEXT)
-        row |= {"milliseconds": times[setting].median * 1e3, "time_ratio": times[setting].median / times[chosen[0]].median,
-                "time_ratio_minima": times[setting].minimum / times[chosen[0]].minimum}  # fmt: skip
-        rows.append(row)
+        time, full = times[setting], times[chosen[0]]
+        rows.append(row | {
+            "milliseconds": time.median * 1e3, "time_ratio": time.median / full.median,
+            "time_ratio_minima": time.minimum / full.minimum,
+        })  # fmt: skip
     return rows
 
 

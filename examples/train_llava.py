@@ -5,8 +5,9 @@
 
 The tower's class token learns to name the garment, as a CLIP learns it from captions, its patches learn what they
 show, and the whole model learns to answer, all at once. Whole pictures are dear, so most come as parts of the canvas,
-laid on a random part of the position table. Several conversations about a picture lie in one sequence and do not see
-each other. A killed call goes on from its last checkpoint.
+laid on a random part of the position table; whole ones come last, while the rate sinks to zero. Several conversations
+about a picture lie in one sequence and do not see each other. A killed call goes on from its last checkpoint; one with
+another number of steps may, too, while the checkpoint is from before the whole pictures.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from vtoken.demo.questions import BEGIN, END, IDS, IMAGE, KINDS, PAD, VOCABULARY
 from vtoken.demo.scenes import CLOTHES, PATCH_CLASSES, SMALL_KINDS, Material, Scenes
 from vtoken.errors import VTokenError
 
-# Side of the part of the canvas in patches, and the share of the steps at that size.
-STAGES = ((9, 0.75), (SIDE // PATCH, 0.25))
-MUON_RATE, ADAMW_RATE, WARM_UP = 0.004, 0.002, 0.02
+PART, SHARE = 9, 0.75  # side in patches of a part of the canvas, and the share of the steps that see such parts
+MUON_RATE, ADAMW_RATE, WARM_UP = 0.004, 0.002, 50  # steps
 ALONE = ("object", "place", "count", "count", "colour", "digit")  # conversations about every training picture
 TWO_TURNS = ("object, then place", "digit, then place")  # and one of these
-NAMING, SEEING = 0.5, 0.5  # weights of the losses of class token and patches beside that of the answers
+NAMING, SEEING = 0.5, 1.0  # weights of the losses of class token and patches beside that of the answers
+NOTHING = 0.1  # weight of patches that show only photograph, which are most
 
 
 def build(width: int = 128) -> Any:
@@ -118,7 +119,8 @@ def losses(
     logits, named, seen = torch.cat(parts, 1).float(), named.float(), seen.float()
     loss = F.cross_entropy(logits.flatten(0, 1), torch.cat([labels for _, labels in talks], 1).flatten())
     loss = loss + NAMING * F.cross_entropy(named, scenes.facts["garment"])
-    loss = loss + SEEING * F.cross_entropy(seen.flatten(0, 1), scenes.patches.flatten())
+    weights = torch.ones(PATCH_CLASSES).index_fill(0, torch.tensor(0), NOTHING)
+    loss = loss + SEEING * F.cross_entropy(seen.flatten(0, 1), scenes.patches.flatten(), weights)
     with torch.no_grad():
         thing = scenes.patches > 0
         right = {
@@ -155,7 +157,7 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
     heads = Heads(model.config.vision_config.hidden_size, PATCH_CLASSES)
     opts = optimisers(model, heads)
     rates = [opt.param_groups[0]["lr"] for opt in opts]
-    grids = [grid for grid, share in STAGES for _ in range(round(args.steps * share))]
+    parts = int(args.steps * SHARE)
     first, spent = 0, 0.0
     if checkpoint.is_file():
         saved = torch.load(checkpoint, weights_only=True)
@@ -166,9 +168,9 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
         generator.set_state(saved["generator"])
         first, spent = saved["step"], saved["cpu_seconds"]
     start, began, mean = time.time(), time.process_time(), dict[str, float]()
-    for step in range(first, len(grids)):
-        grid = grids[step]
-        scale = min((step + 1) / (WARM_UP * len(grids)), 1 - step / len(grids))  # up, then down in a straight line
+    for step in range(first, args.steps):
+        grid = PART if step < parts else SIDE // PATCH
+        scale = min((step + 1) / WARM_UP, (args.steps - step) / (args.steps - parts), 1.0)
         for opt, rate in zip(opts, rates, strict=True):
             opt.param_groups[0]["lr"] = rate * scale
         top, left = torch.randint(SIDE // PATCH - grid + 1, (2,), generator=generator).tolist()
@@ -181,10 +183,10 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
             opt.zero_grad()
         for name, value in {"loss": float(loss.detach()), **right}.items():
             mean[name] = mean.get(name, value) + 0.05 * (value - mean.get(name, value))
-        last = step + 1 == len(grids)
+        last = step + 1 == args.steps
         if step % 25 == 24 or last:
             told = ", ".join(f"{name} {value:.2f}" for name, value in mean.items())
-            print(f"{step + 1}/{len(grids)} grid {grid} {time.time() - start:.0f} s {told}", flush=True)
+            print(f"{step + 1}/{args.steps} grid {grid} {time.time() - start:.0f} s {told}", flush=True)
         if (step + 1) % args.save_every == 0 or last:
             partial = checkpoint.with_suffix(".partial")
             torch.save({
