@@ -53,12 +53,17 @@ Batch = tuple[Scenes, list[tuple[Tensor, Tensor]]]  # and what is asked about th
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to fewer tokens: settings to apply, or smaller pictures."""
+    """A way to fewer tokens: what it is called, the budget it is for, settings to apply, or smaller pictures."""
 
     name: str
-    tokens: int
+    budget: int
     configs: tuple[MethodConfig, ...] = ()
     side: int = SIDE
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens that reach the language model."""
+        return self.budget if self.side == SIDE else (self.side // PATCH) ** 2
 
     @property
     def together(self) -> bool:
@@ -92,8 +97,7 @@ def settings(model: Any, divisors: Sequence[int], names: Sequence[str]) -> list[
         # Half of what goes, as a factor, in the tower, the rest behind it.
         merged = vtoken.PiToMe(r=schedule(round(math.sqrt(WHOLE * tokens)), depth))
         options.append(Setting("PiToMe, then VTC-CLS", tokens, (merged, vtoken.VTCCLS(num_tokens=tokens))))
-        side = SMALLER[tokens]
-        options.append(Setting("lower resolution", (side // PATCH) ** 2, side=side))
+        options.append(Setting("lower resolution", tokens, side=SMALLER[tokens]))
         found += [option for option in options if option.name in names]
     return found
 
@@ -199,14 +203,11 @@ def paired(difference: Tensor) -> dict[str, float]:
     }
 
 
-def judged(right: Tensor, whole: Tensor, uniform: Tensor | None) -> dict[str, Any]:
-    """Figures of the answers to the questions of a kind, 1 or 0, [questions]."""
+def judged(right: Tensor, others: dict[str, Tensor]) -> dict[str, Any]:
+    """Figures of the answers to the questions of a kind, 1 or 0, [questions], and of the differences from others."""
     low, high = wilson(int(right.sum()), len(right))
-    found: dict[str, Any] = {"questions": len(right), "right": float(right.mean()), "low": low, "high": high}
-    found["over_whole"] = paired(right - whole)
-    if uniform is not None:
-        found["over_uniform"] = paired(right - uniform)
-    return found
+    found = {"questions": len(right), "right": float(right.mean()), "low": low, "high": high}
+    return found | {name: paired(right - other) for name, other in others.items()}
 
 
 def cost(model: Any, setting: Setting, text: int) -> dict[str, float]:
@@ -235,16 +236,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     labels = {kind: torch.cat([asked[i][1][:, -2] for _, asked in batches]) for i, kind in enumerate(KINDS)}
     guess = {kind: float(labels[kind][counted[kind]].bincount().max() / counted[kind].sum()) for kind in KINDS}
     for setting in chosen:
-        row = {"name": setting.name, "tokens": setting.tokens, "side": setting.side,
+        row = {"name": setting.name, "budget": setting.budget, "tokens": setting.tokens, "side": setting.side,
                "method": [config.to_dict() for config in setting.configs]}  # fmt: skip
         if wrong[setting]:
             rows.append(row | {"refused": wrong[setting]})
             continue
-        uniform = next((found[s] for s in chosen if s.name == "uniform grid" and s.tokens == setting.tokens), None)
-        kinds = {}
-        for kind, mine in counted.items():
-            other = None if uniform is None or setting.name == "uniform grid" else uniform[kind][mine]
-            kinds[kind] = judged(found[setting][kind][mine], whole[kind][mine], other)
+        others = {"over_whole": whole}
+        if setting.name != "uniform grid":
+            grids = (found[s] for s in chosen if s.name == "uniform grid" and s.budget == setting.budget)
+            others["over_uniform"] = next(grids, {})
+        kinds = {
+            kind: judged(found[setting][kind][mine], {name: o[kind][mine] for name, o in others.items() if o})
+            for kind, mine in counted.items()
+        }
         row |= {"kinds": kinds, "guess": guess} | cost(models[setting.side], setting, TEXT)
         time, full = times[setting], times[chosen[0]]
         rows.append(row | {

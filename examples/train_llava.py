@@ -4,10 +4,10 @@
     python examples/train_llava.py --small             # seconds, learns nothing
 
 The tower's class token learns to name the garment, as a CLIP learns it from captions, its patches learn what they
-show, and the whole model learns to answer, all at once. Whole pictures are dear, so most come as parts of the canvas,
-laid on a random part of the position table; whole ones come last, while the rate sinks to zero. Several conversations
-about a picture lie in one sequence and do not see each other. A killed call goes on from its last checkpoint; one with
-another number of steps may, too, while the checkpoint is from before the whole pictures.
+show, and the whole model learns to answer. Whole pictures are dear, so at first the tower alone looks at single
+things, then the whole model at parts of the canvas, each laid on its part of the position table; whole pictures come
+last, while the rate sinks to zero. Several conversations about a picture lie in one sequence and do not see each other.
+A killed call goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -35,10 +35,13 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from vtoken.demo.clutter import DATA, PATCH, SIDE
 from vtoken.demo.questions import BEGIN, END, IDS, IMAGE, KINDS, PAD, VOCABULARY, ask, side_by_side
-from vtoken.demo.scenes import CLOTHES, PATCH_CLASSES, SMALL_KINDS, Material, Scenes
+from vtoken.demo.scenes import CLOTHES, FIRST_DIGIT, PATCH_CLASSES, SMALL_KINDS, Material, Scenes
 from vtoken.errors import VTokenError
 
-PART, SHARE = 9, 0.75  # side in patches of a part of the canvas, and the share of the steps that see such parts
+CANVAS = SIDE // PATCH
+# Sides in patches of what is seen, and shares of the steps: single things by the tower alone, then parts of the canvas.
+CUT, CUT_SHARE = 6, 0.5
+PART, PART_SHARE = 9, 0.35
 MUON_RATE, ADAMW_RATE, WARM_UP = 0.004, 0.002, 50  # steps
 ALONE = ("object", "place", "count", "count", "colour", "digit")  # conversations about every training picture
 TWO_TURNS = ("object, then place", "digit, then place")  # and one of these
@@ -73,15 +76,61 @@ class Heads(nn.Module):
         self.naming, self.seeing = nn.Linear(width, len(CLOTHES)), nn.Linear(width, patch_classes)
 
 
-def tower_rows(tower: Any, pictures: Tensor, corner: tuple[int, int]) -> Tensor:
-    """Last hidden state [N, 1 + patches, C]; a part of the canvas takes the positions from `corner` on."""
-    embed, grid, (top, left) = tower.embeddings, pictures.shape[-1] // PATCH, corner
+def tower_rows(tower: Any, pictures: Tensor, corners: Tensor) -> Tensor:
+    """Last hidden state [N, 1 + patches, C]; parts of the canvas take the positions from `corners` [N or 1, 2] on."""
+    embed, grid = tower.embeddings, pictures.shape[-1] // PATCH
     patches = embed.patch_embedding(pictures).flatten(2).transpose(1, 2)
-    prefix, table = embed.position_embedding.weight.split([1, (SIDE // PATCH) ** 2])
-    positions = table.unflatten(0, (SIDE // PATCH, -1))[top : top + grid, left : left + grid].flatten(0, 1)
+    prefix, table = embed.position_embedding.weight.split([1, CANVAS**2])
+    rows, columns = (corners[:, :, None] + torch.arange(grid)).unbind(1)
+    positions = table[(rows[:, :, None] * CANVAS + columns[:, None]).flatten(1)]
     first = (embed.class_embedding + prefix).expand(len(patches), 1, -1)
-    rows = torch.cat([first.to(patches.dtype), patches + positions], 1)
-    return tower.encoder(inputs_embeds=tower.pre_layrnorm(rows)).last_hidden_state
+    hidden = torch.cat([first.to(patches.dtype), patches + positions], 1)
+    return tower.encoder(inputs_embeds=tower.pre_layrnorm(hidden)).last_hidden_state
+
+
+def cut(scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Three small parts of every whole picture: about the garment, the tag, and one of the small garments.
+
+    Returns:
+        Pictures [3 N, 3, side, side], the garments' first; corners in patches [3 N, 2]; what the patches show
+        [3 N, patches]; and what garment the first N show whole, [N].
+    """
+    count, grid = len(scenes.pictures), CUT
+    which = torch.randint(2, scenes.boxes.shape[1], (count,), generator=generator)
+    chosen = torch.cat([torch.zeros_like(which), torch.ones_like(which), which])
+    owner = torch.arange(count).repeat(3)
+    boxes = scenes.boxes[owner, chosen]
+    boxes = torch.where(boxes[:, 3:] > 0, boxes, scenes.boxes[owner, 0])  # the garment where there is no such thing
+    first = boxes[:, :2] // PATCH
+    span = (boxes[:, :2] + boxes[:, 2:3] - 1) // PATCH - first + 1
+    back = (torch.rand(span.shape, generator=generator) * (grid - span + 1)).long()
+    corners = (first - back).clamp(0, CANVAS - grid)
+    rows, columns = (corners[:, :, None] + torch.arange(grid)).unbind(1)
+    shown = scenes.patches.unflatten(1, (CANVAS, CANVAS))[owner[:, None, None], rows[:, :, None], columns[:, None]]
+    pixels = (corners[:, :, None] * PATCH + torch.arange(grid * PATCH)).unbind(1)
+    pictures = scenes.pictures[
+        owner[:, None, None, None],
+        torch.arange(3)[:, None, None],
+        pixels[0][:, None, :, None],
+        pixels[1][:, None, None],
+    ]
+    return pictures, corners, shown.flatten(1), scenes.facts["garment"]
+
+
+def sight_loss(
+    model: Any, heads: Heads, rows: Tensor, shown: Tensor, garments: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of patches and, on the first pictures, as many as there are garments, of the class token."""
+    named = heads.naming(model.model.vision_tower.post_layernorm(rows[: len(garments), 0])).float()
+    seen = heads.seeing(rows[:, 1:]).float()
+    weights = torch.ones(PATCH_CLASSES).index_fill(0, torch.tensor(0), NOTHING)
+    loss = NAMING * F.cross_entropy(named, garments)
+    loss = loss + SEEING * F.cross_entropy(seen.flatten(0, 1), shown.flatten(), weights)
+    return loss, {
+        "naming": float((named.argmax(-1) == garments).float().mean()),
+        "seeing": float((seen.argmax(-1) == shown)[shown > 0].float().mean()),
+        "seeing digits": float((seen.argmax(-1) == shown)[shown >= FIRST_DIGIT].float().mean()),
+    }
 
 
 def conversations(scenes: Scenes, kinds: Sequence[str], generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
@@ -106,31 +155,21 @@ def optimisers(model: Any, heads: Heads) -> list[torch.optim.Optimizer]:
 
 
 def losses(
-    model: Any, heads: Heads, scenes: Scenes, kinds: Sequence[str], corner: tuple[int, int], generator: torch.Generator
+    model: Any, heads: Heads, scenes: Scenes, kinds: Sequence[str], corners: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of a batch, and shares of right answers by kind; of class token and patches too."""
     with torch.autocast("cpu", torch.bfloat16):
-        rows = tower_rows(model.model.vision_tower, scenes.pictures, corner)
+        rows = tower_rows(model.model.vision_tower, scenes.pictures, corners)
         talks = conversations(scenes, kinds, generator)
         features = model.model.multi_modal_projector(rows[:, 1:])
         parts = side_by_side(model, features, [ids for ids, _ in talks])
-        named = heads.naming(model.model.vision_tower.post_layernorm(rows[:, 0]))
-        seen = heads.seeing(rows[:, 1:])
-    logits, named, seen = torch.cat(parts, 1).float(), named.float(), seen.float()
-    loss = F.cross_entropy(logits.flatten(0, 1), torch.cat([labels for _, labels in talks], 1).flatten())
-    loss = loss + NAMING * F.cross_entropy(named, scenes.facts["garment"])
-    weights = torch.ones(PATCH_CLASSES).index_fill(0, torch.tensor(0), NOTHING)
-    loss = loss + SEEING * F.cross_entropy(seen.flatten(0, 1), scenes.patches.flatten(), weights)
-    with torch.no_grad():
-        thing = scenes.patches > 0
-        right = {
-            "naming": float((named.argmax(-1) == scenes.facts["garment"]).float().mean()),
-            "seeing": float((seen.argmax(-1) == scenes.patches)[thing].float().mean()),
-        }
-        for kind, found, (_, label) in zip(kinds, parts, talks, strict=True):
-            # The last answer is told by the position before it.
-            hit, known = found[:, -2].argmax(-1) == label[:, -2], label[:, -2] >= 0
-            right[kind] = float(hit[known].float().mean())
+        loss, right = sight_loss(model, heads, rows, scenes.patches, scenes.facts["garment"])
+    labels = torch.cat([labels for _, labels in talks], 1)
+    loss = loss + F.cross_entropy(torch.cat(parts, 1).float().flatten(0, 1), labels.flatten())
+    for kind, found, (_, label) in zip(kinds, parts, talks, strict=True):
+        # The last answer is told by the position before it.
+        hit, known = found[:, -2].argmax(-1) == label[:, -2], label[:, -2] >= 0
+        right[kind] = float(hit[known].float().mean())
     return loss, right
 
 
@@ -142,7 +181,9 @@ def accuracy(model: Any, heads: Heads, material: Material, count: int, seed: int
     found: dict[str, list[float]] = {}
     for _ in range(max(1, count // 50)):
         scenes = material.draw(50, generator)
-        for name, share in losses(model, heads, scenes, list(KINDS), (0, 0), generator)[1].items():
+        for name, share in losses(model, heads, scenes, list(KINDS), torch.zeros(1, 2, dtype=torch.long), generator)[
+            1
+        ].items():
             found.setdefault(name, []).append(share)
     model.train()
     return {name: sum(shares) / len(shares) for name, shares in found.items()}
@@ -157,7 +198,8 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
     heads = Heads(model.config.vision_config.hidden_size, PATCH_CLASSES)
     opts = optimisers(model, heads)
     rates = [opt.param_groups[0]["lr"] for opt in opts]
-    parts = int(args.steps * SHARE)
+    cuts = int(args.steps * CUT_SHARE)
+    parts = cuts + int(args.steps * PART_SHARE)
     first, spent = 0, 0.0
     if checkpoint.is_file():
         saved = torch.load(checkpoint, weights_only=True)
@@ -169,14 +211,22 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
         first, spent = saved["step"], saved["cpu_seconds"]
     start, began, mean = time.time(), time.process_time(), dict[str, float]()
     for step in range(first, args.steps):
-        grid = PART if step < parts else SIDE // PATCH
+        grid = CUT if step < cuts else PART if step < parts else CANVAS
         scale = min((step + 1) / WARM_UP, (args.steps - step) / (args.steps - parts), 1.0)
         for opt, rate in zip(opts, rates, strict=True):
             opt.param_groups[0]["lr"] = rate * scale
-        top, left = torch.randint(SIDE // PATCH - grid + 1, (2,), generator=generator).tolist()
-        scenes = material.draw(args.batch, generator, side=grid * PATCH, corner=(top, left))
-        kinds = [*ALONE, TWO_TURNS[step % len(TWO_TURNS)]]
-        loss, right = losses(model, heads, scenes, kinds, (top, left), generator)
+        if grid == CUT:
+            pictures, corners, shown, garments = cut(material.draw(args.batch, generator), generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                rows = tower_rows(model.model.vision_tower, pictures, corners)
+                loss, right = sight_loss(model, heads, rows, shown, garments)
+        else:
+            corners = torch.randint(CANVAS - grid + 1, (1, 2), generator=generator)
+            scenes = material.draw(
+                args.batch, generator, side=grid * PATCH, corner=(int(corners[0, 0]), int(corners[0, 1]))
+            )
+            kinds = [*ALONE, TWO_TURNS[step % len(TWO_TURNS)]]
+            loss, right = losses(model, heads, scenes, kinds, corners, generator)
         loss.backward()
         for opt in opts:
             opt.step()
@@ -203,7 +253,7 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure on test pictures, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2200, help="batches")
+    parser.add_argument("--steps", type=int, default=8000, help="batches")
     parser.add_argument("--batch", type=int, default=32, help="pictures")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the Fashion-MNIST files")
     parser.add_argument("--out", type=Path, default=Path("out/train_llava"), help="folder of model and checkpoint")
@@ -214,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a step per stage, to see that it runs")
     arguments = sys.argv[1:] if argv is None else list(argv)
     if "--small" in arguments:
-        parser.set_defaults(steps=2, batch=4, test=50)
+        parser.set_defaults(steps=4, batch=4, test=50)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,8 @@ def test_what_lies_where(material: Material, scenes: tuple[Scenes, tuple[int, in
             assert found.facts[name][n] == place
         if tag:
             row, column = found.boxes[n, 1, :2].tolist()
-            assert min(row, column, side - TAG - row, side - TAG - column) <= 2, "near the border"
+            assert min(row, column, side - TAG - row, side - TAG - column) == 0, "at the border"
+            assert row % PATCH == column % PATCH == 0
 
 
 def test_the_pixels_are_those_of_the_named_things(material: Material, scenes: tuple[Scenes, tuple[int, int]]) -> None:
@@ -134,14 +135,16 @@ def test_the_pixels_are_those_of_the_named_things(material: Material, scenes: tu
 def test_backgrounds_are_photographs(material: Material, scenes: tuple[Scenes, tuple[int, int]]) -> None:
     """The uppermost row that nothing lies on is a stretch of a photograph, mirrored perhaps, in one of its colours."""
     found, _ = scenes
-    lines = torch.cat([material.photos, material.photos.flip(-1)]).flatten(0, 2)
+    lines = torch.cat([material.photos, material.photos.flip(-1)]).flatten(0, 2) - 127.5
     for n in range(10):
         boxes = found.boxes[n][found.boxes[n, :, 3] > 0]
         covered = {r for row, _, size, _ in boxes.tolist() for r in range(row, row + size)}
         free = [r for r in range(found.pictures.shape[-1]) if r not in covered]
         for row in free[:1]:
-            line = ((found.pictures[n, 0, row] + 1) * 127.5).round().to(torch.uint8)
-            assert (lines.unfold(1, len(line), 1) == line).all(-1).any()
+            line = found.pictures[n, 0, row] * 127.5
+            stretches = lines.unfold(1, len(line), 1)
+            off = [(stretches * fade / 10 - line).abs().amax(-1).min() for fade in range(3, 9)]
+            assert min(off) <= 0.501, "up to rounding"
 
 
 def test_answers_are_spread_evenly(material: Material) -> None:

@@ -42,8 +42,8 @@ def test_small_run_writes_a_model_and_a_stopped_one_goes_on(
     assert example.main([*arguments, str(whole)]) == 0
     about = json.loads((whole / "model" / "training.json").read_text())
     assert about["command"] == " ".join(["python examples/train_llava.py", *arguments, str(whole)])
-    assert about["right"].keys() == {"naming", "seeing", *KINDS}
-    assert "2/2 grid 14" in capsys.readouterr().out
+    assert about["right"].keys() == {"naming", "seeing", "seeing digits", *KINDS}
+    assert "4/4 grid 14" in capsys.readouterr().out
     trained = weights(whole)
     torch.manual_seed(0)  # where training began
     start = example.build().state_dict()
@@ -61,7 +61,7 @@ def test_small_run_writes_a_model_and_a_stopped_one_goes_on(
     assert not (parts / "model").exists()
     monkeypatch.setattr(example, "accuracy", stock)
     assert example.main([*arguments, str(parts)]) == 0
-    assert "1/2" not in capsys.readouterr().out.split("held-back")[-1]
+    assert "1/4" not in capsys.readouterr().out.split("held-back")[-1]
     again = weights(parts)
     assert all(torch.equal(value, again[name]) for name, value in trained.items())
 
@@ -78,7 +78,8 @@ def test_a_whole_picture_goes_through_the_tower_as_in_the_model(example: ModuleT
     pictures = torch.rand(2, 3, 112, 112)
     with torch.no_grad():
         torch.testing.assert_close(
-            example.tower_rows(tower, pictures, (0, 0)), tower(pixel_values=pictures).last_hidden_state
+            example.tower_rows(tower, pictures, torch.zeros(1, 2, dtype=torch.long)),
+            tower(pixel_values=pictures).last_hidden_state,
         )
 
 
@@ -86,7 +87,7 @@ def test_a_part_of_the_canvas_takes_the_positions_of_its_corner(example: ModuleT
     tower = example.build().model.vision_tower
     used = torch.zeros(14, 14, dtype=torch.bool)
     used[3:9, 5:11] = True
-    example.tower_rows(tower, torch.rand(2, 3, 48, 48), (3, 5)).square().sum().backward()
+    example.tower_rows(tower, torch.rand(2, 3, 48, 48), torch.tensor([[3, 5]])).square().sum().backward()
     gradient = tower.embeddings.position_embedding.weight.grad
     assert gradient[0].abs().sum() > 0, "the class token's position"
     assert torch.equal(gradient[1:].abs().sum(-1).view(14, 14) > 0, used)

@@ -1,9 +1,10 @@
 """Pictures whose contents are known: garments and a tagged digit pasted on photographs.
 
 Every picture shows, on a crop of a photograph: one large garment, which is what the picture is about; up to nine small
-garments of three kinds; and near the border a small coloured tag with a handwritten digit, which a summary of the
-picture has no reason to look at. All of it is real: Fashion-MNIST (Debian's dataset-fashion-mnist), scikit-image's
-photographs, scikit-learn's digits. Training and test pictures share no garment, no digit and no photograph.
+garments of three kinds; and at the border a small coloured tag with a handwritten digit, which a summary of the picture
+has no reason to look at. The tag lies on whole patches, two by two. All of it is real: Fashion-MNIST (Debian's
+dataset-fashion-mnist), scikit-image's photographs, scikit-learn's digits. Training and test pictures share no garment,
+no digit and no photograph.
 """
 
 from __future__ import annotations
@@ -155,7 +156,10 @@ class Material:
         )  # fmt: skip
 
     def _backgrounds(self, photos: Tensor, side: int, draw: Callable[..., Tensor]) -> Tensor:
-        """Crops of photographs, float32 [N, 3, side * side] in [0, 255], mirrored and their colours exchanged."""
+        """Crops of photographs, float32 [N, 3, side * side] of whole numbers from 0 to 255.
+
+        They are mirrored, their colours exchanged, and more or less faded.
+        """
         count, whole = len(photos), self.photos.shape[-1]
         corners, steps = draw(whole - side + 1, 2), 1 - 2 * draw(2, 2)
         along = torch.arange(side)
@@ -164,7 +168,8 @@ class Material:
         channels = (torch.arange(3) * (1 + draw(2, 1)) + draw(3, 1)) % 3  # all six orders
         flat = self.photos.flatten()
         index = (photos[:, None] * 3 + channels)[:, :, None] * whole + rows[:, None]
-        return flat[(index[..., None] * whole + columns[:, None, None]).view(count, 3, -1)].float()
+        crops = flat[(index[..., None] * whole + columns[:, None, None]).view(count, 3, -1)].float()
+        return (127.5 + (crops - 127.5) * (3 + draw(6, 1, 1)) / 10).round()
 
     def _tags(self, digits: Tensor, colours: Tensor) -> Tensor:
         """Tags uint8 [N, 3, 16, 16]: black ink on a colour, a white rim."""
@@ -187,10 +192,9 @@ def _resized(images: Tensor, side: int) -> Tensor:
 
 
 def _at_border(draw: Callable[..., Tensor], side: int) -> Tensor:
-    """Corners [N, tries, 2] of tags that touch one of the four borders, or nearly."""
-    near, along = draw(3, _TRIES), draw(side - TAG + 1, _TRIES)
-    near = torch.where(draw(2, _TRIES) > 0, near, side - TAG - near)
-    corners = torch.stack([near, along], -1)
+    """Corners [N, tries, 2] of tags that touch one of the four borders, on whole patches."""
+    along = draw((side - TAG) // PATCH + 1, _TRIES) * PATCH
+    corners = torch.stack([draw(2, _TRIES) * (side - TAG), along], -1)
     return torch.where(draw(2, _TRIES)[..., None] > 0, corners, corners.flip(-1))
 
 
