@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vtoken.demo.clutter import DATA, PATCH, SIDE
-from vtoken.demo.questions import BEGIN, END, IDS, IMAGE, KINDS, PAD, VOCABULARY, ask, side_by_side
-from vtoken.demo.scenes import CLOTHES, FIRST_DIGIT, PATCH_CLASSES, SMALL_KINDS, Material, Scenes
+from vtoken.demo.questions import BEGIN, END, IDS, IMAGE, KINDS, PAD, PLACES, VOCABULARY, ask, side_by_side
+from vtoken.demo.scenes import CLOTHES, COLOURS, FIRST_DIGIT, PATCH_CLASSES, SMALL_KINDS, Material, Scenes
 from vtoken.errors import VTokenError
 
 CANVAS = SIDE // PATCH
@@ -46,6 +46,7 @@ MUON_RATE, ADAMW_RATE, WARM_UP = 0.004, 0.002, 50  # steps
 ALONE = ("object", "place", "count", "count", "colour", "digit")  # conversations about every training picture
 TWO_TURNS = ("object, then place", "digit, then place")  # and one of these
 NAMING, SEEING = 0.5, 1.0  # weights of the losses of class token and patches beside that of the answers
+KEEPING = 0.3  # and of what a patch must not forget over that: the colour of the tag, and where it lies itself
 NOTHING = 0.1  # weight of patches that show only photograph, which are most
 
 
@@ -71,9 +72,16 @@ def build(width: int = 128) -> Any:
 class Heads(nn.Module):
     """What the tower learns from beside the answers; not part of the model that is saved."""
 
-    def __init__(self, width: int, patch_classes: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.naming, self.seeing = nn.Linear(width, len(CLOTHES)), nn.Linear(width, patch_classes)
+        self.naming, self.seeing = nn.Linear(width, len(CLOTHES)), nn.Linear(width, PATCH_CLASSES)
+        self.colouring, self.placing = nn.Linear(width, len(COLOURS)), nn.Linear(width, len(PLACES))
+
+
+def numbers(corners: Tensor, grid: int) -> Tensor:
+    """Which patches of the canvas the parts from `corners` [N, 2] on are made of, [N, grid * grid]."""
+    rows, columns = (corners[:, :, None] + torch.arange(grid)).unbind(1)
+    return (rows[:, :, None] * CANVAS + columns[:, None]).flatten(1)
 
 
 def tower_rows(tower: Any, pictures: Tensor, corners: Tensor) -> Tensor:
@@ -81,19 +89,18 @@ def tower_rows(tower: Any, pictures: Tensor, corners: Tensor) -> Tensor:
     embed, grid = tower.embeddings, pictures.shape[-1] // PATCH
     patches = embed.patch_embedding(pictures).flatten(2).transpose(1, 2)
     prefix, table = embed.position_embedding.weight.split([1, CANVAS**2])
-    rows, columns = (corners[:, :, None] + torch.arange(grid)).unbind(1)
-    positions = table[(rows[:, :, None] * CANVAS + columns[:, None]).flatten(1)]
+    positions = table[numbers(corners, grid)]
     first = (embed.class_embedding + prefix).expand(len(patches), 1, -1)
     hidden = torch.cat([first.to(patches.dtype), patches + positions], 1)
     return tower.encoder(inputs_embeds=tower.pre_layrnorm(hidden)).last_hidden_state
 
 
-def cut(scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cut(scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Three small parts of every whole picture: about the garment, the tag, and one of the small garments.
 
     Returns:
         Pictures [3 N, 3, side, side], the garments' first; corners in patches [3 N, 2]; what the patches show
-        [3 N, patches]; and what garment the first N show whole, [N].
+        [3 N, patches]; what garment the first N show whole, [N]; and the colours of the tags [3 N].
     """
     count, grid = len(scenes.pictures), CUT
     which = torch.randint(2, scenes.boxes.shape[1], (count,), generator=generator)
@@ -105,8 +112,7 @@ def cut(scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor, Ten
     span = (boxes[:, :2] + boxes[:, 2:3] - 1) // PATCH - first + 1
     back = (torch.rand(span.shape, generator=generator) * (grid - span + 1)).long()
     corners = (first - back).clamp(0, CANVAS - grid)
-    rows, columns = (corners[:, :, None] + torch.arange(grid)).unbind(1)
-    shown = scenes.patches.unflatten(1, (CANVAS, CANVAS))[owner[:, None, None], rows[:, :, None], columns[:, None]]
+    shown = scenes.patches[owner[:, None], numbers(corners, grid)]
     pixels = (corners[:, :, None] * PATCH + torch.arange(grid * PATCH)).unbind(1)
     pictures = scenes.pictures[
         owner[:, None, None, None],
@@ -114,11 +120,11 @@ def cut(scenes: Scenes, generator: torch.Generator) -> tuple[Tensor, Tensor, Ten
         pixels[0][:, None, :, None],
         pixels[1][:, None, None],
     ]
-    return pictures, corners, shown.flatten(1), scenes.facts["garment"]
+    return pictures, corners, shown, scenes.facts["garment"], scenes.facts["colour"][owner]
 
 
 def sight_loss(
-    model: Any, heads: Heads, rows: Tensor, shown: Tensor, garments: Tensor
+    model: Any, heads: Heads, rows: Tensor, corners: Tensor, shown: Tensor, garments: Tensor, colours: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of patches and, on the first pictures, as many as there are garments, of the class token."""
     named = heads.naming(model.model.vision_tower.post_layernorm(rows[: len(garments), 0])).float()
@@ -126,6 +132,13 @@ def sight_loss(
     weights = torch.ones(PATCH_CLASSES).index_fill(0, torch.tensor(0), NOTHING)
     loss = NAMING * F.cross_entropy(named, garments)
     loss = loss + SEEING * F.cross_entropy(seen.flatten(0, 1), shown.flatten(), weights)
+    tagged = shown >= FIRST_DIGIT
+    painted = heads.colouring(rows[:, 1:])[tagged].float()
+    loss = loss + KEEPING * F.cross_entropy(painted, colours[:, None].expand_as(shown)[tagged])
+    number = numbers(corners, round(shown.shape[1] ** 0.5)).expand_as(shown)
+    thirds = torch.stack([number // CANVAS, number % CANVAS]) * 3 // CANVAS
+    placed = heads.placing(rows[:, 1:]).float()
+    loss = loss + KEEPING * F.cross_entropy(placed.flatten(0, 1), (thirds[0] * 3 + thirds[1]).flatten())
     return loss, {
         "naming": float((named.argmax(-1) == garments).float().mean()),
         "seeing": float((seen.argmax(-1) == shown)[shown > 0].float().mean()),
@@ -163,7 +176,9 @@ def losses(
         talks = conversations(scenes, kinds, generator)
         features = model.model.multi_modal_projector(rows[:, 1:])
         parts = side_by_side(model, features, [ids for ids, _ in talks])
-        loss, right = sight_loss(model, heads, rows, scenes.patches, scenes.facts["garment"])
+        loss, right = sight_loss(
+            model, heads, rows, corners, scenes.patches, scenes.facts["garment"], scenes.facts["colour"]
+        )
     labels = torch.cat([labels for _, labels in talks], 1)
     loss = loss + F.cross_entropy(torch.cat(parts, 1).float().flatten(0, 1), labels.flatten())
     for kind, found, (_, label) in zip(kinds, parts, talks, strict=True):
@@ -195,7 +210,7 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
     generator = torch.Generator().manual_seed(args.seed)
     model = build().train()
     model.set_attn_implementation("eager")  # the backward pass of the fused one is slow on the CPU
-    heads = Heads(model.config.vision_config.hidden_size, PATCH_CLASSES)
+    heads = Heads(model.config.vision_config.hidden_size)
     opts = optimisers(model, heads)
     rates = [opt.param_groups[0]["lr"] for opt in opts]
     cuts = int(args.steps * CUT_SHARE)
@@ -216,10 +231,10 @@ def train(args: argparse.Namespace, material: Material, test: Material, checkpoi
         for opt, rate in zip(opts, rates, strict=True):
             opt.param_groups[0]["lr"] = rate * scale
         if grid == CUT:
-            pictures, corners, shown, garments = cut(material.draw(args.batch, generator), generator)
+            pictures, corners, *told = cut(material.draw(args.batch, generator), generator)
             with torch.autocast("cpu", torch.bfloat16):
                 rows = tower_rows(model.model.vision_tower, pictures, corners)
-                loss, right = sight_loss(model, heads, rows, shown, garments)
+                loss, right = sight_loss(model, heads, rows, corners, *told)
         else:
             corners = torch.randint(CANVAS - grid + 1, (1, 2), generator=generator)
             scenes = material.draw(

@@ -94,6 +94,6 @@ def test_a_part_of_the_canvas_takes_the_positions_of_its_corner(example: ModuleT
 
 
 def test_every_parameter_has_one_optimiser(example: ModuleType) -> None:
-    model, heads = example.build(), example.Heads(128, 24)
+    model, heads = example.build(), example.Heads(128)
     owned = [[id(p) for group in opt.param_groups for p in group["params"]] for opt in example.optimisers(model, heads)]
     assert sorted(owned[0] + owned[1]) == sorted(id(p) for p in (*model.parameters(), *heads.parameters()))
