@@ -211,6 +211,30 @@ def training(result: Result) -> str:
     return markdown(head, rows)
 
 
+def answers(tokens: int) -> Callable[[Result], str]:
+    """Right answers in percent by kind at one count of image tokens; what differs from a uniform grid is marked."""
+
+    def table(result: Result) -> str:
+        whole = result["rows"][0]
+        kinds = list(whole["kinds"])
+        chosen = [row for row in result["rows"] if row["budget"] == tokens]
+        rows = [["most frequent answer", "", *(f"{100 * whole['guess'][kind]:.1f}" for kind in kinds), "", ""]]
+        for row in (whole, *chosen):
+            cells = [row["name"], str(row["tokens"])]
+            for kind in kinds:
+                found, mark = row["kinds"][kind], ""
+                gap = found.get("over_uniform")
+                if gap and abs(gap["mean"]) > gap["half"]:
+                    mark = " +" if gap["mean"] > 0 else " -"
+                cells.append(f"{100 * found['right']:.1f}{mark}")
+            share = row["call_gmacs"] / whole["call_gmacs"]
+            rows.append([*cells, f"{row['prefill_gmacs'] / whole['prefill_gmacs']:.2f}",
+                         f"{share:.2f}, {row['time_ratio']:.2f}"])  # fmt: skip
+        return markdown(("", "tokens", *kinds, "prefill: MACs", "call: MACs, time"), rows)
+
+    return table
+
+
 def dense(result: Result) -> str:
     """Saliency on merged features: correlation with the unmerged map, mean absolute difference from it, by ratio."""
     found = {row["name"]: row for row in result["rows"]}
@@ -381,6 +405,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "allocate-96": ("video.json", video_milliseconds("exact", 96)),
     "allocate-1000": ("video.json", video_milliseconds("exact", 1000)),
     "resample-frame": ("video.json", video_milliseconds("bilinear", 32, each=True)),
+    **{f"answers-{tokens}": ("answers.json", answers(tokens)) for tokens in (98, 49, 22, 12)},
     "sparsifiner": ("train_sparsifiner.json", sparsifiner),
     "clip": ("train_clip.json", clip),
     "training": ("training.json", training),
