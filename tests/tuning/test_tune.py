@@ -307,7 +307,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_page_on_choosing_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "choosing.md"
+    page = Path(__file__).resolve().parents[2] / "docs/choosing.md"
     (snippet,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(snippet, "docs/choosing.md", "exec"), names)
