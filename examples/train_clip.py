@@ -1,6 +1,6 @@
 """Train a small CLIP on real pictures with captions, on all patches or on half of them, and compare what comes of it.
 
-    python examples/train_clip.py                      # three seeds, what the README reports; half an hour of one core
+    python examples/train_clip.py                      # three seeds, as in docs/results.md; half an hour of one core
     python examples/train_clip.py --small              # seconds, to see that it runs
     python examples/train_clip.py --seed 1             # one seed only; a later call uses what is there
 

@@ -1,6 +1,6 @@
 """Train Sparsifiner on the shipped ViT for cluttered Fashion-MNIST: predictors first, then the backbone under masks.
 
-    python examples/train_sparsifiner.py                     # three seeds, what the README reports; under an hour
+    python examples/train_sparsifiner.py                     # three seeds, what docs/results.md reports; under an hour
     python examples/train_sparsifiner.py --small             # seconds, to see that it runs
 
 Accuracy on test canvases at several keep ratios, beside the dense model and beside a control with random masks of the

@@ -91,7 +91,7 @@ KINDS = {
     "warmup_steps": "not negative", "teacher_scale": "share", "momentum": "rate", "total_steps": "at least 1",
     "simclr_weight": "not negative", "byol_weight": "not negative", "hidden_dim": "from 1", "out_dim": "from 1",
     "head_norm": "word", "ema_text": "flag", "freeze_patch_embed": "flag", "outside": "word", "space": "word",
-    "contextual": "from 0", "relevance_sign": "sign",
+    "contextual": "from 0", "relevance_sign": "sign", "count_separators": "flag", "vision_chunk": "from 1",
 }  # fmt: skip
 _METRIC = {"metric": "tensor"}
 #: What is called, arguments that it takes, and kinds that differ from those above. Arguments of torch are torch's.
@@ -149,6 +149,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = {
 }  # fmt: skip
 WRONG["mask"] = [value for value in TENSORS if not isinstance(value, torch.Tensor) or value.dim() > 0]
 WRONG["scores"] = ["no", 3, True, {}, [], [math.nan], [-1.0], ["a"], [None], torch.ones(2, 2), torch.ones(())]
+WRONG["tokens or share"] = [*NO_NUMBER[:-1], 0, -1, 0.0, 1.5, np.float32(1.5), np.int64(0), [0.5, True], [3, -1]]
 WRONG["not a tensor"] = ["no", 3, 0.5, True, [[1]], np.ones((2, 2)), {}]
 #: Public, and neither a function with arguments of its own nor in the table: results; and what reads attention.
 RESULTS = {"Assigned", "Choice", "MergePlan"}
@@ -168,7 +169,8 @@ def cases_of(owner: str, call: Callable[..., Any], kinds: dict[str, str]) -> lis
 
 
 CONFIGS = {name: example(name) for name in vtoken.methods() if type(example(name)).__module__.startswith("vtoken.")}
-SETTINGS = [case for name, config in CONFIGS.items() for case in cases_of(name, type(config), {})]
+OWN = {"quota": {"budget": "tokens or share"}}
+SETTINGS = [case for name, config in CONFIGS.items() for case in cases_of(name, type(config), OWN.get(name, {}))]
 ARGUMENTS = [case for owner, (call, _, kinds) in CALLS.items() for case in cases_of(owner, call, kinds)]
 
 

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "tuning": GROUND | {"core", "methods", "accounting"},
     "visualize": GROUND | {"core", "ops", "accounting"},
     "demo": GROUND | {"core"},
-    "video": GROUND | {"core", "ops", "hosts", "prompts", "accounting"},
+    "video": GROUND | {"core", "ops", "methods", "prompts", "accounting"},
     "train": {"methods"},
     "hosting": {"core", "hosts"},
     "testing": GROUND | {"core", "ops", "methods", "accounting", "prompts"},
@@ -45,7 +45,7 @@ FAMILIES: dict[str, set[str]] = {
     "cohere": {"llava"},
     "pixtral": {"llava"},
     "qwen": set(),
-    "video": {"transformers", "llava", "qwen"},
+    "video_llama": set(),
 }
 #: Files in hosts/ that stand above the families: what is asked last names all that are served.
 ABOVE = {"unserved"}

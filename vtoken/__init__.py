@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from vtoken._public import *  # noqa: F403
     from vtoken._public import __all__ as __all__
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The folder of this name must not take the place of the function `vtoken.methods` when one of its files is imported.
 importlib.import_module("vtoken.methods")

@@ -36,6 +36,7 @@ from vtoken.methods.merging.base import MergeConfig, ScheduledMergeConfig
 from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, StrideMerge, ToMe
 from vtoken.methods.merging.pitome import PiToMe
 from vtoken.methods.merging.threshold import ThresholdMerge
+from vtoken.methods.quota import QuoTA
 from vtoken.methods.sparsifiner.calibrate import calibrate_threshold
 from vtoken.methods.sparsifiner.settings import Sparsifiner
 from vtoken.methods.visionzip import VisionZip
@@ -70,6 +71,7 @@ __all__ = [
     "Plan",
     "PooledTokens",
     "PromptReport",
+    "QuoTA",
     "QuotaVideoModel",
     "RandomMerge",
     "RandomPrune",

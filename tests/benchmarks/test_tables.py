@@ -1,4 +1,4 @@
-"""The figures of README.md and benchmarks/README.md are those of the files under benchmarks/results."""
+"""The figures of the pages that benchmarks/tables.py names are those of the files under benchmarks/results."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def copy(tmp_path: Path, tables: Any) -> Path:
-    """Both pages and all result files, to be changed."""
+    """The pages and all result files, to be changed."""
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     for page in tables.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
     return tmp_path
 
@@ -36,6 +37,12 @@ def test_pages_say_what_the_result_files_say(tables: Any, capsys: pytest.Capture
     assert tables.main(["--check"]) == 0, capsys.readouterr()
 
 
+def test_no_line_starts_with_a_figure(tables: Any) -> None:
+    """Markdown would end the paragraph there."""
+    for text in texts(tables, ROOT):
+        assert "\n<!-- figure" not in text
+
+
 def test_rewriting_what_is_right_changes_nothing(tables: Any, copy: Path) -> None:
     before = texts(tables, copy)
     assert tables.main([], copy) == 0
@@ -45,8 +52,10 @@ def test_rewriting_what_is_right_changes_nothing(tables: Any, copy: Path) -> Non
 @pytest.mark.parametrize(
     ("page", "right", "wrong"),
     [
-        ("README.md", "| learned masks | 85.3 |", "| learned masks | 85.4 |"),
-        ("README.md", "<!-- figure: grouped-1025 -->2.4<!--", "<!-- figure: grouped-1025 -->2.5<!--"),
+        ("docs/results.md", "| learned masks | 85.3 |", "| learned masks | 85.4 |"),
+        ("docs/results.md", "<!-- figure: grouped-1025 -->2.4<!--", "<!-- figure: grouped-1025 -->2.5<!--"),
+        ("README.md", "<!-- figure: pitome-speed -->1.75<!--", "<!-- figure: pitome-speed -->1.85<!--"),
+        ("README.md", "<!-- figure: prefill-64 -->0.183<!--", "<!-- figure: prefill-64 -->0.138<!--"),
         ("benchmarks/README.md", "| 2305 | 10% | 3.67 (9.9)", "| 2305 | 10% | 3.76 (9.9)"),
     ],
 )
@@ -100,3 +109,35 @@ def test_unknown_names_missing_and_unused_files_are_found(
     (results / "training.json").unlink()
     assert tables.main(options, copy) == 1
     assert "training.json does not exist" in capsys.readouterr().err
+
+
+def test_answers_are_marked_where_they_differ_from_a_uniform_grid(tables: Any) -> None:
+    def row(name: str, budget: int, tokens: int, right: float, gap: float | None) -> dict[str, Any]:
+        found: dict[str, Any] = {"right": right}
+        if gap is not None:
+            found["over_uniform"] = {"mean": gap, "half": 0.02}
+        costs = {"prefill_gmacs": tokens / 100, "call_gmacs": tokens / 50, "time_ratio": tokens / 196}
+        return {
+            "name": name,
+            "budget": budget,
+            "tokens": tokens,
+            "kinds": {"digit": found},
+            "guess": {"digit": 0.1},
+            **costs,
+        }
+
+    rows = [
+        row("whole image", 196, 196, 0.9, None), row("uniform grid", 49, 49, 0.5, None),
+        row("VTC-CLS", 49, 49, 0.4, -0.1), row("DivPrune", 49, 49, 0.6, 0.1), row("random", 49, 49, 0.51, 0.01),
+        row("lower resolution", 49, 64, 0.3, -0.2), row("VTC-CLS", 22, 22, 0.2, 0.0),
+    ]  # fmt: skip
+    lines = tables.answers(49)({"rows": rows}).strip().split("\n")
+    cells = {line.split(" | ")[0].strip("| "): [cell.strip(" |") for cell in line.split(" | ")[1:]] for line in lines}
+    assert "| 10.0 |" in next(line for line in lines if "most frequent" in line)
+    assert cells["whole image"] == ["196", "90.0", "1.00", "1.00, 1.00"]
+    assert cells["uniform grid"][1] == "50.0"
+    assert cells["VTC-CLS"] == ["49", "40.0 -", "0.25", "0.25, 0.25"]
+    assert cells["DivPrune"][1] == "60.0 +"
+    assert cells["random"][1] == "51.0"
+    assert cells["lower resolution"][:2] == ["64", "30.0 -"]
+    assert len(lines) == 2 + 1 + 6

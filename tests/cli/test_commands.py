@@ -1,4 +1,4 @@
-"""The commands of the README, in a small setting, through the real entry point."""
+"""The commands of the pages, in a small setting, through the real entry point."""
 
 from __future__ import annotations
 
@@ -12,22 +12,31 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from tests.visualize.pages import read_page
 from vtoken.__main__ import main, parser
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_readme_command_parses() -> None:
-    commands = [
-        line.partition("#")[0] for line in README.read_text().splitlines() if line.startswith("python -m vtoken ")
-    ]
-    assert len(commands) >= 8
+def test_every_command_of_the_pages_parses() -> None:
+    commands: list[str] = []
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for block in re.findall(r"^```\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            commands += re.findall(r"^(?:python -m )?vtoken (.*)$", block.replace("\\\n", " "), re.MULTILINE)
+    assert len(commands) >= 18
     for command in commands:
-        parser().parse_args(shlex.split(command)[3:])
+        parser().parse_args(shlex.split(command, comments=True))
+
+
+def test_the_page_of_commands_has_all_of_them() -> None:
+    told = set(re.findall(r"^python -m vtoken ([a-z-]+)", (ROOT / "docs/commands.md").read_text(), re.MULTILINE))
+    [commands] = [action.choices for action in parser()._actions if action.dest == "command"]
+    assert commands is not None
+    assert told == set(commands)
 
 
 def test_readme_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    snippet = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)[0]
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     names: dict[str, object] = {}
     exec(compile(snippet, "README.md", "exec"), names)
     assert names["logits"].shape == (1, 1000)
@@ -41,7 +50,7 @@ def test_small_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["tokens"][-1] == 60
     assert main(["methods", "--json"]) == 0
     known = {"pitome", "tome", "random_merge", "random_prune", "stride", "threshold_merge", "sparsifiner", "vtc_cls"}
-    known |= {"divprune", "visionzip", "cdpruner", "random_tokens", "uniform_tokens", "pooled_tokens"}
+    known |= {"divprune", "visionzip", "cdpruner", "random_tokens", "uniform_tokens", "pooled_tokens", "quota"}
     assert set(json.loads(capsys.readouterr().out)) == known
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__.partition("+")[0] or True
@@ -114,4 +123,23 @@ def test_demo_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         rows["tome ratio=0.9"]["quality"]["saliency corr"]["mean"]
         > rows["random_merge ratio=0.9"]["quality"]["saliency corr"]["mean"]
     )
-    assert {p.name for p in tmp_path.iterdir()} == {"demo.json", "demo.csv", "pareto.png", "groups.png"}
+    written = {"demo.json", "demo.csv", "pareto.png", "groups.png", "index.html"}
+    assert {p.name for p in tmp_path.iterdir()} == written
+    page, _ = read_page(tmp_path / "index.html")
+    assert page["results"] == values
+    groups, kept, frames = values["views"]
+    assert groups["choice"]["values"] == kept["choice"]["values"] == frames["choice"]["values"] == values["photographs"]
+    for [[photograph, *methods]] in groups["panels"]:
+        assert photograph["values"] == {}
+        tokens = [rows[f"{panel['caption'].lower()} ratio=0.9"]["tokens"] for panel in methods]
+        assert [panel["values"]["groups"] for panel in methods] == [count - 1 for count in tokens]  # the class token
+    for steps in kept["panels"]:
+        assert [panels[1]["values"]["patches"] for panels in steps] == kept["slider"]["values"]
+    for index, steps in enumerate(frames["panels"]):
+        scores = [[panel["values"]["score"] for panel in panels] for panels in steps]
+        assert scores.count(scores[0]) == len(scores)
+        assert scores[0].index(max(scores[0])) // 3 == index, "the frame that is most like a photograph shows it"
+        for share, panels in zip(frames["slider"]["values"], steps, strict=True):
+            tokens = [panel["values"]["tokens"] for panel in panels]
+            assert sum(tokens) == round(share * 256 * 9)
+            assert [panel["share"] for panel in panels] == [count / 256 for count in tokens]

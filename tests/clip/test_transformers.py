@@ -182,6 +182,38 @@ def test_views_and_heads(name: str) -> None:
         wrapper(**given | {"pixel_values": views, "return_loss": None})
 
 
+def _parts(out: Any) -> list[Tensor]:
+    """The tensors of an output in their order, whatever holds them."""
+    held = out.values() if isinstance(out, dict) else out
+    return [x for each in held if each is not None for x in ([each] if isinstance(each, Tensor) else _parts(each))]
+
+
+@pytest.mark.parametrize(
+    ("name", "views", "where"),
+    [
+        ("clip", 2, "call"),  # by its configuration transformers' own CLIPModel cannot
+        *[(n, v, w) for n, v in (("siglip", 1), ("dual", 2)) for w in ("call", "configuration", "all configurations")],
+    ],
+)
+def test_tuples_hold_what_is_otherwise_named(name: str, views: int, where: str) -> None:
+    """Several views, heads and models that hand `return_dict` on to their towers."""
+    heads = {"byol_weight": 1.0, "head_norm": "layer"} | ({"simclr_weight": 1.0} if views == 2 else {})
+    wrapper, given = hf_wrap(name, **heads), hf_batch()
+    given["pixel_values"] = [given["pixel_values"]] * views if views > 1 else given["pixel_values"]
+    expected = wrapper(**given)
+    assert not isinstance(expected, tuple)
+    if where == "call":
+        given["return_dict"] = False
+    else:
+        wrapper.model.config.return_dict = False
+        for tower in (wrapper.model.vision_model, wrapper.model.text_model, wrapper.teacher.vision_model):
+            tower.config.return_dict = where != "all configurations"
+    found = wrapper(**given)
+    assert isinstance(found, tuple)
+    assert_same("parts", _parts(expected), _parts(found))
+    assert not isinstance(wrapper(**given | {"return_dict": True}), tuple)
+
+
 def test_boxes_and_a_teacher_image() -> None:
     """The student's rows come from the teacher's image by the boxes, as for open_clip's models."""
     wrapper, given = hf_wrap(), hf_batch()

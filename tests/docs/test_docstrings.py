@@ -24,14 +24,13 @@ MODULES = [
 #: Public, but handed to users, who neither make nor call them; or what users inherit from.
 GIVEN = {
     "Assigned", "Choice", "Connections", "Decoupler", "HostAdapter", "HostSpec", "MethodConfig", "Plan", "PromptReport",
-    "ScheduledMergeConfig",
-    "QuotaReport", "Report", "Scorer", "TeacherOutput", "Trace", "Tuned", "VideoInfo", "register_adapter",
-    "register_method",
+    "QuotaReport", "Report", "ScheduledMergeConfig", "Scorer", "TeacherOutput", "Trace", "Tuned", "VideoInfo",
+    "register_adapter", "register_method",
 }  # fmt: skip
 #: Their example needs more than a few lines: run from a page or a test of its own.
 ELSEWHERE = {
     "LVLMScorer": "tests/video/test_scorers.py", "text_generator": "tests/video/test_scorers.py",
-    "QuotaVideoModel": "tests/quota/test_readme.py", "budget": "tests/methods/test_vtc_cls.py",
+    "QuotaVideoModel": "tests/quota/test_page.py", "budget": "tests/methods/test_vtc_cls.py",
     "encode_images": "tests/prompts/test_serving.py",
 }  # fmt: skip
 

@@ -60,7 +60,8 @@ def test_all_methods_pass() -> None:
     for name in vtoken.methods():
         settings = config.example(name)
         if settings.part == "prompt":
-            vtoken.testing.check_prompt_method(settings.replace(num_tokens=5))
+            changes = {"num_tokens": 5} if hasattr(settings, "num_tokens") else {"budget": 5}
+            vtoken.testing.check_prompt_method(settings.replace(**changes))
     with pytest.raises(vtoken.ConfigError, match="prompt"):
         vtoken.testing.check_prompt_method(vtoken.PiToMe(ratio=0.9))
 

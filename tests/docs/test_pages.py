@@ -29,7 +29,7 @@ def sections(page: Path) -> set[str]:
 def missing(text: str, *, short: bool) -> list[str]:
     """What a text cites that is not there; `short` names of pages count, too, as pages cite each other by them."""
     found = []
-    prefix = r"docs/(?:(?:methods|extend)/)?"
+    prefix = r"docs/(?:(?:methods|extend|tasks|api)/)?"
     prefix = rf"(?:{prefix})?" if short else prefix
     for match in re.finditer(rf"(?<![\w/])({prefix})([a-z_]+\.md)(?:\s+({_JOINED}))?", text):
         folder, name, numbers = match.groups()

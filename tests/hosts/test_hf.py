@@ -17,7 +17,7 @@ from vtoken.core.method import BlockMethod
 
 transformers = pytest.importorskip("transformers")
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/tasks/image_prompts.md"
 PITOME = vtoken.PiToMe(ratio=0.8)
 SMALL: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 32,
@@ -349,7 +349,7 @@ def _anchors(vision: Any, x: Tensor, index: int) -> Tensor:
     return anchor
 
 
-def test_llava_recipe_of_the_readme() -> None:
+def test_llava_recipe_of_the_page() -> None:
     """The processor's own setting for extra tokens takes the difference."""
     model = llava(vision_feature_layer=-2, vision_feature_select_strategy="default")
     processor = transformers.LlavaProcessor.__new__(transformers.LlavaProcessor)
@@ -357,9 +357,9 @@ def test_llava_recipe_of_the_readme() -> None:
     processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "default", 1
     pixels = {"pixel_values": images().numpy()}
     assert processor.replace_image_token(pixels, 0).count("<image>") == vtoken.num_tokens(model) == 64
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
     [snippet] = [text for text in snippets if "num_additional_image_tokens" in text]
-    exec(compile(snippet, "README.md", "exec"), {"model": model, "processor": processor, "vtoken": vtoken})
+    exec(compile(snippet, str(PAGE), "exec"), {"model": model, "processor": processor, "vtoken": vtoken})
     assert vtoken.is_applied(model)
     assert processor.replace_image_token(pixels, 0).count("<image>") == vtoken.num_tokens(model) < 64
 
@@ -390,7 +390,7 @@ def _refused() -> dict[str, Any]:
     text = t.LlamaConfig(**TEXT, num_key_value_heads=2)
     both = {"vision_config": vision, "text_config": text, "image_token_id": IMAGE_TOKEN}
     return {
-        "bias": lambda: t.BeitModel(t.BeitConfig(**tiny, image_size=32, patch_size=8)),
+        "made for a table of position biases": lambda: t.BeitModel(t.BeitConfig(**tiny, image_size=32, patch_size=8)),
         "windows": lambda: t.SwinModel(t.SwinConfig(image_size=32, embed_dim=8, depths=[1], num_heads=[2])),
         "does not know": lambda: t.ViTForMaskedImageModeling(t.ViTConfig(**SMALL)),
         "tiles": lambda: t.LlavaNextForConditionalGeneration(
@@ -400,6 +400,9 @@ def _refused() -> dict[str, Any]:
             t.LlavaConfig(**both, vision_feature_layer=[-2, -1])
         ),
         "single layer": lambda: clip_vision().encoder.layers[0],
+        "reads text, no images": lambda: t.Data2VecTextForSequenceClassification(
+            t.Data2VecTextConfig(**tiny, vocab_size=20, max_position_embeddings=16)
+        ),
         "CLIPTextModel": lambda: t.CLIPTextModel(t.CLIPTextConfig(**TEXT)),
     }
 

@@ -484,6 +484,24 @@ def test_the_same_seed_gives_the_same_predictors_and_leaves_the_generators_alone
     assert not torch.equal(states[0]["blocks.0.attn.predictor.w_up"], states[0]["blocks.1.attn.predictor.w_up"])
 
 
+@pytest.mark.parametrize("mode", ["exact", "random"])
+def test_nothing_depends_on_torchs_default_dtype(mode: str) -> None:
+    """Programs set it while they build models; predictors, draws and the sizes of merged tokens do not follow it."""
+    host, found = HOSTS["registers"], []
+    config = [vtoken.ToMe(r=5), vtoken.Sparsifiner(keep_ratio=0.4, mode=mode)]
+    stock, x = host.model(), host.images(batch=2)
+    for default in (torch.float32, F64, torch.bfloat16):
+        torch.set_default_dtype(default)
+        try:
+            model = vtoken.apply(copy.deepcopy(stock), config)
+            out, trace = vtoken.trace(model, x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append((dict(model.state_dict()), out, trace.size))
+    for other in found[1:]:
+        assert_same("parameters, rows and sizes", found[0], other)
+
+
 def test_initial_values() -> None:
     """Section 2: deviation 0.02, zero biases, K = N // 6 up to 32."""
     model = vtoken.apply(vit(img_size=224, patch_size=16, embed_dim=64, num_heads=1, depth=1), vtoken.Sparsifiner())

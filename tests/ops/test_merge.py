@@ -6,7 +6,7 @@ Source: docs/methods/pitome.md 14.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -341,6 +341,29 @@ def test_sizes_stay_exact_beyond_256(dtype: torch.dtype) -> None:
         x, size = plan_tome(x, x.shape[1]).apply(x, size)
     assert size.tolist() == [[1024.0]]
     assert torch.isfinite(x).all()
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """torch's default, which programs set while they build models of another dtype."""
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@each_reduction
+def test_sizes_are_float32_whatever_torchs_default_is(default_dtype: torch.dtype, reduction: str, batch: int) -> None:
+    x = draw(3, batch, 600, 2, dtype=torch.float32)
+    for r in (0, 299):
+        plan = plan_tome(x, r)
+        rows, size = plan.apply(x, reduction=reduction)
+        assert (rows.dtype, size.dtype) == (torch.float32, torch.float32)
+        torch.set_default_dtype(torch.float32)
+        expected = plan.apply(x, reduction=reduction)
+        torch.set_default_dtype(default_dtype)
+        assert torch.equal(rows, expected[0])
+        assert torch.equal(size, expected[1])
 
 
 def test_half_precision_sizes_are_taken_up_to_float32() -> None:

@@ -16,16 +16,17 @@ from tests.prompts.frozen import make  # noqa: E402
 LOGITS, SCORES = 2e-4, 2e-6
 
 
-@pytest.mark.parametrize("what", ["images", "videos"])
+@pytest.mark.parametrize("what", ["images", "videos", "beside"])
 @torch.no_grad()
 def test_prompts_become_what_they_were(what: str) -> None:
     from safetensors.torch import load_file
 
-    path, cases = {"images": (make.IMAGES, make.images), "videos": (make.VIDEOS, make.videos)}[what]
+    files = {"images": make.IMAGES, "videos": make.VIDEOS, "beside": make.BESIDE}
+    path, cases = files[what], {"images": make.images, "videos": make.videos, "beside": make.beside}[what]
     held, seen = load_file(path), set()
     names = inspect.signature(transformers.Qwen2VLForConditionalGeneration.forward).parameters
     for name, run in cases():
-        if what == "videos" and name.startswith("qwen2_5") and "mm_encoder_outputs" not in names:
+        if what != "images" and name.startswith("qwen2_5") and "mm_encoder_outputs" not in names:
             seen |= {key for key in held if key.startswith(f"{name}/")}  # older releases step through time otherwise
             continue
         for part, value in run().items():

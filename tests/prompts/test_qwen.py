@@ -328,8 +328,33 @@ def test_videos_of_glm_run_whole_with_a_word() -> None:
 
 
 @torch.no_grad()
-def test_a_video_budget_on_top_is_refused() -> None:
+def test_a_video_budget_beside_pruned_images() -> None:
+    """Each kind gets what its own method gives it alone, and positions stay those of the full prompt."""
     model, given = build("qwen2"), call(video=True)
-    vtoken.apply(model, vtoken.DivPrune(num_tokens=3))
-    with pytest.raises(vtoken.ConfigError, match="calls of their own"):
-        vtoken.QuotaVideoModel(model, budget=4)(**given, frame_scores=[1.0, 0.5])
+    alone = vtoken.QuotaVideoModel(model, budget=4)
+    scores = [1.0, 0.5]
+    plain = alone.prepare(**given, frame_scores=scores)
+    quota = vtoken.QuotaVideoModel(vtoken.apply(model, vtoken.DivPrune(num_tokens=3)), budget=4)
+    images = [v.rows for v in vtoken.encode_images(model, given) if v.kind == "image"]
+    with vtoken.tracing(quota) as record:
+        out = quota(**given, frame_scores=scores)
+    video, ids = model.config.video_token_id, record.video.input_ids
+    assert int((ids == video).sum()) == int((plain["input_ids"] == video).sum()) == 4
+    call_ = quota.prepare(**given, frame_scores=scores)
+    assert torch.equal(call_["input_ids"], ids)
+    if "mm_encoder_outputs" in call_:
+        rows = call_["mm_encoder_outputs"]
+        assert all(torch.equal(a, b) for a, b in zip(rows["image"].pooler_output, images, strict=True))
+        whole = plain["mm_encoder_outputs"]["video"].pooler_output
+        assert torch.equal(torch.cat(list(rows["video"].pooler_output)), torch.cat(list(whole)))
+    full = model.model.get_rope_index(
+        given["input_ids"], mm_token_type_ids=given["mm_token_type_ids"], image_grid_thw=given["image_grid_thw"],
+        video_grid_thw=given["video_grid_thw"], attention_mask=given.get("attention_mask"),
+    )[0]  # fmt: skip
+    at = record.video.index
+    assert torch.equal(
+        call_["position_ids"][1:][:, at >= 0], full.gather(2, at.clamp_min(0).expand(3, -1, -1))[:, at >= 0]
+    )
+    assert out.logits.shape[1] == ids.shape[1]
+    new = quota.generate(**given, frame_scores=scores, max_new_tokens=3, do_sample=False)
+    assert torch.equal(new[:, :-3], given["input_ids"])

@@ -163,3 +163,40 @@ def prompt(kind: str, rows: list[list[Any]], pad: str | None = None) -> dict[str
 def one_video(kind: str, cells: int = 4, seed: int = 1) -> dict[str, Tensor]:
     """A question about one video."""
     return prompt(kind, [[3, run(kind, cells), 7, 8, 9]]) | video_inputs(kind, [cells], seed)
+
+
+def image_inputs(kind: str) -> tuple[dict[str, Tensor], int]:
+    """Pixels of one image, and its placeholders."""
+    rng = torch.Generator().manual_seed(5)
+    if kind == "onevision":
+        return {
+            "pixel_values": torch.randn(1, 2, 3, 54, 54, generator=rng),
+            "image_sizes": torch.tensor([[54, 54]]),
+        }, 171
+    if kind == "next":
+        return {
+            "pixel_values": torch.randn(1, 2, 3, 56, 56, generator=rng),
+            "image_sizes": torch.tensor([[56, 56]]),
+        }, 136
+    channels = 3 * 4 * 4 * (1 if kind == "llama3" else 2)
+    found = {"pixel_values": torch.randn(16, channels, generator=rng), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    if kind == "llama3":
+        found["image_merge_sizes"] = torch.tensor([1])
+        return found, 16
+    return found, 4
+
+
+def thinned() -> dict[str, Tensor]:
+    """A video whose still frames VideoLLaMA3's processor left placeholders out of: 6, 1, 2 and 6 are there."""
+    still = (6, 1, 2, 6)
+    body = [token for t, n in enumerate(still) for token in [10 + t, START, *[VIDEO] * n, END]]
+    mask = torch.cat([torch.arange(6) < n for n in still])
+    return one_video("llama3") | {"video_compression_mask": mask} | prompt("llama3", [[3, body, 7, 8, 9]])
+
+
+def rows_given(call: dict[str, Any]) -> Tensor:
+    """The rows [N, C] that a prepared call brings for its videos, separators among them."""
+    if "mm_encoder_outputs" not in call:
+        return call["inputs_embeds"][call["input_ids"] == VIDEO]
+    rows = call["mm_encoder_outputs"]["video"].pooler_output
+    return rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(list(rows))

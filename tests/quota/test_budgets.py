@@ -194,7 +194,7 @@ def test_runs_that_the_processor_shortened() -> None:
         assert torch.equal(quota(**given, frame_scores=[0.1, 0.9, 0.8, 0.2]).logits,
                            quota(**whole, frame_scores=[0.1, 0.9, 0.8, 0.2]).logits)  # fmt: skip
         features = quota.encode_video(**given)
-        assert features.layout.placeholders == (6, 1, 2, 6)
+        assert [cell.tokens for cell in features.visual.cells] == [6, 1, 2, 6]
         given["video_compression_mask"] = given["video_compression_mask"][:-1]
         with pytest.raises(ValueError, match="23 entries for 24 features"):
             quota.prepare(**given, frame_scores=SCORES)

@@ -13,7 +13,19 @@ from tests.helpers import assert_close
 
 pytest.importorskip("transformers")
 
-from tests.quota.builders import FAMILIES, GRID, IMAGE, NATIVE, VIDEO, build, one_video, prompt, run, video_inputs
+from tests.quota.builders import (
+    FAMILIES,
+    GRID,
+    IMAGE,
+    NATIVE,
+    VIDEO,
+    build,
+    image_inputs,
+    one_video,
+    prompt,
+    run,
+    video_inputs,
+)
 from tests.quota.by_hand import by_hand, logits_of
 
 SCORES = [0.1, 0.9, 0.4, 0.3]
@@ -142,23 +154,3 @@ def test_images_beside_videos_keep_their_own_count(kind: str) -> None:
             assert not torch.equal(logits[:, -1], model(**given).logits[:, -1])
             return
         assert_close(kind, logits_of(model, by_hand(kind, model, given, counts, images=images)), logits, 1e-5)
-
-
-def image_inputs(kind: str) -> tuple[dict[str, Tensor], int]:
-    rng = torch.Generator().manual_seed(5)
-    if kind == "onevision":
-        return {
-            "pixel_values": torch.randn(1, 2, 3, 54, 54, generator=rng),
-            "image_sizes": torch.tensor([[54, 54]]),
-        }, 171
-    if kind == "next":
-        return {
-            "pixel_values": torch.randn(1, 2, 3, 56, 56, generator=rng),
-            "image_sizes": torch.tensor([[56, 56]]),
-        }, 136
-    channels = 3 * 4 * 4 * (1 if kind == "llama3" else 2)
-    found = {"pixel_values": torch.randn(16, channels, generator=rng), "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    if kind == "llama3":
-        found["image_merge_sizes"] = torch.tensor([1])
-        return found, 16
-    return found, 4

@@ -11,14 +11,14 @@ from torch import Tensor
 
 import vtoken
 from vtoken.core import host
-from vtoken.hosts.video.adapter import VideoAdapter, VideoFeatures
+from vtoken.hosts.llava.video import Onevision
+from vtoken.prompts.family import Family
 
 pytest.importorskip("transformers")
 
 from tests.helpers import assert_close
-from tests.quota.builders import IMAGE, VIDEO, build, one_video, prompt, run, video_inputs
+from tests.quota.builders import IMAGE, VIDEO, build, one_video, prompt, rows_given, run, video_inputs
 from tests.quota.by_hand import by_hand, logits_of, widths
-from vtoken.hosts.video.llava import OnevisionVideo
 
 SCORES = [0.1, 0.9, 0.4, 0.3]
 GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
@@ -166,13 +166,13 @@ def test_merging_pruning_and_budgets_together() -> None:
         assert not torch.equal(quota(**given, frame_scores=SCORES).logits, together)
 
 
-class RowNewlines(OnevisionVideo):
+class RowNewlines(Onevision):
     """LLaVA-Video's layout: a newline after every row of every frame."""
 
     newline = "row"
 
 
-class NoNewline(OnevisionVideo):
+class NoNewline(Onevision):
     """Frames and nothing between or after them."""
 
     newline = "none"
@@ -214,7 +214,7 @@ def test_no_newlines() -> None:
 
 @pytest.mark.parametrize("budget", [5, 12, 23, 57, 110, 400])
 def test_separators_within_the_budget(budget: int) -> None:
-    for adapter, given in ((RowNewlines(), row_prompt()), (OnevisionVideo(), one_video("onevision"))):
+    for adapter, given in ((RowNewlines(), row_prompt()), (Onevision(), one_video("onevision"))):
         quota = vtoken.QuotaVideoModel(build("onevision"), budget=budget, adapter=adapter, count_separators=True)
         report = quota.prepare(**given, frame_scores=SCORES).reports[0]
         total = report.content_tokens + report.separator_tokens
@@ -253,11 +253,11 @@ def test_registered_adapters_are_asked_first() -> None:
     class Mine(NoNewline):
         """Says that it was used."""
 
-        def encode(self, model: Any, given: dict[str, Any], chunk: int | None) -> list[VideoFeatures]:
+        def encode(self, model: Any, *args: Any) -> Any:
             asked.append("encode")
-            return super().encode(model, given, chunk)
+            return super().encode(model, *args)
 
-    assert issubclass(Mine, VideoAdapter)
+    assert issubclass(Mine, Family)
     model = build("onevision")
     quota = vtoken.QuotaVideoModel(model, budget=9)
     assert type(quota.adapter) is Mine
@@ -288,8 +288,7 @@ def test_other_modes(mode: str) -> None:
             tokens = torch.cat([vtoken.ops.assign(g, t, mode).tokens for g, t in zip(grid, counts, strict=True)])
             if kind == "next":
                 tokens = model.model.multi_modal_projector(tokens)
-            places = (call["input_ids"] == VIDEO).nonzero()[:13, 1]
-            assert_close(kind, tokens, call["inputs_embeds"][0, places], 1e-5)
+            assert_close(kind, tokens, rows_given(call)[:13], 1e-5)
             assert sum(counts) == 13
             assert int(quota.generate(**given, frame_scores=SCORES, **GREEDY)[0, -4]) == int(
                 quota(**given, frame_scores=SCORES).logits[0, -1].argmax()

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from tests.helpers import assert_close
 from tests.quota.builders import FAMILIES, GRID, PAD, QWEN, VIDEO, build, one_video, prompt, run, video_inputs
 from tests.quota.by_hand import by_hand, logits_of
+from vtoken.prompts.family import takes_outputs
 
 SCORES, OTHER = [0.1, 0.9, 0.4, 0.3], [0.5, 0.1, 0.1, 0.8]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -167,5 +168,9 @@ def test_streamers_and_refusals() -> None:
     assert streamer.seen == ids[0].tolist()
     with pytest.raises(ValueError, match="assisted decoding"):
         quota.generate(**given, frame_scores=SCORES, prompt_lookup_num_tokens=2, **GREEDY)
-    with pytest.raises(ValueError, match="prefill_chunk_size"):
-        quota.generate(**given, frame_scores=SCORES, prefill_chunk_size=4, **GREEDY)
+    if takes_outputs(model):
+        chunked = quota.generate(**given, frame_scores=SCORES, prefill_chunk_size=4, **GREEDY)
+        assert torch.equal(chunked, ids)
+    else:
+        with pytest.raises(ValueError, match="prefill_chunk_size"):
+            quota.generate(**given, frame_scores=SCORES, prefill_chunk_size=4, **GREEDY)

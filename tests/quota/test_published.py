@@ -11,7 +11,7 @@ import vtoken
 
 pytest.importorskip("transformers")
 
-from tests.quota.builders import build, one_video
+from tests.quota.builders import VIDEO, build, one_video, rows_given
 from vtoken.errors import VTokenWarning
 
 SCORES = [0.1, 0.9, 0.4, 0.3]
@@ -23,18 +23,18 @@ def test_published_rounding_and_shape(kind: str, budget: int) -> None:
     model, given = build(kind), one_video(kind)
     quota = vtoken.QuotaVideoModel(model, budget=budget, rounding="floor", shape="floor")
     counts = vtoken.ops.allocate_tokens(SCORES, budget, rounding="floor")
-    grid = quota.adapter.layouts(model, given)[0].grid
+    cell = quota.adapter.layout(model, given)[0].cells[0]
+    grid = cell.native or cell.grid
     rows = [vtoken.ops.row_widths(t, *grid, shape="floor") for t in counts]
     prepared = quota.prepare(**given, frame_scores=SCORES)
     assert prepared.reports[0].tokens_per_frame == tuple(map(sum, rows))
     assert prepared.reports[0].rows_per_frame == tuple(map(len, rows))
-    placeholders = int((prepared["input_ids"] == quota.adapter.placeholder_id(model)).sum())
+    placeholders = int((prepared["input_ids"] == VIDEO).sum())
     assert placeholders == sum(map(sum, rows)) + (kind == "onevision")
     grids = quota.encode_video(**given).grid
     by_hand = [vtoken.ops.assign(g, t, shape="floor").tokens for g, t in zip(grids, counts, strict=True)]
-    embeds = quota.adapter.finish(model, torch.cat(by_hand))
-    at = prepared["input_ids"][0] == quota.adapter.placeholder_id(model)
-    assert torch.allclose(prepared["inputs_embeds"][0, at][: len(embeds)], embeds, atol=1e-5)
+    embeds = quota.adapter.finish(model, torch.cat(by_hand), quota.adapter.layout(model, given)[0])
+    assert torch.allclose(rows_given(prepared)[: len(embeds)], embeds, atol=1e-5)
     assert quota(**given, frame_scores=SCORES).logits.shape[1] == prepared["input_ids"].shape[1]
     quota.rounding, quota.shape = "exact", "exact"
     assert sum(quota.prepare(**given, frame_scores=SCORES).reports[0].tokens_per_frame) == min(

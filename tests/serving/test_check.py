@@ -56,8 +56,9 @@ def test_wrong_words_and_models() -> None:
         vtoken.serving.check(config, vtoken.VTCCLS(num_tokens=4), num_tokens=5)
     with pytest.raises(vtoken.UnsupportedModelError, match=r"llama models.*llava, llava_next, qwen2_vl"):
         vtoken.serving.check(transformers.LlamaConfig(), "divprune", num_tokens=4)
-    pixtral = transformers.LlavaConfig(vision_config=transformers.PixtralVisionConfig(hidden_size=64))
-    with pytest.raises(vtoken.UnsupportedModelError, match="Pixtral"):
+    vision = transformers.PixtralVisionConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+    pixtral = transformers.LlavaConfig(vision_config=vision, vision_feature_select_strategy="full")
+    with pytest.raises(vtoken.UnsupportedModelError, match="CLIP or SigLIP tower"):
         vtoken.serving.check(pixtral, "divprune", num_tokens=4)
     with pytest.raises(vtoken.ConfigError, match="no settings"):
         settings_in(config)

@@ -229,6 +229,47 @@ def test_serve_check_counts_as_the_library(folders: dict[str, Path], capsys: pyt
     assert found["short"]["cache_bytes"] == found["short"]["prompt_tokens"] * 2 * 2 * 64 * 4
 
 
+def test_a_tower_that_cannot_be_read_is_refused_when_the_engine_starts(folders: dict[str, Path]) -> None:
+    """Unless the method reads nothing of it."""
+    from types import SimpleNamespace as Given
+
+    from vtoken.serving.pruning import Pruning
+    from vtoken.serving.vllm.taps import refuse
+
+    config = transformers.AutoConfig.from_pretrained(folders["llava"])
+    reads, other = (Pruning(config, make_config(m, {"num_tokens": 4})).needs for m in ("vtc_cls", "divprune"))
+    for compiled, mode, ranks, told in (
+        (True, "weights", 1, "compile_mm_encoder"), (False, "data", 2, "mm_encoder_tp_mode"),
+        (False, "data", 1, ""), (False, "weights", 2, ""),
+    ):  # fmt: skip
+        media = Given(mm_encoder_tp_mode=mode)
+        made = Given(
+            model_config=Given(get_multimodal_config=lambda media=media: media),
+            parallel_config=Given(tensor_parallel_size=ranks),
+            compilation_config=Given(compile_mm_encoder=compiled),
+        )
+        refuse(other, made)
+        if told:
+            with pytest.raises(vtoken.UnsupportedModelError, match=told):
+                refuse(reads, made)
+        else:
+            refuse(reads, made)
+
+
+def test_a_vllm_with_other_hooks_is_refused_in_words() -> None:
+    from vtoken.serving.vllm.hooks import TESTED, need
+
+    class Other:
+        def embed(self, pixels: Any, sizes: Any) -> None: ...
+
+    need(Other, "embed", "pixels", "sizes")
+    for name, arguments, told in (("embed", ("pixels",), "takes .pixels, sizes"), ("encode", (), "encode is missing")):
+        with pytest.raises(vtoken.UnsupportedModelError, match=told) as refused:
+            need(Other, name, *arguments)
+        assert TESTED[0] in str(refused.value)
+    assert vllm.__version__.partition("+")[0] in TESTED
+
+
 TEMPLATE = (
     "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }} "
     "{% else %}PLACE {% endif %}{% endfor %}{% endfor %}"

@@ -1,4 +1,4 @@
-"""The README's way from a file to a processor's inputs, on Qwen processors: all frames, at the file's own pace."""
+"""The way from a file to inputs (docs/tasks/long_video.md) on Qwen processors: all frames, at the file's own pace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vtoken.video import VideoInfo, processor_arguments
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("av")
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/tasks/long_video.md"
 MARKS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 
 
@@ -43,16 +43,16 @@ def processor(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", ["Qwen2_5_VL", "Qwen3VL"])
-def test_the_readmes_recipe_keeps_all_frames_at_their_times(name: str, tmp_path: Path) -> None:
+def test_the_pages_recipe_keeps_all_frames_at_their_times(name: str, tmp_path: Path) -> None:
     """48 seconds at 5 frames a second, 96 frames of it: cells of two frames, a second each."""
     clip = write_clip(tmp_path / "clip.mp4", 240, fps=5, pictures=[coded(k)[:, :64] for k in range(240)])
     [snippet] = [
-        text for text in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S) if "QuotaVideoModel" in text
+        text for text in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S) if "LVLMScorer" in text
     ]
     recipe = snippet[: snippet.index("quota = ")]
     names: dict[str, Any] = {"path": clip, "processor": processor(name)}
     names["prompt"] = "<|vision_start|><|video_pad|><|vision_end|>"
-    exec(compile(recipe, "README.md", "exec"), names)
+    exec(compile(recipe, str(PAGE), "exec"), names)
     inputs = names["inputs"]
     assert int(inputs["video_grid_thw"][0, 0]) == 48
     if name == "Qwen2_5_VL":

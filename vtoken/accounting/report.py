@@ -200,7 +200,7 @@ def report(
     Raises:
         UnsupportedModelError, ConfigError: as `vtoken.apply`.
         ShapeError: if the model does not take images of that size.
-        Whatever the method itself raises on such an image.
+        Exception: whatever the method itself raises on such an image.
 
     Example:
         >>> import timm, vtoken

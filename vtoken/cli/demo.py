@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vtoken.accounting import compare
-from vtoken.core.apply import applied
 from vtoken.core.config import MethodConfig
-from vtoken.core.trace import trace
+from vtoken.core.trace import Trace, tracing
 from vtoken.demo.photos import load_photographs, photograph_names
 from vtoken.demo.saliency import SaliencyViT, load_saliency_vit, normalise
 from vtoken.methods.merging.baselines import RandomMerge, RandomPrune, ToMe
 from vtoken.methods.merging.pitome import PiToMe
+
+if TYPE_CHECKING:
+    from vtoken.visualize.page import View
 
 # Their saliency maps are nearly flat, so a correlation with them measures noise.
 _FLAT = ("moon", "hubble")
@@ -26,13 +30,18 @@ speed x: measured the same way, by medians (and by minima), all settings interle
 ideal: the efficiency of plainly narrowing to the same token counts, which no method can be expected to exceed.
 saliency corr, saliency err: correlation and mean absolute difference of the saliency map with the unpatched model's;
 CLS cosine: of the class token. Each is the mean over photographs +- their standard deviation."""
+_BACKGROUND = (
+    "Dense output rewards keeping the background: here plain ToMe beats the energy rule, which merges it away."
+)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write JSON, CSV, the Pareto plot and a picture of merged groups."""
+    """Measure, print the table, write JSON, CSV, the Pareto plot, a picture of merged groups, and a page of it all."""
     from tqdm import tqdm
 
+    from vtoken.cli import demo_views
     from vtoken.visualize import plot_pareto
+    from vtoken.visualize.page import write_page
 
     if args.small:
         args.ratios, args.photos, args.batch, args.rounds = [0.9], 3, 2, 2
@@ -43,29 +52,39 @@ def run(args: argparse.Namespace) -> int:
     names, photographs = load_photographs(224, names)
     images = normalise(photographs)
     args.batch = min(args.batch, len(images))
-    configs = [make(ratio) for make in (_pitome, _tome, _random_merge, _random_prune) for ratio in args.ratios]
+    configs = [make(ratio=ratio) for make in (PiToMe, ToMe, RandomMerge, RandomPrune) for ratio in args.ratios]
     runs = (1 + len(configs) * 2) * (args.rounds + 1)
     with tqdm(total=runs + len(configs) + 1, desc="measuring", unit="run") as bar:
+        fidelity = _Fidelity(model, images, bar.update)
         rows = compare.compare(
             model.backbone,
             configs,
             images[: args.batch],
             rounds=args.rounds,
-            quality=_Fidelity(model, images, bar.update),
+            quality=fidelity,
             tick=bar.update,
         )
-    print(
-        f"\nDINOv2 ViT-S/14 (saliency) at 224, batch {args.batch}, {args.threads} thread(s), {len(names)} photographs"
-    )
-    print(compare.table(rows))
-    print(_EXPLANATION)
-    print("Dense output rewards keeping the background: here plain ToMe beats the energy rule, which merges it away.")
-    about = {"command": "demo", "photographs": names, "batch": args.batch, "rounds": args.rounds,
-             "environment": compare.environment(images.device)}  # fmt: skip
-    written = compare.write(rows, args.out, "demo", about)
+    about = f"DINOv2 ViT-S/14 (saliency) at 224, batch {args.batch}, {args.threads} thread(s), {len(names)} photographs"
+    print(f"\n{about}\n{compare.table(rows)}\n{_EXPLANATION}\n{_BACKGROUND}")
+    ratios = sorted(set(args.ratios), reverse=True)
+    records = {
+        (make.__name__, ratio): fidelity.records[make(ratio=ratio)] for make in (PiToMe, ToMe) for ratio in ratios
+    }
+    views = [
+        demo_views.merged_groups(photographs, names, ratios, records),
+        demo_views.kept_patches(model, photographs, names),
+        demo_views.frame_budgets(model, photographs, names),
+    ]
+    facts = {
+        "command": "demo", "photographs": names, "batch": args.batch, "rounds": args.rounds,
+        "environment": compare.environment(images.device), "views": [view.to_dict() for view in views],
+    }  # fmt: skip
+    written = compare.write(rows, args.out, "demo", facts)
     title = "ViT-S/14 on photographs: dense fidelity against cost"
     written.append(plot_pareto(rows, args.out / "pareto.png", quality="saliency corr", title=title))
-    written.append(_draw(model, images, photographs, names, args))
+    written.append(_draw(views[0], args.out / "groups.png"))
+    legend = f"{_EXPLANATION.strip()} {_BACKGROUND}"
+    written.append(write_page(args.out / "index.html", written[0], views, title=title, about=about, legend=legend))
     print("wrote " + ", ".join(str(path) for path in written))
     return 0
 
@@ -73,16 +92,19 @@ def run(args: argparse.Namespace) -> int:
 class _Fidelity:
     """Agreement of the patched model's saliency map and class token with the unpatched model's, per photograph."""
 
-    def __init__(self, model: SaliencyViT, images: Tensor, tick: object) -> None:
+    def __init__(self, model: SaliencyViT, images: Tensor, tick: Callable[[], object]) -> None:
         self.model, self.images, self.tick = model, images, tick
         self.reference: tuple[Tensor, Tensor] | None = None
+        self.records: dict[MethodConfig, Trace] = {}
 
     def __call__(self, config: MethodConfig | None) -> Mapping[str, Tensor]:
-        with torch.inference_mode():
+        recorded = contextlib.nullcontext() if config is None else tracing(self.model.backbone)
+        with torch.inference_mode(), recorded as record:
             cls, dense = self.model.features(self.images)
             saliency = self.model.decoder(dense, (self.images.shape[-2], self.images.shape[-1])).flatten(1)
-        if callable(self.tick):
-            self.tick()
+        if config is not None and record is not None:
+            self.records[config] = record
+        self.tick()
         if self.reference is None or config is None:
             self.reference = (cls, saliency)
         return {
@@ -97,36 +119,13 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 
 
-def _draw(
-    model: SaliencyViT, images: Tensor, photographs: Tensor, names: list[str], args: argparse.Namespace
-) -> Path:  # fmt: skip
-    """One photograph beside its groups under PiToMe and ToMe at the strongest ratio."""
-    from vtoken.visualize import draw_groups, draw_image, side_by_side
+def _draw(groups: View, path: Path) -> Path:
+    """The cat, or the first photograph, beside its groups at the strongest ratio."""
+    from vtoken.visualize import side_by_side
 
-    index = names.index("chelsea") if "chelsea" in names else 0
-    ratio = min(args.ratios)
-    panels = [draw_image(photographs[index], scale=2)]
-    for config in (_pitome(ratio), _tome(ratio)):
-        with applied(model.backbone, config), torch.inference_mode():
-            _, record = trace(model.backbone, images[index : index + 1])
-        panels.append(draw_groups(photographs[index], record, scale=2))
-    titles = (names[index], f"PiToMe, ratio {ratio:g}", f"ToMe, ratio {ratio:g}")
-    path: Path = args.out / "groups.png"
-    side_by_side(panels, titles).save(path)
+    index = groups.choices.index("chelsea") if "chelsea" in groups.choices else 0
+    panels, ratio = groups.panels[index][-1], groups.steps[-1]
+    size = max(panel.picture.width for panel in panels)
+    captions = [panels[0].caption, *(f"{panel.caption}, ratio {ratio:g}" for panel in panels[1:])]
+    side_by_side([panel.picture.resize((size, size)) for panel in panels], captions).save(path)
     return path
-
-
-def _pitome(ratio: float) -> MethodConfig:
-    return PiToMe(ratio=ratio)
-
-
-def _tome(ratio: float) -> MethodConfig:
-    return ToMe(ratio=ratio)
-
-
-def _random_merge(ratio: float) -> MethodConfig:
-    return RandomMerge(ratio=ratio)
-
-
-def _random_prune(ratio: float) -> MethodConfig:
-    return RandomPrune(ratio=ratio)

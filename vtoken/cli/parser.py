@@ -166,9 +166,12 @@ def _tune(command: argparse.ArgumentParser) -> None:
 
 def _overlay(command: argparse.ArgumentParser) -> None:
     command.add_argument("image", type=path, help="image file, or one of the demo's photographs, e.g. chelsea")
-    command.add_argument("model", type=word, help=f"timm architecture, or {SALIENCY}: the demo's pretrained ViT")
+    about = f"timm architecture, or {SALIENCY}: the demo's pretrained ViT, or a folder with a multimodal model"
+    command.add_argument("model", type=word, help=about)
     _method(command)
     _weights(command)
+    about = "what a multimodal model is asked about the image"
+    command.add_argument("--question", type=word, default="What is shown here?", help=about)
     about = "tokens after this block, counted from 0 (default: after the last)"
     command.add_argument("--layer", type=whole(), help=about)
     command.add_argument("--out", type=new_picture(".gif", ".bmp"), default=Path("out/overlay.png"), help="the picture")

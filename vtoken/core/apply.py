@@ -68,8 +68,8 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     Raises:
         UnsupportedModelError: if tokens cannot be taken from it, with the reason.
         ConfigError: if the settings do not fit it.
-        AlreadyAppliedError: if that part of it carries a method and `replace` is false.
-        In every case the model is left as it was.
+        AlreadyAppliedError: if that part of it carries a method and `replace` is false. In every case the model is
+            left as it was.
 
     Example:
         >>> import timm, vtoken

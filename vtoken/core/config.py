@@ -63,6 +63,7 @@ _BUILTIN = (
     "vtoken.methods.visionzip",
     "vtoken.methods.cdpruner",
     "vtoken.methods.controls",
+    "vtoken.methods.quota",
 )
 _registry: dict[str, type[MethodConfig]] = {}
 

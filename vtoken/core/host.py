@@ -144,6 +144,9 @@ _BUILTIN = {
     "prompt": (
         ("transformers", "vtoken.hosts.pixtral.family", "LlavaPixtral"),  # asked first: it looks at the tower
         ("transformers", "vtoken.hosts.llava.adapter", "LlavaAdapter"),
+        ("transformers", "vtoken.hosts.llava.video", "Onevision"),
+        ("transformers", "vtoken.hosts.llava.video", "NextVideo"),
+        ("transformers", "vtoken.hosts.video_llama.family", "VideoLlama3"),
         ("transformers", "vtoken.hosts.pixtral.family", "Mistral3"),
         ("transformers", "vtoken.hosts.qwen.family", "QwenVL"),
         ("transformers", "vtoken.hosts.qwen.glm", "Glm4V"),
@@ -155,20 +158,12 @@ _BUILTIN = {
         ("transformers", "vtoken.hosts.cohere.family", "AyaVision"),
         ("transformers", "vtoken.hosts.unserved", "UnservedPrompts"),
     ),
-    "video": (
-        ("transformers", "vtoken.hosts.video.llava", "OnevisionVideo"),
-        ("transformers", "vtoken.hosts.video.llava", "NextVideo"),
-        ("transformers", "vtoken.hosts.video.qwen", "Qwen2Video"),
-        ("transformers", "vtoken.hosts.video.qwen", "Qwen25Video"),
-        ("transformers", "vtoken.hosts.video.qwen", "Qwen3Video"),
-        ("transformers", "vtoken.hosts.video.llama3", "Llama3Video"),
-    ),
 }
 _registered: list[HostAdapter] = []
 #: What adapters of version 0.1 said instead of `serves`.
 _HOOKS = {"on_block": BlockMethod, "on_attention": AttentionMethod}
 #: What an adapter of each part cannot do without, of what HostAdapter leaves open.
-_NEEDED = {"tower": ("spec", "grid", "blocks", "targets"), "prompt": ("spec", "targets", "count"), "video": ()}
+_NEEDED = {"tower": ("spec", "grid", "blocks", "targets"), "prompt": ("spec", "targets", "count")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,13 +260,7 @@ def find_adapter(model: nn.Module, part: str = "tower") -> HostAdapter:
         raise UnsupportedModelError(
             f"cannot shorten the prompt of {type(model).__module__}.{type(model).__qualname__}: it is no multimodal "
             f"model that vtoken knows. Supported: {_supported(part)}.{inner_hint(model, part)} "
-            "The model was left as it was."
-        )
-    if part == "video":
-        raise UnsupportedModelError(
-            f"cannot spend a token budget on the videos of {type(model).__module__}.{type(model).__qualname__}: no "
-            f"adapter knows this class. Supported: {_supported(part)}.{inner_hint(model, part)} "
-            "vtoken.register_adapter adds your own, a vtoken.hosts.video.VideoAdapter."
+            "vtoken.register_adapter adds your own. The model was left as it was."
         )
     raise UnsupportedModelError(
         f"cannot reduce the tokens of {type(model).__module__}.{type(model).__qualname__}: no adapter knows this "
@@ -318,10 +307,10 @@ def inner_hint(model: nn.Module, part: str = "tower") -> str:
     """Names the supported model inside a wrapper, if there is one; a sentence for messages."""
     for name, module in model.named_modules():
         for adapter in _builtin_adapters(module, part) if name else ():
-            if part == "video" and not adapter.matches(module):
+            if not adapter.matches(module):
                 continue
             try:
-                part == "video" or adapter.spec(module)
+                adapter.spec(module)
             except UnsupportedModelError:
                 continue
             return f" It holds a supported {type(module).__name__}: use model.{name}."

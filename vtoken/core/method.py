@@ -109,6 +109,10 @@ class PromptMethod(Method):
     clues: ClassVar[frozenset[str]] = frozenset()
     #: Whether rows may differ from the tokens' own.
     replaces: ClassVar[bool] = False
+    #: What it shortens, of "image" and "video"; what it does not, stays whole.
+    kinds: ClassVar[frozenset[str]] = frozenset({"image", "video"})
+    #: Whether what it keeps lies in lines, behind which separators can go.
+    in_lines: bool = True
     positions: str = "auto"
     newline: str = "row"
 
@@ -127,6 +131,14 @@ class PromptMethod(Method):
     def scores(self, seen: Seen) -> Tensor | None:
         """What the choice is made by, [n] float32, for the record of a trace; None if no number tells."""
         return None
+
+
+class KeepVisuals(PromptMethod):
+    """Keeps all: what stands for the kinds of visuals that no method shortens."""
+
+    def count(self, visual: Visual, clues: Mapping[str, Any]) -> int:
+        """All."""
+        return visual.content
 
 
 class AttentionMethod(Method):

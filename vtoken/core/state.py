@@ -120,7 +120,7 @@ class TokenState:
         """What is known of embedded tokens as tensors, so that the first block runs the same graph as the others."""
         batch, tokens, _ = x.shape
         first = self.first
-        size = torch.ones(batch, tokens, device=x.device) if self.biased else None
+        size = torch.ones(batch, tokens, dtype=torch.float32, device=x.device) if self.biased else None
         anchor, dest = (
             torch.arange(tokens, device=x.device).repeat(batch, 1) if tracked else None
             for tracked in (first.track_anchor, first.track_dest)

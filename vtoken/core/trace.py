@@ -83,7 +83,9 @@ class Trace:
         last = slots[-1]
         self.dest = rows if last.dest is None else last.dest
         self.anchor = rows if last.anchor is None else last.anchor
-        self.size = torch.ones(self.anchor.shape, device=device) if last.size is None else last.size
+        self.size = (
+            torch.ones(self.anchor.shape, dtype=torch.float32, device=device) if last.size is None else last.size
+        )
 
     def record_attention(self, module: nn.Module, state: TokenState) -> None:
         """Take over what one attention of a network of the user's own did; where it ran before, a forward begins."""

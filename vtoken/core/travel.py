@@ -84,8 +84,7 @@ def load_settings(model: M, source: str | os.PathLike[str] | Mapping[str, Any], 
     Raises:
         ConfigError: if there are no settings, they are damaged or of another version, a method is not known, or they
             do not fit the model.
-        UnsupportedModelError, AlreadyAppliedError: as `vtoken.apply`.
-        In every case the model is left as it was.
+        UnsupportedModelError, AlreadyAppliedError: as `vtoken.apply`. In every case the model is left as it was.
 
     Warns:
         VTokenWarning: if there are learned parts whose weights must be loaded now.
@@ -117,8 +116,8 @@ def restore(model: M, *, replace: bool = False) -> M:
 
     Raises:
         VTokenError: if no config in the model names settings.
-        ConfigError, UnsupportedModelError, AlreadyAppliedError: as `vtoken.load_settings`.
-        In every case the model is left as it was.
+        ConfigError, UnsupportedModelError, AlreadyAppliedError: as `vtoken.load_settings`. In every case the model is
+            left as it was.
 
     Warns:
         VTokenWarning: if there are learned parts whose weights must be loaded now.
@@ -165,17 +164,22 @@ def _apply(model: nn.Module, places: Places, where: str, replace: bool) -> None:
             modules[at] = model.get_submodule(at)
         except AttributeError as error:
             raise ConfigError(f"{where}: settings are for {at!r}, which this {type(model).__name__} lacks") from error
-    built = {at: configs for at, configs in places.items() if any(c.part == "training" for c in configs)}
-    for at, configs in built.items():
-        if not isinstance(modules[at], Wrapper) or configs != [modules[at]._settings]:
+    held = {at: configs for at, configs in places.items() if isinstance(modules[at], Wrapper)}
+    for at, configs in places.items():
+        own = [modules[at]._settings] if at in held else []
+        if any(c.part == "training" for c in configs) and configs != own:
             raise ConfigError(
                 f"{where}: {configs[0].method} is not applied but built: make the wrapper with these settings "
                 "(vtoken.config_from_dict reads them), then load the rest"
             )
+        if own and [type(c) for c in configs] != [type(c) for c in own]:
+            raise ConfigError(f"{where}: the {type(modules[at]).__name__} there does not take {configs[0].method}")
     with unchanged_on_error(model):
         for at, configs in places.items():
-            if at not in built:
+            if at not in held:
                 apply(modules[at], configs, replace=replace)
+        for at, configs in held.items():
+            modules[at]._adopt(configs[0])
     new = [".".join(filter(None, (at, name))) for at in places for name in learned(modules[at])]
     if new:
         warnings.warn(

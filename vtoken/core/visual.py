@@ -21,10 +21,12 @@ class Cell:
     Args:
         grid: rows and columns as the unmodified model hands them on; tokens are in raster order.
         role: "image", "overview", "detail" (a stitched grid of crops), "tile" or "frame".
+        native: rows and columns in front of the model's own pooling, where there are others.
     """
 
     grid: tuple[int, int]
     role: str = "image"
+    native: tuple[int, int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -41,12 +43,20 @@ class Visual:
         cells: its grids, in order.
         separators: which of its placeholders hold no content (newlines), ascending.
         fixed: leading placeholders that always stay and never count (a class token).
+        frames_per_cell: frames that the model makes one cell of.
+        apart: whether every cell has a run of placeholders of its own, with text between.
+        patches: tokens of a cell inside the tower; 0 where that is not known.
+        pooling: how the model comes from the native grid of a cell to its own, "bilinear" or "pool" (average).
     """
 
     kind: str
     cells: tuple[Cell, ...]
     separators: tuple[int, ...] = ()
     fixed: int = 0
+    frames_per_cell: int = 1
+    apart: bool = False
+    patches: int = 0
+    pooling: str = "bilinear"
 
     @property
     def content(self) -> int:
@@ -93,14 +103,16 @@ class Needs:
         attention: "none", "class" (how much the class token attends to a token) or "received" (how much it gets from
             all).
         layers: blocks of the tower whose attention is read, ascending.
-        features: of "after", "before", "keys" and "stack"; see `Seen`.
+        features: of "after", "before", "keys", "stack" and "native"; see `Seen`.
         text: whether it needs the embeddings of the instruction.
+        chunk: the most frames of videos in one run of the tower; None: all of a call.
     """
 
     attention: str = "none"
     layers: tuple[int, ...] = ()
     features: frozenset[str] = frozenset()
     text: bool = False
+    chunk: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +129,8 @@ class Seen:
         before: rows in front of the projector, [n, C0]; means over the patches of a token.
         keys: of the last block that is read, not rotated, mean over heads (and patches), [n, D].
         text: input embeddings of the instruction, [m, C].
+        native: of every cell its rows on the grid in front of the model's own pooling, [H, W, C]; where the model does
+            not pool, those of `stack`.
     """
 
     visual: Visual
@@ -128,6 +142,7 @@ class Seen:
     before: Tensor | None = None
     keys: Tensor | None = None
     text: Tensor | None = None
+    native: tuple[Tensor, ...] | None = None
 
     def parts(self) -> tuple[Tensor, ...]:
         """Content indices of every cell."""
@@ -141,12 +156,15 @@ class Chosen:
     Args:
         index: the content token whose place each row takes, [k] int64, never falling.
         rows: rows in place of those tokens' own, [k, like `Seen.stack`].
-        before: whether the rows still have to go through the projector; then they are [k, like `Seen.before`].
+        before: whether the rows still have to go through the projector; then they are [k, like `Seen.before`]. Where a
+            method asked for `Seen.native`, rows are like those, and the family finishes them.
+        ends: which of the rows end a line, ascending, for models with a separator behind each; None: as in the model.
     """
 
     index: Tensor
     rows: Tensor | None = None
     before: bool = False
+    ends: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +178,7 @@ class Encoded:
         before, keys: [n, C0] and [n, D] each; None where they were not asked for.
         anchors: of every visual the patch whose place each row of its first cell keeps, if the tower merges tokens.
         first_patch: patch that row 0 is; -1 if it is a class token.
+        native: of every visual its cells [H, W, C]; None where those are the rows of `levels`.
     """
 
     outputs: dict[str, Any]
@@ -169,6 +188,7 @@ class Encoded:
     keys: list[Tensor] | None = None
     anchors: tuple[Tensor, ...] | None = None
     first_patch: int = 0
+    native: list[tuple[Tensor, ...]] | None = None
 
 
 def placed(visual: Visual, index: Tensor, rule: str) -> Tensor:
@@ -191,6 +211,17 @@ def placed(visual: Visual, index: Tensor, rule: str) -> Tensor:
         seen = seen.cumsum(0)
         lines = lines[seen[lines] > seen[starts]]
     return torch.cat([torch.arange(visual.fixed), at, lines]).sort(stable=True).values
+
+
+def in_lines(visual: Visual, index: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Placeholders of a visual with a separator behind each of its lines, [k + lines], and which are content's, [k].
+
+    Lines may be more or fewer than the model's own: a new one takes the separator behind the place of its last row.
+    """
+    at, lines = visual.places()[index.cpu()], torch.tensor(visual.separators, dtype=torch.int64)
+    behind = lines[torch.searchsorted(lines, at[ends.cpu()])]
+    rank = torch.cat([torch.arange(len(at)) * 2, ends.cpu() * 2 + 1]).argsort()
+    return torch.cat([at, behind])[rank].cummax(0).values, (rank < len(at)).nonzero()[:, 0]
 
 
 def length_of(visual: Visual, count: int, rule: str) -> tuple[int, bool]:

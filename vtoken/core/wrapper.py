@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
 from vtoken.core.config import MethodConfig
+from vtoken.core.method import PromptMethod
 from vtoken.errors import ConfigError
+
+S = TypeVar("S", bound=MethodConfig)
 
 
 class Wrapper(nn.Module):
@@ -19,6 +22,8 @@ class Wrapper(nn.Module):
     #: Names of the settings that are used up when the wrapper is built.
     _fixed: ClassVar[frozenset[str]] = frozenset()
     _settings: MethodConfig
+    #: What it does to the model's prompts, if that is what it is for.
+    _method: PromptMethod | None = None
 
     def _adopt(self, settings: Any) -> None:
         """Make these its settings; subclasses raise ConfigError, nothing changed, where they do not fit the model."""
@@ -49,6 +54,20 @@ def setting(name: str) -> Any:
         self._change({name: value})
 
     return property(get, set_)
+
+
+def settings_from(owner: str, kind: type[S], config: S | None, given: dict[str, Any]) -> S:
+    """Settings that were given as one object or by name; raises ConfigError for both, or for an object that is none."""
+    if config is None:
+        return kind.example().replace(**given)
+    if not isinstance(config, kind):
+        raise ConfigError(f"{owner}(config={config!r}): must be settings, vtoken.{kind.__name__}(...)")
+    if given:
+        raise ConfigError(
+            f"{owner} takes vtoken.{kind.__name__} or settings by name, not both: {', '.join(given)}; "
+            "config.replace(...) makes a copy with some changed"
+        )
+    return config
 
 
 def wrappers_in(model: nn.Module) -> list[Wrapper]:

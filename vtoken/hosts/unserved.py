@@ -15,18 +15,20 @@ from vtoken.hosts.gemma.paligemma import PaliGemma
 from vtoken.hosts.idefics.family import Idefics
 from vtoken.hosts.internvl.family import InternVL
 from vtoken.hosts.llava.adapter import LlavaAdapter
+from vtoken.hosts.llava.video import NextVideo, Onevision
 from vtoken.hosts.pixtral.family import Mistral3
 from vtoken.hosts.qwen.family import QwenVL
 from vtoken.hosts.qwen.glm import Glm4V
+from vtoken.hosts.video_llama.family import VideoLlama3
 from vtoken.prompts.family import Family
 
 #: The families that are served.
 FAMILIES: tuple[type[Family], ...] = (
-    LlavaAdapter, QwenVL, Glm4V, InternVL, Idefics, Gemma3, PaliGemma, AyaVision, Cohere2Vision, Mistral3,
+    LlavaAdapter, Onevision, NextVideo, QwenVL, Glm4V, InternVL, Idefics, Gemma3, PaliGemma, AyaVision, Cohere2Vision,
+    Mistral3, VideoLlama3,
 )  # fmt: skip
 #: Why well-known relatives are refused, by the module of transformers.models.
 REASONS = {
-    "llava_next_video": "its video frames are pooled before the projector, which is not supported yet",
     "mllama": "its language model reads images by cross-attention, not from the prompt",
     "idefics": "its language model reads images by cross-attention, not from the prompt",
     "idefics2": "its resampler mixes image tokens, which then belong to no patch",

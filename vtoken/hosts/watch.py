@@ -147,5 +147,5 @@ def _bias(module: Any, mask: Any) -> Tensor | None:
         mask = mask[:, None, None, :] != 0
     if mask.dtype == torch.bool:
         lowest = torch.finfo(torch.float32).min
-        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
+        return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, lowest)
     return mask

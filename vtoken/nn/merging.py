@@ -77,7 +77,7 @@ class MergeTokens(nn.Module):
         if self._method.num_removed(self.layer, x.shape[1] - self.num_prefix) > 0:
             x, slot = self._method.on_block(self.layer, x, metric, Slot(size=size), self.num_prefix)
             size = slot.size
-        return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
+        return x, torch.ones(x.shape[:2], dtype=torch.float32, device=x.device) if size is None else size
 
     def extra_repr(self) -> str:
         """Settings, shown by print(module)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vtoken.checks import hint
 from vtoken.core.method import PromptMethod
+from vtoken.core.wrapper import Wrapper
 from vtoken.errors import ConfigError, InputError
 
 _asked: ContextVar[tuple[tuple[Any, dict[str, Any]], ...]] = ContextVar("vtoken_budgets", default=())
@@ -24,10 +25,10 @@ def budget(model: nn.Module, **asked: Any) -> Iterator[None]:
     Inner blocks win, name by name. A thread that is started inside starts without it.
 
     Args:
-        model: a model that carries a method in its prompts.
+        model: a model that carries a method in its prompts, or a `vtoken.QuotaVideoModel`.
         asked: settings of that method that may change from call to call, such as `num_tokens` or `keep_ratio` (one
             value, or a list with one for every image and video of a call, in prompt order); and what a call brings for
-            it, such as `relevance` of `vtoken.CDPruner`.
+            it, such as `relevance` of `vtoken.CDPruner` or `frame_scores` of `vtoken.QuoTA`.
 
     Raises:
         ConfigError: for a model without such a method, an unknown name, or a value that the settings refuse.
@@ -57,7 +58,9 @@ def asked_of(model: Any) -> dict[str, Any]:
 
 
 def method_of(model: Any) -> PromptMethod | None:
-    """The method in a model's prompts, with its own settings."""
+    """The method in a model's prompts, or of a wrapper around it, with its own settings."""
+    if isinstance(model, Wrapper):
+        return model._method
     found: PromptMethod | None = getattr(model.__dict__.get("_vtoken"), "methods", {}).get(PromptMethod)
     return found
 
@@ -68,14 +71,19 @@ def methods_for(method: PromptMethod, asked: Mapping[str, Any], count: int) -> l
     Raises:
         InputError: if a list does not have one value for every visual.
     """
-    settings = {name: value for name, value in asked.items() if name in method.budgets}
+    own = {name: getattr(getattr(method, "config", None), name, None) for name in method.budgets}
+    settings = {name: value for name, value in own.items() if _several(value) is not None}
+    settings |= {name: value for name, value in asked.items() if name in method.budgets}
     if not settings:
         return [method] * count
     each: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, value in settings.items():
         values = _several(value)
         if values is not None and len(values) != count:
-            raise InputError(f"budget({name}=...) has {len(values)} values for {count} image(s) and video(s)")
+            some = "budgets" if name == "budget" else "values"
+            raise InputError(
+                f"{name}: {len(values)} {some} for {count} {_visuals(method)}; give one each, or one for all"
+            )
         for i in range(count):
             each[i][name] = value if values is None else values[i]
     return [replaced(method, changes) for changes in each]
@@ -88,7 +96,7 @@ def likely_methods(method: PromptMethod, asked: Mapping[str, Any]) -> list[Promp
 
 
 def clues_for(method: PromptMethod, asked: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """Every visual's share of what came with the call: one for one visual, else a list with one for each.
+    """Every visual's share of what came with the call: one for one visual, else one entry for each.
 
     Raises:
         InputError: if a list does not have one entry for every visual.
@@ -97,13 +105,24 @@ def clues_for(method: PromptMethod, asked: Mapping[str, Any], count: int) -> lis
     for name, value in asked.items():
         if name not in method.clues or value is None:
             continue
-        several = isinstance(value, (list, tuple)) and bool(value) and hasattr(value[0], "__len__")
-        values = list(value) if several else [value] * count if name == "query" else [value]
+        values = list(value) if _holds_several(value) else [value] * count if name == "query" else [value]
         if len(values) != count:
-            raise InputError(f"budget({name}=...) is for {len(values)} image(s) and video(s), the call has {count}")
+            raise InputError(f"{name} for {len(values)} {_visuals(method)}, but there are {count}; give one list each")
         for i in range(count):
             each[i][name] = values[i]
     return each
+
+
+def _visuals(method: PromptMethod) -> str:
+    return "video(s)" if method.kinds == {"video"} else "image(s) and video(s)"
+
+
+def _holds_several(value: Any) -> bool:
+    """Whether a clue is one for every visual: a list of lists, or an array of more dimensions than one."""
+    if isinstance(value, Tensor) or hasattr(value, "ndim"):
+        return bool(value.ndim > 1)
+    first = next(iter(value), None) if isinstance(value, (list, tuple)) else None
+    return getattr(first, "ndim", 1) > 0 and hasattr(first, "__len__")
 
 
 def _name(method: PromptMethod) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vtoken.errors import InputError
 
+#: Arguments that bring images and videos, over the releases.
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 _CACHED, _OFFSET = "_vtoken_placeholders", "_vtoken_offset"
 
 
@@ -25,6 +27,11 @@ def by_name(stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     rest = [n for n, p in signature.parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
     options = bound.pop(rest[0], {}) if rest else {}
     return {**bound, **options}
+
+
+def holds(given: dict[str, Any], kind: str) -> bool:
+    """Whether a call brings pixels of a kind of visuals."""
+    return any(given.get(name) is not None for name in PIXELS[kind])
 
 
 def setting(model: Any, call: dict[str, Any], name: str) -> Any:

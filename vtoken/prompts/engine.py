@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtoken.core.method import PromptMethod
+from vtoken.core.method import KeepVisuals, PromptMethod
 from vtoken.core.records import PromptRecord
 from vtoken.core.trace import current_trace
-from vtoken.core.visual import Chosen, Encoded, Needs, Seen, Visual, in_prompt_order, length_of, placed
-from vtoken.errors import InputError, ShapeError, VTokenError
+from vtoken.core.visual import Chosen, Encoded, Needs, Seen, Visual, in_lines, in_prompt_order, length_of, placed
+from vtoken.errors import ConfigError, InputError, ShapeError, VTokenError
 from vtoken.prompts.budget import asked_of, clues_for, methods_for
-from vtoken.prompts.calls import cache_of, chosen, fresh, is_filled
+from vtoken.prompts.calls import cache_of, chosen, fresh, holds, is_filled
 from vtoken.prompts.shrink import (
     ShortPrompt,
     check_ids,
@@ -34,19 +34,58 @@ _ALONG = ("attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, eq=False)
+class Service:
+    """Who shortens the prompts of a model.
+
+    Args:
+        model: the model.
+        family: what it is.
+        methods: by kind of visual; kinds without one stay whole.
+        asked: of every kind what `vtoken.budget` asks.
+        told: what the call itself brings for videos: of their visuals in prompt order, the clues of each.
+        known: videos that have been encoded before, in place of pixels; a visual and what it was made into.
+    """
+
+    model: Any
+    family: Any
+    methods: Mapping[str, PromptMethod]
+    asked: Mapping[str, Mapping[str, Any]]
+    told: Callable[[list[Visual]], list[dict[str, Any]]] | None = None
+    known: Sequence[tuple[Visual, Encoded]] = ()
+
+    def method(self, kind: str) -> PromptMethod:
+        """What shortens visuals of a kind."""
+        return self.methods.get(kind, _WHOLE)
+
+
+_WHOLE = KeepVisuals()
+
+
+def service_of(model: Any) -> Service:
+    """The service of a model that carries a method in its prompts."""
+    family, method = model._vtoken_family, model._vtoken.methods[PromptMethod]
+    kinds, asked = [kind for kind in family.kinds if kind in method.kinds], asked_of(model)
+    return Service(model, family, dict.fromkeys(kinds, method), dict.fromkeys(kinds, asked))
+
+
+@dataclass(frozen=True, eq=False)
 class Prepared:
     """A call with a shorter prompt.
 
     Args:
         call: its arguments; ready outputs of the visuals, by kind, under "features".
         ids: the short ids [B, L'].
+        index: of every position the place in the caller's prompt, [B, L'] int64, -1 where padded.
         changed: whether anything was taken away or replaced.
+        plan: what was known before anything ran.
         offset: with which text behind the prompt is numbered, [B, 1]; None on one axis.
     """
 
     call: dict[str, Any]
     ids: Tensor
+    index: Tensor
     changed: bool
+    plan: Layout
     offset: Tensor | None = None
 
 
@@ -59,7 +98,7 @@ class Kept:
     scores: Tensor | None = None
 
 
-def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared | None:
+def prepare(service: Service, given: dict[str, Any], *, generating: bool) -> Prepared | None:
     """Encode the visuals of a call and shorten its prompt.
 
     Where the prompt comes as embeddings, its placeholders are those that equal a placeholder's own, as for the model.
@@ -71,7 +110,7 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
         ShapeError: if the placeholders fit neither the full nor the kept tokens.
         InputError: if something else of the call cannot be shortened.
     """
-    family, method = model._vtoken_family, model._vtoken.methods[PromptMethod]
+    model, family = service.model, service.family
     tokens, embeds = family.token_ids(model), given.get("inputs_embeds")
     if embeds is None:
         ids = given["input_ids"]
@@ -84,8 +123,8 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
     places, cached = given.get("position_ids"), is_filled(cache_of(given))
     if not cached:  # before the tower runs; with a cache the mask is longer than the ids
         check_shapes(ids, along, places if family.axes == 1 else None)
-    plan = lay_out(model, given, ids)
-    visuals, methods, counts, needs, order = plan.visuals, plan.methods, plan.counts, plan.needs, plan.order
+    plan = lay_out(service, given, ids)
+    visuals, methods, counts, order = plan.visuals, plan.methods, plan.counts, plan.order
     full = all(_keeps_all(m, v, k) for m, v, k in zip(methods, visuals, counts, strict=True))
     already = _fit(ids, tokens, visuals, counts, methods)
     trace = current_trace(model)
@@ -102,8 +141,9 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
             f"{type(model).__name__} numbers tokens along three axes by the whole prompt, but this one {why}: send the "
             "whole, full prompt without the cache"
         )
+    original = _keeps_places(family, methods)
     numbered = family.places(model, given, generating=generating)
-    encoded, kept = choose(model, given, ids, plan, traced=trace is not None)
+    encoded, kept = choose(service, given, ids, plan, traced=trace is not None)
     lengths = [len(k.places) for k in kept]
     if already is None:
         already = _decide(ids, tokens, visuals, lengths)
@@ -116,7 +156,6 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
         **along,
     )
     if not cached:
-        side, original = "left" if generating else "right", family.original(method)
         kinds = {token_id: _of_kind(kind, visuals, kept, whole=already) for kind, token_id in tokens.items()}
         short = shrink_kinds(
             ids,
@@ -124,16 +163,20 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
             along,
             places if numbered is None else None,
             pad,
-            side,
+            "left" if generating else "right",
             "original" if original and numbered is None else "compact",
         )
     if short.input_ids is not ids and isinstance(given.get("logits_to_keep"), Tensor):
         raise InputError("logits_to_keep names positions of the full prompt; pass how many of the last ones to keep")
     if trace is not None:
-        _record(model, trace, given, [visuals[i] for i in order], [kept[i] for i in order], short, needs, encoded)
+        _record(service, trace, given, [visuals[i] for i in order], [kept[i] for i in order], short, plan, encoded)
     gone = {*family.side, *_ALONG, "position_ids"}
     call = {name: value for name, value in given.items() if name not in gone}
-    call |= {**short.arguments(), "features": _features(model, visuals, kept, encoded)}
+    call |= {**short.arguments(), "features": _features(service, visuals, kept, encoded)}
+    if "labels" in call:  # a row that is no token's own stands for none
+        replaced = [tokens[kind] for kind in tokens if service.method(kind).replaces]
+        own = sum((short.input_ids == token_id for token_id in replaced), torch.zeros_like(short.input_ids).bool())
+        call["labels"] = call["labels"].masked_fill(own.to(call["labels"].device), -100)
     if family.axes == 3:
         call.pop("mm_token_type_ids", None)  # the model would number the short prompt by the full grids
     offset = None
@@ -143,7 +186,7 @@ def prepare(model: Any, given: dict[str, Any], *, generating: bool) -> Prepared 
         blank = model.get_input_embeddings()(ids.new_tensor(pad))
         call |= {"input_ids": given.get("input_ids"), "inputs_embeds": rows_at(embeds, short.index, blank)}
     changed = any(k.rows is not None or len(k.places) != v.length for k, v in zip(kept, visuals, strict=True))
-    return Prepared(call, short.input_ids, changed, offset)
+    return Prepared(call, short.input_ids, short.index, changed, plan, offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +197,7 @@ class Layout:
         methods: the method for each, as `vtoken.budget` asks.
         counts: content tokens that stay.
         order: indices in the order of the prompt.
+        needs: of the method for every kind that the call brings.
     """
 
     visuals: list[Visual]
@@ -161,37 +205,81 @@ class Layout:
     clues: list[dict[str, Any]]
     counts: list[int]
     order: list[int]
-    needs: Needs
+    needs: dict[str, Needs]
+
+    def of_kind(self, kind: str) -> list[int]:
+        """Indices of the visuals of a kind."""
+        return [i for i, v in enumerate(self.visuals) if v.kind == kind]
 
 
-def lay_out(model: Any, given: dict[str, Any], ids: Tensor) -> Layout:
+def lay_out(service: Service, given: dict[str, Any], ids: Tensor) -> Layout:
     """The visuals of a call and how much stays of them; nothing has run yet."""
-    family, method = model._vtoken_family, model._vtoken.methods[PromptMethod]
-    needs = method.needs(family.facts(model, given))
-    family.refuse(model, given, needs)
-    visuals = family.layout(model, given | {"input_ids": ids})
-    asked, order = asked_of(model), _order(ids, family.token_ids(model), visuals)
-    methods = _back(methods_for(method, asked, len(visuals)), order)
-    clues = _back(clues_for(method, asked, len(visuals)), order)
+    model, family = service.model, service.family
+    facts = family.facts(model, given)
+    brought = [kind for kind in family.kinds if holds(given, kind) or (kind == "video" and service.known)]
+    needs = {kind: service.method(kind).needs(facts) for kind in brought}
+    for needed in needs.values():
+        family.refuse(model, given, needed)
+    visuals = [*family.layout(model, given | {"input_ids": ids}), *(visual for visual, _ in service.known)]
+    order = _order(ids, family.token_ids(model), visuals)
+    methods, clues = [service.method(v.kind) for v in visuals], [dict[str, Any]() for _ in visuals]
+    for method in {id(m): m for m in service.methods.values()}.values():
+        mine = [i for i in order if methods[i] is method]
+        asked = service.asked[next(kind for kind, m in service.methods.items() if m is method)]
+        told = clues_for(method, asked, len(mine))
+        if service.told is not None and mine and method is service.methods.get("video"):
+            told = service.told([visuals[i] for i in mine])
+        for i, own, clue in zip(mine, methods_for(method, asked, len(mine)), told, strict=True):
+            methods[i], clues[i] = own, clue
     counts = [count_of(m, v, c) for m, v, c in zip(methods, visuals, clues, strict=True)]
     return Layout(visuals, methods, clues, counts, order, needs)
 
 
 def choose(
-    model: Any, given: dict[str, Any], ids: Tensor, plan: Layout, *, traced: bool
-) -> tuple[Encoded, list[Kept]]:  # fmt: skip
-    """Run the towers once, and the methods on what they made."""
-    family, visuals = model._vtoken_family, plan.visuals
+    service: Service, given: dict[str, Any], ids: Tensor, plan: Layout, *, traced: bool
+) -> tuple[dict[str, Encoded], list[Kept]]:  # fmt: skip
+    """Run the towers once, a kind of visuals after the other, and the methods on what they made."""
+    model, family, visuals = service.model, service.family, plan.visuals
     text: Sequence[Tensor | None] = [None] * len(visuals)
-    if plan.needs.text:
-        text = _instruction(model, ids, visuals, family.token_ids(model), plan.clues)
-    encoded = family.encode(model, given, visuals, plan.needs)
-    _check_lengths(visuals, encoded)
-    kept = [
-        _select(model, method, visuals[i], plan.counts[i], plan.clues[i], encoded, i, text[i], traced=traced)
-        for i, method in enumerate(plan.methods)
-    ]
-    return encoded, kept
+    if any(needs.text for needs in plan.needs.values()):
+        text = _instruction(model, ids, visuals, family.token_ids(model), plan)
+    encoded, kept = dict[str, Encoded](), dict[int, Kept]()
+    for kind, needs in plan.needs.items():
+        mine = plan.of_kind(kind)
+        if not mine:
+            continue
+        if kind == "video" and service.known:
+            encoded[kind] = joined([made for _, made in service.known])
+        else:
+            encoded[kind] = family.encode(model, given, [visuals[i] for i in mine], needs)
+        _check_lengths([visuals[i] for i in mine], encoded[kind])
+        for at, i in enumerate(mine):
+            seen = seen_of(
+                visuals[i], plan.counts[i], plan.clues[i], encoded[kind], at, text[i], native="native" in needs.features
+            )
+            kept[i] = _select(service, plan.methods[i], seen, encoded[kind], at, traced=traced)
+    return encoded, [kept[i] for i in range(len(visuals))]
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """What visuals of one kind were made into, one after the other."""
+    natives = [part.native for part in parts]
+    return replace(
+        parts[0],
+        levels=[[rows for level in same for rows in level] for same in zip(*(p.levels for p in parts), strict=True)],
+        native=None if any(n is None for n in natives) else [cells for n in natives if n for cells in n],
+    )
+
+
+def _keeps_places(family: Any, methods: Sequence[PromptMethod]) -> bool:
+    """Whether what stays keeps its places in the full prompt; all methods of a call must agree."""
+    found = {family.original(m) for m in methods if m is not _WHOLE}
+    if len(found) > 1:
+        raise ConfigError(
+            "positions='original' numbers tokens by the full prompt, which a video with a budget does not keep; use "
+            "positions='compact' (vtoken.configure), or ask about images and videos in calls of their own"
+        )
+    return True in found
 
 
 def select(method: PromptMethod, seen: Seen) -> tuple[Tensor, Chosen]:
@@ -206,6 +294,8 @@ def select(method: PromptMethod, seen: Seen) -> tuple[Tensor, Chosen]:
     found = method.choose(seen)
     picked = found if isinstance(found, Chosen) else Chosen(found)
     _check_choice(method, seen, picked)
+    if picked.ends is not None and len(visual.separators) > 1:
+        return in_lines(visual, picked.index, picked.ends)[0], picked
     rule = "all" if seen.count >= visual.content else method.newline
     return placed(visual, picked.index, rule), picked
 
@@ -228,8 +318,8 @@ def _check_choice(method: PromptMethod, seen: Seen, picked: Chosen) -> None:
     if picked.rows is not None:
         if not method.replaces:
             raise VTokenError(f"{name}.choose returned rows, but the method does not say that it replaces them")
-        like = seen.before if picked.before else seen.stack
-        width = None if like is None else like.shape[1]
+        like = seen.before if picked.before else seen.stack if seen.native is None else seen.native[0]
+        width = None if like is None else like.shape[-1]
         shape = tuple(picked.rows.shape) if isinstance(picked.rows, Tensor) else type(picked.rows).__name__
         if shape != (seen.count, width):
             raise VTokenError(f"{name}.choose returned rows {shape}, expected {(seen.count, width)}")
@@ -297,9 +387,9 @@ def _decide(ids: Tensor, tokens: dict[str, int], visuals: Sequence[Visual], leng
         kept = sum(lengths[i] for i in mine)
         if total != kept:
             raise ShapeError(
-                f"{total} {kind} placeholders in the prompt, but its {len(mine)} {kind}(s) give {full} features, "
-                f"{kept} of them kept: it must have one of these two numbers. The processor and the model disagree on "
-                "the token count (patch size, image sizes or feature strategy)"
+                f"{total} {kind} placeholders in the prompt, but its {len(mine)} {kind}(s) need {full}: they give "
+                f"{full} features, {kept} of them kept, and it must have one of these two numbers. The processor and "
+                "the model disagree on the token count (patch size, image sizes, frames or feature strategy)"
             )
     return True
 
@@ -318,66 +408,90 @@ def _check_lengths(visuals: Sequence[Visual], encoded: Encoded) -> None:
 
 
 def _select(
-    model: Any,
+    service: Service, method: PromptMethod, seen: Seen, encoded: Encoded, at: int, *, traced: bool
+) -> Kept:  # fmt: skip
+    """What stays of the visual that is number `at` of its kind."""
+    model, family = service.model, service.family
+    kept = stays(
+        method,
+        seen,
+        [level[at] for level in encoded.levels],
+        lambda rows: family.project(model, rows),
+        lambda rows: family.finish(model, rows, seen.visual),
+    )
+    return replace(kept, scores=_shown(method, seen, encoded, at)) if traced else kept
+
+
+def stays(
     method: PromptMethod,
-    visual: Visual,
-    count: int,
-    clues: dict[str, Any],
-    encoded: Encoded,
-    i: int,
-    text: Tensor | None,
-    *,
-    traced: bool,
+    seen: Seen,
+    levels: Sequence[Tensor],
+    project: Callable[[Tensor], Tensor],
+    finish: Callable[[Tensor], Tensor] | None = None,
 ) -> Kept:
-    """What stays of visual i."""
-    seen = seen_of(visual, count, clues, encoded, i, text)
-    levels = [level[i] for level in encoded.levels]
-    kept = stays(method, seen, levels, lambda rows: model._vtoken_family.project(model, rows))
-    return replace(kept, scores=_shown(method, seen, encoded, i)) if traced else kept
-
-
-def stays(method: PromptMethod, seen: Seen, levels: Sequence[Tensor], project: Callable[[Tensor], Tensor]) -> Kept:
     """What stays of one visual.
 
     Args:
         levels: rows [length, C] of all its placeholders, of every level of features.
         project: from in front of the projector to behind it.
+        finish: from rows made of `Seen.native` to what the model gets; None if these are that already.
     """
+    visual = seen.visual
     places, picked = select(method, seen)
     if picked.rows is None:
         return Kept(places)
-    visual, rows = seen.visual, project(picked.rows) if picked.before else picked.rows
-    content = torch.zeros(visual.length, dtype=torch.bool)
-    content[visual.places()] = True
+    rows = picked.rows
+    if picked.before:
+        rows = project(rows)
+    elif seen.native is not None and finish is not None:
+        rows = finish(rows)
+    if picked.ends is not None and len(visual.separators) > 1:
+        content = in_lines(visual, picked.index, picked.ends)[1]
+    else:
+        holds_content = torch.zeros(visual.length, dtype=torch.bool)
+        holds_content[visual.places()] = True
+        content = holds_content[places].nonzero()[:, 0]
     found, start = [], 0
     for level in levels:
         width = level.shape[1]
         own = level.index_select(0, places.to(level.device))
-        at = content[places].nonzero()[:, 0].to(own.device)
-        found.append(own.index_copy(0, at, rows[:, start : start + width].to(own)))
+        found.append(own.index_copy(0, content.to(own.device), rows[:, start : start + width].to(own)))
         start += width
     return Kept(places, tuple(found))
 
 
 def seen_of(
-    visual: Visual, count: int, clues: Mapping[str, Any], encoded: Encoded, i: int, text: Tensor | None
-) -> Seen:  # fmt: skip
-    """What a method is shown of visual i."""
-    rows = [level[i] for level in encoded.levels]
+    visual: Visual,
+    count: int,
+    clues: Mapping[str, Any],
+    encoded: Encoded,
+    at: int,
+    text: Tensor | None,
+    *,
+    native: bool = False,
+) -> Seen:
+    """What a method is shown of the visual that is number `at` of its kind; if asked for, with its native grids."""
+    rows = [level[at] for level in encoded.levels]
     own = rows
     if visual.length != visual.content:
         places = visual.places().to(rows[0].device)
         own = [r.index_select(0, places) for r in rows]
+    stack, grids = own[0] if len(own) == 1 else torch.cat(own, dim=-1), None
+    if native:
+        cells = stack.split([cell.tokens for cell in visual.cells])
+        grids = tuple(rows.unflatten(0, cell.grid) for rows, cell in zip(cells, visual.cells, strict=True))
+        grids = grids if encoded.native is None else encoded.native[at]
     return Seen(
         visual,
         count,
         clues,
-        attention=None if encoded.attention is None else encoded.attention[i][:, visual.fixed :],
+        attention=None if encoded.attention is None else encoded.attention[at][:, visual.fixed :],
         after=own[0],
-        stack=own[0] if len(own) == 1 else torch.cat(own, dim=-1),
-        before=None if encoded.before is None else encoded.before[i],
-        keys=None if encoded.keys is None else encoded.keys[i],
+        stack=stack,
+        before=None if encoded.before is None else encoded.before[at],
+        keys=None if encoded.keys is None else encoded.keys[at],
         text=text,
+        native=grids,
     )
 
 
@@ -407,18 +521,21 @@ def _of_kind(
     return [kept[i].places for i in mine], [visuals[i].length for i in mine]
 
 
-def _features(model: Any, visuals: Sequence[Visual], kept: Sequence[Kept], encoded: Encoded) -> dict[str, Any]:
+def _features(
+    service: Service, visuals: Sequence[Visual], kept: Sequence[Kept], encoded: dict[str, Encoded]
+) -> dict[str, Any]:  # fmt: skip
     """Fresh output objects by kind, with the rows that stay; where all do, with the model's own."""
     found = {}
-    for kind, output in encoded.outputs.items():
-        mine = [i for i, v in enumerate(visuals) if v.kind == kind]
-        if all(kept[i].rows is None and len(kept[i].places) == visuals[i].length for i in mine):
+    for kind, made in encoded.items():
+        mine, output = [(v, k) for v, k in zip(visuals, kept, strict=True) if v.kind == kind], made.outputs[kind]
+        if all(k.rows is None and len(k.places) == v.length for v, k in mine):
             found[kind] = chosen(fresh(output))
             continue
         levels = [
-            [rows_of_level(level[i], kept[i], number) for i in mine] for number, level in enumerate(encoded.levels)
+            [rows_of_level(rows, k, number) for rows, (_, k) in zip(level, mine, strict=True)]
+            for number, level in enumerate(made.levels)
         ]
-        found[kind] = chosen(model._vtoken_family.outputs(model, output, levels))
+        found[kind] = chosen(service.family.outputs(service.model, output, levels))
     return found
 
 
@@ -430,13 +547,23 @@ def rows_of_level(own: Tensor, kept: Kept, level: int) -> Tensor:
 def _numbered(
     numbered: tuple[Tensor, Tensor | None], full_mask: Tensor | None, short: ShortPrompt
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Positions [4, B, L'] of the short prompt, every token at its old place; and the offset of what follows."""
+    """Positions [4, B, L'] of the short prompt, every token at its old place; and the offset of what follows.
+
+    Models count what follows from the largest position, which may lie in a video's time, though text goes on from the
+    last token's. Behind text its own position counts here, so that a cached turn is numbered as an uncached one.
+    """
     positions, deltas = numbered
     index, mask = short.index, short.attention_mask
     old = positions.gather(2, index.clamp_min(0).expand(positions.shape[0], -1, -1)).masked_fill(index < 0, 0)
     line = torch.arange(index.shape[1], device=index.device).expand_as(index)
     line = line if mask is None else default_positions(mask)
     if deltas is not None:
+        seen = torch.ones_like(positions[0]) if full_mask is None else full_mask.to(positions)
+        final = (seen * torch.arange(1, seen.shape[1] + 1).to(seen)).argmax(1)
+        last = positions.gather(2, final.view(1, -1, 1).expand(3, -1, 1))
+        largest = positions.masked_fill(seen == 0, 0).amax((0, 2)).unsqueeze(1)
+        text = (last == last[:1]).all(0)
+        deltas = deltas - torch.where(text, largest - last[0], 0).to(deltas)
         before = positions.shape[2] if full_mask is None else full_mask.sum(1, keepdim=True)
         after = index.shape[1] if mask is None else mask.sum(1, keepdim=True)
         deltas = deltas + (before - after)
@@ -444,7 +571,7 @@ def _numbered(
 
 
 def _instruction(
-    model: Any, ids: Tensor, visuals: Sequence[Visual], tokens: dict[str, int], clues: Sequence[dict[str, Any]]
+    model: Any, ids: Tensor, visuals: Sequence[Visual], tokens: dict[str, int], plan: Layout
 ) -> list[Tensor | None]:  # fmt: skip
     """Of every visual the input embeddings [m, C] of the text behind the last visual of its row, else in front."""
     table, config = model.get_input_embeddings(), model.config
@@ -454,20 +581,20 @@ def _instruction(
     special = {i for value in plain for i in (value if isinstance(value, (list, tuple)) else [value]) if i is not None}
     found: list[Tensor | None] = []
     rows = _rows_of(ids, tokens, visuals)
-    for clue, row in zip(clues, rows, strict=True):
-        if "relevance" in clue:
+    for clue, row, visual in zip(plan.clues, rows, visuals, strict=True):
+        if "relevance" in clue or not plan.needs[visual.kind].text:
             found.append(None)
             continue
         words = clue.get("query")
         if words is None:
             line = ids[row]
-            visual = torch.zeros_like(line, dtype=torch.bool)
+            shown = torch.zeros_like(line, dtype=torch.bool)
             for token_id in tokens.values():
-                visual |= line == token_id
-            text = ~visual & (line >= 0)
+                shown |= line == token_id
+            text = ~shown & (line >= 0)
             for one in special:
                 text &= line != one
-            last = int(visual.nonzero()[-1])
+            last = int(shown.nonzero()[-1])
             behind = text.clone()
             behind[: last + 1] = False
             words = line[behind] if bool(behind.any()) else line[text]
@@ -493,16 +620,18 @@ def _rows_of(ids: Tensor, tokens: dict[str, int], visuals: Sequence[Visual]) -> 
 
 
 def _record(
-    model: Any,
+    service: Service,
     trace: Any,
     given: dict[str, Any],
     visuals: Sequence[Visual],
     kept: Sequence[Kept],
     short: ShortPrompt,
-    needs: Needs,
-    encoded: Encoded,
+    plan: Layout,
+    encoded: dict[str, Encoded],
 ) -> None:
     scores = tuple(k.scores for k in kept if k.scores is not None)
+    needs = next((n for n in plan.needs.values() if n.attention != "none"), Needs())
+    first = encoded[visuals[0].kind]
     trace.record_prompt(
         PromptRecord(
             kept=tuple(k.places if k.scores is None else k.places.to(k.scores.device) for k in kept),
@@ -513,9 +642,9 @@ def _record(
             input_ids=short.input_ids,
             scorer={"class": "cls", "none": ""}.get(needs.attention, needs.attention),
             layers=needs.layers,
-            grid=model._vtoken_family.record_grid(model, given, visuals[0]),
-            first_patch=encoded.first_patch,
-            anchors=encoded.anchors,
+            grid=service.family.record_grid(service.model, given, visuals[0]),
+            first_patch=first.first_patch,
+            anchors=first.anchors,
             visuals=tuple(visuals),
         )
     )

@@ -18,12 +18,9 @@ from vtoken.core.spec import ImageTokens
 from vtoken.core.visual import Encoded, Needs, TowerFacts, Visual, length_of
 from vtoken.errors import ConfigError, InputError, UnsupportedModelError
 from vtoken.prompts.budget import asked_of, likely_methods
-from vtoken.prompts.calls import fresh, refuse_chunks
+from vtoken.prompts.calls import fresh, refuse_chunks, setting
 from vtoken.prompts.entry import InnerMixin, PromptMixin
 from vtoken.prompts.shrink import placeholders_in
-
-#: Arguments that bring images and videos, over the releases.
-PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 
 class Family(HostAdapter):
@@ -46,6 +43,8 @@ class Family(HostAdapter):
     newlines: ClassVar[frozenset[str]] = frozenset({"row", "all", "none"})
     #: Arguments that say how visuals are encoded; they leave the call once these have become features.
     side: ClassVar[tuple[str, ...]] = ()
+    #: Those of them that positions are numbered by, with a row for every video; a video's features keep them.
+    numbering: ClassVar[tuple[str, ...]] = ()
 
     def supported(self) -> str:
         """Its classes."""
@@ -69,7 +68,11 @@ class Family(HostAdapter):
         raise NotImplementedError
 
     def encode(self, model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: Needs) -> Encoded:
-        """Run the model's own towers and projectors, watched as the method needs; entries in the order of layout."""
+        """Run the model's own towers and projectors, watched as the method needs.
+
+        Args:
+            visuals: those of one kind in the call, in the order of layout; entries of what comes back are like them.
+        """
         raise NotImplementedError
 
     def visual(self, model: Any, size: tuple[int, int], configs: Sequence[MethodConfig] = ()) -> Visual:
@@ -90,6 +93,10 @@ class Family(HostAdapter):
         """Rows [k, C0] from in front of the projector, projected; only where `TowerFacts.per_token` holds."""
         projected: Tensor = model.model.multi_modal_projector(rows)
         return projected
+
+    def finish(self, model: Any, rows: Tensor, visual: Visual) -> Tensor:
+        """What is done to rows [k, C] that were made of `Seen.native`, before they are what the model gets."""
+        return rows
 
     def outputs(self, model: Any, output: Any, levels: Sequence[Sequence[Tensor]]) -> Any:
         """A fresh output object like `output` that holds, of every level, these rows of every visual of a kind."""
@@ -116,7 +123,10 @@ class Family(HostAdapter):
     def hand_over(self, model: Any, call: dict[str, Any], *, generating: bool) -> tuple[Any, dict[str, Any]]:
         """What is called in the model's place, and with what: features enter as `mm_encoder_outputs` where they can."""
         features, embeds = call.pop("features"), call.get("inputs_embeds")
-        if embeds is None and takes_outputs(model):
+        # Without a cache every step looks for placeholders again, and one that was generated would count.
+        anew = generating and self.axes == 1 and setting(model, call, "use_cache") is False
+        anew = anew and "inputs_embeds" in inspect.signature(model.prepare_inputs_for_generation).parameters
+        if embeds is None and takes_outputs(model) and not anew:
             return model, call | {"mm_encoder_outputs": features}
         if generating and embeds is None and "prepare_inputs_for_generation" in vars(model):
             # peft's tuned prompts put it there. It embeds the ids anew, and image features would be lost.
@@ -148,6 +158,11 @@ class Family(HostAdapter):
     def check(self, model: nn.Module, methods: Methods) -> None:
         """The method must fit the tower, and its positions and separators the model."""
         method: PromptMethod = methods[PromptMethod]
+        if not method.kinds & set(self.kinds):
+            raise ConfigError(
+                f"{type(method).__name__} shortens {' and '.join(sorted(method.kinds))}s, which vtoken does not know "
+                f"in {type(model).__name__}"
+            )
         self.refuse(model, {}, method.needs(self.facts(model, {})))
         if method.positions == "compact" and self.axes == 3:
             raise ConfigError(
@@ -164,7 +179,9 @@ class Family(HostAdapter):
     def targets(self, model: nn.Module, methods: Methods) -> list[tuple[nn.Module, type, dict[str, Any]]]:
         """The model, and the one inside for those who run it alone."""
         inner: Any = model.model
-        return [(model, PromptMixin, {"_vtoken_family": self}), (inner, InnerMixin, {})]
+        method: PromptMethod = methods[PromptMethod]
+        kinds = tuple(kind for kind in self.kinds if kind in method.kinds)
+        return [(model, PromptMixin, {"_vtoken_family": self}), (inner, InnerMixin, {"_vtoken_kinds": kinds})]
 
     def check_known(self, model: Any, *more: tuple[Any, str]) -> None:
         """Raise UnsupportedModelError if a method that a call goes through was replaced on an instance."""
@@ -181,7 +198,7 @@ class Family(HostAdapter):
         """Tokens of one image of `size` pixels, from its layout and the method's own count."""
         visual, method = self.visual(model, size, configs), self.method(model, configs)
         crops, rows = self.crops(model, size), visual.cells[0].tokens + visual.fixed
-        if method is None:
+        if method is None or "image" not in method.kinds:
             return ImageTokens(crops, rows, visual.length, visual.length)
         held = getattr(model.__dict__.get("_vtoken"), "configs", ())
         own = all(any(c is h for h in held) for c in configs if c.part == "prompt")

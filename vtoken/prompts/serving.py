@@ -15,7 +15,7 @@ from vtoken.core.method import PromptMethod
 from vtoken.core.visual import Cell, Seen, TowerFacts, Visual
 from vtoken.errors import ConfigError, InputError, ShapeError
 from vtoken.prompts.budget import method_of
-from vtoken.prompts.engine import choose, lay_out, rows_of_level, select
+from vtoken.prompts.engine import choose, lay_out, rows_of_level, select, service_of
 
 
 def grid_visual(thw: tuple[int, int, int], merge: int = 1) -> Visual:
@@ -52,7 +52,9 @@ def retained_count(
         24
     """
     visual = grid_visual(thw, merge)
-    return min(_method(config).count(visual, dict(clues or {})), visual.content)
+    method = _method(config)
+    count = method.count(visual, dict(clues or {}))
+    return count if method.replaces else min(count, visual.content)
 
 
 def retention_mask(
@@ -140,14 +142,14 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> list[FinalRows
         rows = [final.rows for final in vtoken.encode_images(model, processor(text, images, return_tensors="pt"))]
     """
     owner: Any = model
-    if method_of(owner) is None:
+    if method_of(owner) is None or "_vtoken_family" not in owner.__dict__:
         raise ConfigError(f"encode_images: this {type(model).__name__} carries no method in its prompts; apply one")
     given = {name: value for name, value in inputs.items() if value is not None}
     ids = given.get("input_ids")
     if not isinstance(ids, Tensor):
         raise InputError("encode_images needs input_ids: images are laid out by the prompt")
-    family = owner._vtoken_family
-    plan = lay_out(owner, given, ids)
+    family, service = owner._vtoken_family, service_of(owner)
+    plan = lay_out(service, given, ids)
     if not plan.visuals:
         raise InputError("encode_images: the call has no image and no video")
     totals = {k: int((ids == token_id).sum()) for k, token_id in family.token_ids(owner).items()}
@@ -156,16 +158,18 @@ def encode_images(model: nn.Module, inputs: Mapping[str, Any]) -> list[FinalRows
         if total != said:
             raise ShapeError(f"{total} {kind} placeholders in the prompt for {said} {kind} tokens")
     with torch.no_grad():
-        encoded, kept = choose(owner, given, ids, plan, traced=False)
+        encoded, kept = choose(service, given, ids, plan, traced=False)
         numbered = family.places(owner, given, generating=False)
     found = []
     for i in plan.order:
-        levels = [rows_of_level(level[i], kept[i], number) for number, level in enumerate(encoded.levels)]
+        kind = plan.visuals[i].kind
+        at = plan.of_kind(kind).index(i)
+        levels = [rows_of_level(level[at], kept[i], number) for number, level in enumerate(encoded[kind].levels)]
         places = None
         if numbered is not None:
             own = _own_places(numbered[0], ids, family.token_ids(owner), plan.visuals, i)
             places = own[:, kept[i].places.to(own.device)] - own[:, :1]
-        found.append(FinalRows(plan.visuals[i].kind, levels[0], tuple(levels[1:]), kept[i].places, places))
+        found.append(FinalRows(kind, levels[0], tuple(levels[1:]), kept[i].places, places))
     return found
 
 

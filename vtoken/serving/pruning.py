@@ -20,7 +20,9 @@ from vtoken.core.config import CONFIG_VERSION, MethodConfig, config_from_dict
 from vtoken.core.method import PromptMethod
 from vtoken.core.visual import Encoded, Needs, TowerFacts, Visual, length_of
 from vtoken.errors import ConfigError, InputError, UnsupportedModelError
-from vtoken.prompts.budget import budget, replaced
+from vtoken.hosts.llava.adapter import LlavaAdapter
+from vtoken.hosts.qwen.family import QwenVL
+from vtoken.prompts.budget import budget, method_of, replaced
 from vtoken.prompts.engine import count_of, rows_of_level, seen_of, stays
 from vtoken.prompts.family import Family
 
@@ -52,7 +54,14 @@ class Pruning:
         #: The stand-in, on the device "meta".
         self.model: Any = apply(_weightless(config), settings)
         self.family: Family = self.model._vtoken_family
-        self.method: PromptMethod = self.model._vtoken.methods["on_features"]
+        if not isinstance(self.family, (LlavaAdapter, QwenVL)):
+            raise UnsupportedModelError(
+                f"{self.family.name} is not served inside an engine: LLaVA and LLaVA-NeXT with a CLIP or SigLIP tower "
+                "and Qwen-VL are"
+            )
+        found = method_of(self.model)
+        assert found is not None
+        self.method: PromptMethod = found
         self.facts: TowerFacts = self.family.facts(self.model, {})
         self.needs: Needs = self.method.needs(self.facts)
         if self.needs.text:

@@ -51,7 +51,7 @@ def check_prompt_method(config: MethodConfig) -> None:
         facts = [TowerFacts(4, 3, class_token=True, per_token=True), TowerFacts(4, 3)]
         for grid in _GRIDS:
             for visual in _visuals(grid):
-                for tower in facts:
+                for tower in facts if visual.kind in method.kinds else ():
                     _try(one, method, visual, tower)
 
 
@@ -62,6 +62,7 @@ def _visuals(grid: tuple[int, int]) -> list[Visual]:
         Visual("image", (Cell(grid),), (), 1),
         Visual("image", (Cell(grid, "overview"), Cell(grid, "detail")), lines),
         Visual("video", (Cell(grid, "frame"),) * 3),
+        Visual("video", (Cell(grid, "frame", (grid[0] * 2, grid[1] * 2)),) * 3, apart=True),
     ]
 
 
@@ -96,6 +97,17 @@ def _seen(method: PromptMethod, visual: Visual, count: int, tower: TowerFacts, *
         before=rows * 2 if "before" in needs.features else None,
         keys=rows[:, :8] if "keys" in needs.features else None,
         text=torch.randn(3, _WIDTH, generator=rng) if needs.text else None,
+        native=_native(visual, rows) if "native" in needs.features else None,
+    )
+
+
+def _native(visual: Visual, rows: Tensor) -> tuple[Tensor, ...]:
+    """Grids in front of a pooling that would take the first of every few rows."""
+    cells = zip(visual.cells, rows.split([cell.tokens for cell in visual.cells]), strict=True)
+    grids = [(own.unflatten(0, cell.grid), cell.native or cell.grid) for cell, own in cells]
+    return tuple(
+        own.repeat_interleave(size[0] // own.shape[0], 0).repeat_interleave(size[1] // own.shape[1], 1)
+        for own, size in grids
     )
 
 

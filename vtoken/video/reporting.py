@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,49 +9,45 @@ from torch import Tensor
 from vtoken.accounting.prefill import Decoder
 from vtoken.accounting.vision import Tower
 from vtoken.errors import ConfigError
-from vtoken.hosts.video.adapter import VideoAdapter, VideoLayout
+from vtoken.methods.quota import FrameBudget, default_tokens
+from vtoken.prompts.engine import Prepared
 from vtoken.video.report import QuotaReport
-from vtoken.video.tokens import VideoTokens
 
 
 def reports(
-    model: Any,
-    adapter: VideoAdapter,
-    given: dict[str, Any],
-    call: dict[str, Any],
-    layouts: Sequence[VideoLayout],
-    *,
-    scores: Sequence[Sequence[float]],
-    spent: Sequence[int],
-    videos: Sequence[VideoTokens],
-    scoring: int | None,
-) -> tuple[QuotaReport, ...]:
-    """One report per video.
+    model: Any, token_id: int, given: dict[str, Any], prepared: Prepared, scoring: int | None
+) -> tuple[QuotaReport, ...]:  # fmt: skip
+    """One report per video, in prompt order.
 
     Args:
-        given, call: the call before and after its prompt was rebuilt.
-        spent: budgets that were asked for.
+        token_id: of a video placeholder.
+        given: the call before its prompt was rebuilt.
         scoring: FLOPs of the scorer, if known.
     """
-    ids = given["input_ids"]
-    before, after = _lengths(given), _lengths(call)
+    plan = prepared.plan
+    before, after = _lengths(given), _lengths(prepared.call | {"input_ids": prepared.ids})
     decoder, tower = _measured(Decoder, model), _measured(Tower, model)
-    found = []
-    for i, row in enumerate(_rows(ids, adapter.placeholder_id(model), layouts)):
-        lines = [len(rows) for rows in videos[i].rows]
+    found, passed = [], 0
+    reached = (given["input_ids"] == token_id).sum(1).cumsum(0).tolist()
+    for i in plan.of_kind("video"):
+        visual, method = plan.visuals[i], plan.methods[i]
+        assert isinstance(method, FrameBudget)
+        spent = method.spent(visual, plan.clues[i])
+        row = next(row for row, total in enumerate(reached) if total > passed)
+        passed += visual.length
         found.append(
             QuotaReport(
-                scores=tuple(scores[i]),
-                tokens_per_frame=videos[i].counts,
-                rows_per_frame=tuple(lines),
-                budget_requested=spent[i],
-                default_tokens=layouts[i].default_tokens,
-                separator_tokens={"none": 0, "video": 1, "row": sum(lines)}[adapter.newline],
+                scores=spent.scores,
+                tokens_per_frame=spent.taken,
+                rows_per_frame=tuple(map(len, spent.lines)),
+                budget_requested=spent.budget,
+                default_tokens=default_tokens(visual),
+                separator_tokens=spent.separators,
                 sequence_length_before=before[row],
                 sequence_length_after=after[row],
                 decoder=decoder,
                 tower=tower,
-                patches_per_frame=layouts[i].patches,
+                patches_per_frame=visual.patches,
                 scorer_flops=scoring,
             )
         )
@@ -62,18 +57,9 @@ def reports(
 def _lengths(call: dict[str, Any]) -> list[int]:
     """Tokens of every row of a prompt, padding not counted."""
     ids, mask = call["input_ids"], call.get("attention_mask")
+    assert isinstance(ids, Tensor)
     lengths: list[int] = [ids.shape[1]] * len(ids) if mask is None else (mask != 0).sum(1).tolist()
     return lengths
-
-
-def _rows(ids: Tensor, token_id: int, layouts: Sequence[VideoLayout]) -> list[int]:
-    """The row of ids [B, L] in which every video begins."""
-    reached = (ids == token_id).sum(1).cumsum(0).tolist()
-    rows, start = [], 0
-    for layout in layouts:
-        rows.append(next(row for row, total in enumerate(reached) if total > start))
-        start += layout.length
-    return rows
 
 
 def _measured(kind: Any, model: Any) -> Any:

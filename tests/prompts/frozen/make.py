@@ -1,7 +1,8 @@
 """What version 0.1 made of prompts, as files: `python -m tests.prompts.frozen.make` writes them, the test compares.
 
-They were written before images and videos came to share one engine, and are not to be written anew because something
-else comes out: a kept set, a logit or a generated id that differs is what the test is there to find.
+They were written before images and videos came to share one engine (`beside` by version 0.2, just before that), and are
+not to be written anew because something else comes out: a kept set, a logit or a generated id that differs is what the
+test is there to find.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.hosts import llavas
 from tests.quota import builders
 
 HERE = Path(__file__).parent
-IMAGES, VIDEOS = HERE / "images.safetensors", HERE / "videos.safetensors"
+IMAGES, VIDEOS, BESIDE = (HERE / f"{name}.safetensors" for name in ("images", "videos", "beside"))
 #: Image sizes (height, width) of the models that cut images into crops.
 SIZES = [[30, 60], [70, 24], [48, 48]]
 FLAT: list[dict[str, Any]] = [
@@ -121,12 +122,41 @@ def videos() -> Iterator[tuple[str, Callable[[], dict[str, Tensor]]]]:
                 yield f"{kind}.{s}.{pad}", lambda q=quota, g=given, w=ways, m=more: _of(q, g, w, m)
 
 
+def beside() -> Iterator[tuple[str, Callable[[], dict[str, Tensor]]]]:
+    """The same with an image in the prompt, several videos, scores of frames, and frames that the processor thinned."""
+    scores = [[0.1, 0.9, 0.4, 0.0], [0.5, 0.5, 0.2, 0.8]]
+    for kind in builders.FAMILIES:
+        model = builders.build(kind)
+        pixels, count = builders.image_inputs(kind)
+        start = [builders.START] if kind in builders.QWEN else []
+        rows = [
+            [3, *start, [builders.IMAGE] * count, 8, builders.run(kind, 4), 9, builders.run(kind, 4), 7], [3, 4, 5],
+        ]  # fmt: skip
+        given = builders.prompt(kind, rows, "left") | builders.video_inputs(kind, [4, 4]) | pixels
+        quota = vtoken.QuotaVideoModel(model, budget=[7, 0.5])
+        yield f"{kind}.image", lambda q=quota, g=given: _of(q, g, ["greedy", "beams"], {"frame_scores": scores})
+        if kind in builders.QWEN:
+            frames = {"frame_scores": [0.1, 0.2, 0.9, 0.0, 0.4, 0.4, 0.3]}
+            one = builders.one_video(kind)
+            yield f"{kind}.frames", lambda q=quota, g=one, m=frames: _of(_with(q, 9), g, ["greedy"], m)
+        if kind == "llama3":
+            thinned = builders.thinned()
+            told = {"frame_scores": [0.1, 0.9, 0.8, 0.2]}
+            yield f"{kind}.thinned", lambda q=quota, g=thinned, m=told: _of(_with(q, 0.5), g, ["greedy"], m)
+
+
+def _with(quota: Any, budget: float) -> Any:
+    return vtoken.QuotaVideoModel(quota.model, budget=budget)
+
+
 @torch.no_grad()
 def main() -> None:
-    """Write both files."""
+    """Write the files that are not there."""
     from safetensors.torch import save_file
 
-    for path, cases in ((IMAGES, images()), (VIDEOS, videos())):
+    for path, cases in ((IMAGES, images()), (VIDEOS, videos()), (BESIDE, beside())):
+        if path.exists():
+            continue
         held = {f"{name}/{part}": value for name, run in cases for part, value in run().items()}
         small = {n: v.to(torch.int32) if v.dtype == torch.int64 else v for n, v in held.items()}
         save_file({n: v.detach().contiguous().clone() for n, v in small.items()}, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -39,17 +39,16 @@ _TOWERS = {("clip", "CLIPVisionModel"), ("siglip", "SiglipVisionModel")}
 class LlavaAdapter(Family):
     """Recognised by module and class; the tower must be CLIP's or SigLIP's."""
 
-    name = "transformers LLaVA, ViP-LLaVA, LLaVA-NeXT, LLaVA-OneVision and Video-LLaVA"
+    name = "transformers LLaVA, ViP-LLaVA, LLaVA-NeXT and Video-LLaVA"
     models = frozenset(
         {
             ("llava", "LlavaForConditionalGeneration"),
             ("vipllava", "VipLlavaForConditionalGeneration"),
             ("llava_next", "LlavaNextForConditionalGeneration"),
-            ("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
             ("video_llava", "VideoLlavaForConditionalGeneration"),
         }
     )
-    side = IMAGE_SIDE
+    side: ClassVar[tuple[str, ...]] = IMAGE_SIDE
 
     def spec(self, model: nn.Module) -> HostSpec:
         """The measures of the image tower; raises UnsupportedModelError unless all that is needed is understood."""

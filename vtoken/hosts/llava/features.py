@@ -38,12 +38,17 @@ def tower_of(model: Any) -> tuple[str, Any]:
     return name, getattr(model.model, name)
 
 
-def feature_layer(model: Any, given: dict[str, Any] | None = None) -> int:
-    """The block whose output the projector reads, -1 for the embeddings; of several layers the last one."""
+def layers_of(model: Any, given: dict[str, Any] | None = None) -> list[int]:
+    """The hidden states that the projector reads, as the call or the configuration numbers them."""
     named = [(given or {}).get(n) for n in LAYER_NAMES] + [getattr(model.config, n, None) for n in LAYER_NAMES]
     value = next(v for v in named if v is not None)
+    return [value] if isinstance(value, int) else list(value)
+
+
+def feature_layer(model: Any, given: dict[str, Any] | None = None) -> int:
+    """The block whose output the projector reads, -1 for the embeddings; of several layers the last one."""
     states = int(tower_of(model)[1].config.num_hidden_layers) + 1
-    return max(v % states for v in ([value] if isinstance(value, int) else value)) - 1
+    return max(v % states for v in layers_of(model, given)) - 1
 
 
 def drops_first(model: Any, given: dict[str, Any] | None = None) -> bool:
@@ -67,12 +72,13 @@ def encode(model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: 
         given: the arguments of the call, by name.
     """
     name, tower = tower_of(model)
+    reads = needs.attention != "none" or "keys" in needs.features
     last, wants_keys = feature_layer(model, given), "keys" in needs.features
     rows = Watch(needs.layers, "cls" if needs.attention == "class" else "received", keys=wants_keys)
     packing, seen = Packing(model.model), _Input(model.model.multi_modal_projector)
-    if not is_patched(tower):
+    if reads and not is_patched(tower):
         raise changed("the image tower", tower)
-    parts: dict[str, Any] = {name: functools.partial(tower, vtoken_rows=rows)}
+    parts: dict[str, Any] = {name: functools.partial(tower, vtoken_rows=rows)} if is_patched(tower) else {}
     if "before" in needs.features:
         parts["multi_modal_projector"] = seen
     packs = hasattr(model.model, "pack_image_features")

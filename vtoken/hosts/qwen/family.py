@@ -1,13 +1,10 @@
-"""Images and videos of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, the last two also as mixtures of experts.
-
-Their processors hand out patches block by block: `spatial_merge_size` squared consecutive ones become one token.
-"""
+"""Images and videos of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, the last two also as mixtures of experts."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +12,16 @@ from torch import Tensor, nn
 from vtoken.core.config import MethodConfig
 from vtoken.core.patch import base_of, view
 from vtoken.core.spec import HostSpec
-from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
-from vtoken.errors import ConfigError, InputError, ShapeError, UnsupportedModelError
+from vtoken.core.visual import Cell, Needs, TowerFacts, Visual
+from vtoken.errors import ConfigError, InputError, ShapeError
+from vtoken.hosts.grids import GridFamily
 from vtoken.hosts.qwen.positions import places
 from vtoken.hosts.watch import Reader, Watch
 from vtoken.prompts.calls import refuse_chunks
-from vtoken.prompts.family import Family, linear_macs, named_for, need, takes_outputs
-
-_SIDE = (
-    "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
-)  # fmt: skip
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+from vtoken.prompts.family import linear_macs, takes_outputs
 
 
-class QwenVL(Family):
+class QwenVL(GridFamily):
     """Recognised by class; text keeps its places among three axes, so positions are always the original ones."""
 
     name = "transformers Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 (dense and MoE)"
@@ -42,43 +35,15 @@ class QwenVL(Family):
             ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
         }
     )
-    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
     axes = 3
-    side = _SIDE
+    side = (*GridFamily.side, "second_per_grid_ts")
+    numbering = ("video_grid_thw", "second_per_grid_ts")
+    apart = frozenset({"qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"})
 
     def spec(self, model: nn.Module) -> HostSpec:
         """The measures of the tower; raises UnsupportedModelError if a part of it is not the family's own."""
-        tower: Any = self.tower(model)
-        self.check_known(model, (tower, "model.visual"))
-        modules = {f"transformers.models.{module}.modeling_{module}" for module, _ in self.models}
-        blocks = list(getattr(tower, "blocks", []))
-        strange = [b for b in blocks if base_of(type(b)).__module__ not in modules or not hasattr(b, "attn")]
-        if not blocks or strange or not all(hasattr(b.attn, "qkv") for b in blocks):
-            raise UnsupportedModelError(
-                f"cannot shorten the prompts of transformers {type(model).__name__}: its image tower is a "
-                f"{type(tower).__qualname__} whose blocks are not understood. The model was left as it was."
-            )
-        attn = blocks[0].attn
-        width = int(attn.qkv.in_features)
-        heads = int(attn.num_heads)
-        return HostSpec(
-            name=type(model).__name__,
-            depth=len(blocks),
-            width=width,
-            num_heads=heads,
-            head_dim=width // heads,
-            num_prefix=0,
-            grid=(1, 1),
-            pooling="",
-            position="rotary",
-            fixed_size=False,
-            class_token=False,
-        )
-
-    def tower(self, model: nn.Module) -> Any:
-        """The image tower."""
-        inner: Any = model.model
-        return inner.visual
+        attn = self.blocks_of(model)[0].attn
+        return self.measured(model, int(attn.qkv.in_features), int(attn.num_heads))
 
     def facts(self, model: Any, given: dict[str, Any]) -> TowerFacts:
         """No class token; Qwen2.5-VL looks through windows in all but a few blocks."""
@@ -102,68 +67,18 @@ class QwenVL(Family):
         if needs.attention == "class":
             raise ConfigError(f"the tower of {type(model).__name__} has no class token")
 
-    def layout(self, model: Any, given: dict[str, Any]) -> list[Visual]:
-        """From the grids alone."""
-        merge, found = int(model.config.vision_config.spatial_merge_size), []
-        for kind, name in _PIXELS.items():
-            pixels = given.get(name)
-            if pixels is None:
-                continue
-            grids = torch.as_tensor(need(model, given, f"{kind}_grid_thw"))
-            patches = int(grids.prod(1).sum())
-            if len(pixels) != patches:
-                raise ShapeError(f"{name} has {len(pixels)} patches, {kind}_grid_thw speaks of {patches}")
-            role = "image" if kind == "image" else "frame"
-            for cells, height, width in grids.tolist():
-                found.append(Visual(kind, (Cell((height // merge, width // merge), role),) * cells))
-        return found
+    def watched(self, model: Any, watch: Watch, parts: dict[str, Any]) -> Any:
+        """The merger is a part of the tower."""
+        return view(model.model, visual=watch.over(self.tower(model), self.path, self.attention, self.keys, **parts))
 
-    def encode(self, model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: Needs) -> Encoded:
-        """By the model's own `get_image_features` and `get_video_features`."""
-        wants_keys = "keys" in needs.features
-        outputs: dict[str, Any] = {}
-        levels: list[list[Tensor]] = []
-        taps: dict[str, list[Tensor]] = {"attention": [], "keys": [], "before": []}
-        for kind, name in _PIXELS.items():
-            mine = [v for v in visuals if v.kind == kind]
-            if not mine:
-                continue
-            inner, seen, parts = model.model, list[Tensor](), dict[str, Any]()
-            keys_of = (needs.layers[-1] if needs.layers else len(inner.visual.blocks) - 1) if wants_keys else None
-            watch = Watch(needs.layers, needs.attention, keys_of)
-            if "before" in needs.features:
-                parts |= self.reading(inner.visual, seen.append)
-            if watch.reads or parts:
-                inner = view(inner, visual=watch.over(inner.visual, ("blocks",), "attn", "qkv", **parts))
-            run = getattr(inner, f"get_{kind}_features")
-            stock = getattr(model.model, f"get_{kind}_features")
-            out = run(**named_for(stock, given, (name, f"{kind}_grid_thw")), return_dict=True)
-            outputs[kind] = out
-            lengths = [v.length for v in mine]
-            deeper = getattr(out, "deepstack_features", None) or []
-            both = [list(out.pooler_output), *(split(level, lengths) for level in deeper)]
-            levels = [old + new for old, new in zip(levels, both, strict=True)] if levels else both
-            rows, projected = watch.attention(), watch.projected
-            read: dict[str, Tensor] = {"before": seen[0]} if seen else {}
-            if rows is not None:
-                read["attention"] = torch.stack([row[0].to(rows[-1][0].device) for row in rows], dim=-1)
-            if projected is not None:
-                heads = int(inner.visual.blocks[0].attn.num_heads)
-                read["keys"] = projected.unflatten(1, (3, heads, -1))[:, 1].float().mean(1)
-            for tap, patches in read.items():
-                each = list(self.tokens_of(model, patches, given[f"{kind}_grid_thw"]).split(lengths))
-                taps[tap] += [row.T for row in each] if tap == "attention" else each
-        return Encoded(outputs, levels, taps["attention"] or None, taps["before"] or None, taps["keys"] or None)
+    def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
+        """In front of the merger."""
+        return {"merger": Reader(self.tower(model).merger, before=take)}
 
-    def reading(self, tower: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
-        """What stands in the tower so that its patches are taken as they leave the blocks."""
-        return {"merger": Reader(tower.merger, before=take)}
-
-    def tokens_of(self, model: Any, patches: Tensor, grids: Tensor) -> Tensor:
-        """Of values [patches, c] in the tower's order the means over a token's patches, in the order of the prompt."""
-        group = int(model.config.vision_config.spatial_merge_size) ** 2
-        tokens, order = patches.unflatten(0, (-1, group)).mean(1), self.order(model, grids)
-        return tokens if order is None else tokens.index_select(0, order.to(tokens.device))
+    def keys_in(self, model: Any, projected: Tensor) -> Tensor:
+        """One module makes queries, keys and values."""
+        heads = int(self.tower(model).blocks[0].attn.num_heads)
+        return projected.unflatten(1, (3, heads, -1))[:, 1].float().mean(1)
 
     def order(self, model: Any, grids: Tensor) -> Tensor | None:
         """Where every token of the prompt is among those of the tower, which Qwen2.5-VL sorts by windows."""
@@ -249,8 +164,3 @@ class QwenVL(Family):
 def _squares(length: int, side: int) -> int:
     """Sum of the squares of the pieces of a line that is cut every `side`."""
     return length // side * side**2 + (length % side) ** 2
-
-
-def split(level: Any, lengths: list[int]) -> list[Tensor]:
-    """Rows of every visual; they come as rows of all, or split already, over the releases."""
-    return list(level.split(lengths) if isinstance(level, Tensor) else level)

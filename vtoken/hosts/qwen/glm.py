@@ -28,9 +28,9 @@ class Glm4V(QwenVL):
     )
     kinds = ("image",)
 
-    def reading(self, tower: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
+    def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """Behind the norm, in front of the convolution."""
-        return {"post_layernorm": Reader(tower.post_layernorm, behind=take)}
+        return {"post_layernorm": Reader(self.tower(model).post_layernorm, behind=take)}
 
     def projector_macs(self, model: Any) -> int:
         """Of the convolution and the merger."""

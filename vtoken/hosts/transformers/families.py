@@ -102,7 +102,7 @@ _DINO: dict[str, Any] = {"mixin": DinoLayerMixin, "path": ("encoder", "layer"), 
 _QUERIES = "it reads images by queries, which are not told how many patches each token stands for"
 #: Why whole families are refused, which have no other record.
 _REFUSED = {
-    "its attention adds a table of position biases, whose rows tokens would lose": "beit data2vec levit",
+    "its attention is made for a table of position biases, whose rows tokens would lose": "beit data2vec levit",
     "its attention works inside windows, so tokens cannot be removed": (
         "swin swinv2 swin2sr donut dinat lw_detr rf_detr florence2"
     ),
@@ -168,10 +168,14 @@ _REFUSED = {
     "it joins the hidden states of the layers that its configuration names, place by place": "vipllava",
     "it joins the tokens of several towers place by place": "deepseek_vl_hybrid depth_pro",
 }
-#: Of these families the towers by themselves, for which another reason holds; "": none is known.
+#: Of these families the classes, with what derives from them, for which another reason holds; "": none is known.
 _FUSED = "its attention makes queries, keys and values by one projection, of which vtoken does not take the keys"
 _PADDED = "its patches may be padding, which a mask of their rows tells"
 _REFUSED_TOWERS = {
+    "data2vec": {
+        "Data2VecTextPreTrainedModel": "it reads text, no images",
+        "Data2VecAudioPreTrainedModel": "it reads sound, no images",
+    },
     "blip_2": {"Blip2VisionModel": _FUSED},
     "instructblip": {"InstructBlipVisionModel": _FUSED},
     "instructblipvideo": {"InstructBlipVideoVisionModel": _FUSED},
@@ -505,10 +509,12 @@ def classes() -> list[str]:
 
 def why_not(cls: type) -> str:
     """The reason for which a class that is not supported is refused; "" if there is none beside that."""
-    for module, name in keys_of(cls):
+    keys = keys_of(cls)
+    for module, _ in keys:
         why = FAMILIES[module].why if module in FAMILIES else {}
-        if name in why or "" in why:
-            return why[name if name in why else ""]
+        named = [name for family, name in keys if family == module and name in why]
+        if named or "" in why:
+            return why[named[0] if named else ""]
     return ""
 
 

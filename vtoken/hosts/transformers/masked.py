@@ -69,7 +69,7 @@ def run_masked(tower: Any, images: Tensor, rows: Tensor | None, watch: Watch | N
     given = family_of(tower).images.arguments(tower.config, images)
     if watch is not None:  # transformers would install its recording hooks on stand-ins
         given |= {"output_hidden_states": False, "output_attentions": False}
-    pooled: Tensor = masked_tower(tower, rows, watch)(**given).pooler_output
+    pooled: Tensor = masked_tower(tower, rows, watch)(**given, return_dict=True).pooler_output
     return pooled, pooled
 
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vtoken import checks
 from vtoken.core.watch import Watch
-from vtoken.core.wrapper import Wrapper, setting
+from vtoken.core.wrapper import Wrapper, setting, settings_from
 from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError
 from vtoken.methods.attentive_clip import cost, fit, heads
 from vtoken.methods.attentive_clip.ema import EmaTeacher, attach, momentum_after
@@ -114,7 +114,7 @@ class AttentiveMaskCLIP(Wrapper):
         **settings: Any,
     ) -> None:
         super().__init__()
-        config = _settings_of(config, settings)
+        config = settings_from(type(self).__name__, AttentiveMasks, config, settings)
         self.generator = generator
         #: The adapter of the model's family; it runs the image tower.
         self._host: Any
@@ -501,17 +501,3 @@ class AttentiveMaskCLIP(Wrapper):
         if self._watch is not None:
             self._watch.forget()
         self._count_steps(int(self.ema_step))
-
-
-def _settings_of(config: AttentiveMasks | None, settings: dict[str, Any]) -> AttentiveMasks:
-    """Settings that were given as one object or by name."""
-    if config is None:
-        return AttentiveMasks().replace(**settings)
-    if not isinstance(config, AttentiveMasks):
-        raise ConfigError(f"AttentiveMaskCLIP(config={config!r}): must be settings, vtoken.AttentiveMasks(...)")
-    if settings:
-        raise ConfigError(
-            f"AttentiveMaskCLIP takes vtoken.AttentiveMasks or settings by name, not both: {', '.join(settings)}; "
-            "config.replace(...) makes a copy with some changed"
-        )
-    return config

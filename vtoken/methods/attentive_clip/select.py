@@ -90,8 +90,8 @@ class Selection:
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:
-        return torch.rand(like.shape, device=like.device)
-    return torch.rand(like.shape, generator=generator, device=generator.device).to(like.device)
+        return torch.rand(like.shape, dtype=torch.float32, device=like.device)
+    return torch.rand(like.shape, generator=generator, dtype=torch.float32, device=generator.device).to(like.device)
 
 
 def unit_scores(scores: Tensor, block: int) -> Tensor:

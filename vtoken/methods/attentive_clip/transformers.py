@@ -86,13 +86,15 @@ class AttentiveMaskTransformersCLIP(AttentiveMaskCLIP, library="transformers"):
         views, images, rows, target = self._masked_views(
             pixel_values, teacher_image, view_boxes, teacher_boxes, None if sizes else self._image_size
         )
-        look = _Once(self._host.masked_tower(self._tower, rows), pixel_values=images)
-        read = _Once(getattr(self.model, self._pair.text))
+        wanted = given.pop("return_dict", None)
+        wanted = self.model.config.return_dict if wanted is None else wanted
+        look = _Once(self._host.masked_tower(self._tower, rows), pixel_values=images, return_dict=True)
+        read = _Once(getattr(self.model, self._pair.text), return_dict=True)
         outs = []
         for view in range(views):
             parts = {self._pair.tower: functools.partial(_of_view, look, view, views), self._pair.text: read}
             batch = images.unflatten(0, (views, -1))[view]
-            outs.append(call_with(self.model, parts, pixel_values=batch, **given, **sizes))
+            outs.append(call_with(self.model, parts, pixel_values=batch, return_dict=True, **given, **sizes))
         out = outs[0] if views == 1 else _joined(outs)
         heads = self._heads(look.out.pooler_output, views, target)
         if "simclr" in heads:
@@ -100,7 +102,7 @@ class AttentiveMaskTransformersCLIP(AttentiveMaskCLIP, library="transformers"):
             out.loss = out.loss + self.simclr_weight * simclr_loss(z, temperature=TEMPERATURE)
         if "byol" in heads:
             out.loss = out.loss + self.byol_weight * byol_loss(heads["byol"], heads["byol_target"])
-        return out
+        return out if wanted else out.to_tuple()
 
     def encode_image(self, image: Tensor, normalize: bool = False, *, ema: bool = False) -> Tensor:
         """Image features [B, E], nothing masked: of the wrapped model, or of the teacher without gradient."""

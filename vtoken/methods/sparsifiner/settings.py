@@ -176,8 +176,10 @@ class SparseAttention(AttentionMethod):
             # Not torch.manual_seed, which would seed every accelerator's generator, too.
             torch.default_generator.manual_seed(self.config.seed * 1009 + layer)
             made: Any = ConnectivityPredictor(spec.head_dim, spec.num_heads, grid=spec.grid, num_prefix=spec.num_prefix,
-                                         **self._settings())  # fmt: skip
-            made.register_buffer("threshold", torch.full((spec.num_heads,), self.config.score_threshold))
+                                         dtype=torch.float32, **self._settings())  # fmt: skip
+            made.register_buffer(
+                "threshold", torch.full((spec.num_heads,), self.config.score_threshold, dtype=torch.float32)
+            )
             made.score_threshold = self.config.score_threshold
         placed: nn.Module = made.to(like.device, like.dtype)
         return placed
@@ -376,7 +378,7 @@ def _random(q: Tensor, ratio: float, original: int, seed: int, num_prefix: int) 
     batch, heads, tokens, _ = q.shape
     kept, rng = num_kept(ratio, tokens, original), torch.Generator().manual_seed(seed)
     rows, step = range(tokens - num_prefix), max(1, _DRAWN // (heads * tokens))
-    draws = [largest_index(torch.rand(len(rows[i : i + step]), heads, tokens, generator=rng), kept)
+    draws = [largest_index(torch.rand(len(rows[i : i + step]), heads, tokens, generator=rng, dtype=torch.float32), kept)
              for i in rows[::step]]  # fmt: skip
     index = rearrange(torch.cat(draws), "query h key -> h query key").to(q.device)
     return Connections(tokens, index=index.expand(batch, -1, -1, -1))

@@ -129,7 +129,7 @@ def _centres(widths: Sequence[int], grid: Tensor) -> Tensor:
 
 def _merged(rows: Tensor, t: int) -> tuple[Tensor, Tensor]:
     """Rows [N, C] merged down to `t`, at most halved in a round, and the row numbers that they keep."""
-    tokens, size = rows.unsqueeze(0), torch.ones(1, rows.shape[0], device=rows.device)
+    tokens, size = rows.unsqueeze(0), torch.ones(1, rows.shape[0], dtype=torch.float32, device=rows.device)
     position = torch.arange(rows.shape[0], device=rows.device).unsqueeze(0)
     while tokens.shape[1] > t:
         plan = plan_tome(tokens, min(tokens.shape[1] - t, tokens.shape[1] // 2))

@@ -167,7 +167,7 @@ class MergePlan:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`apply` to checked arguments."""
         if self.src.shape[1] == 0:
-            return x, torch.ones(x.shape[:2], device=x.device) if size is None else size
+            return x, torch.ones(x.shape[:2], dtype=torch.float32, device=x.device) if size is None else size
         if (backend != "auto" or x.is_cuda or _backend.FORCED) and use_triton(backend, x, lambda: rows_reason(x)):
             from vtoken_kernels.library import merge
 
@@ -180,7 +180,7 @@ class MergePlan:
             flat = flat.reshape(x.shape[:2]).to(torch.float32)
         src_share = None
         if reduction == "prune":
-            new_size = torch.ones(self.keep.shape, device=x.device) if flat is None else flat.gather(1, self.keep)
+            new_size = _ones(self.keep) if flat is None else flat.gather(1, self.keep)
         else:
             new_size, src_share = self._sizes_and_shares(flat, _compute_dtype(x))
             if reduction == "mean" and flat is not None:
@@ -233,12 +233,16 @@ class MergePlan:
         """New sizes [B, T'] (float32) and the share [B, r] that each source has in the row it goes to."""
         # Sizes are whole numbers, exact in float32, so the order of these additions does not matter on any device.
         if size is None:
-            added = torch.ones(self.src.shape, device=self.src.device)
-            kept = torch.ones(self.keep.shape, device=self.src.device)
+            added, kept = _ones(self.src), _ones(self.keep)
         else:
             added, kept = size.gather(1, self.src), size.gather(1, self.keep)
         new_size = kept.scatter_add(1, self.slot, added)
         return new_size, added.to(compute) / new_size.gather(1, self.slot)
+
+
+def _ones(index: Tensor) -> Tensor:
+    """Sizes of rows that nothing has merged into: float32, whatever torch's default is."""
+    return torch.ones(index.shape, dtype=torch.float32, device=index.device)
 
 
 def kernel_arguments(
@@ -280,7 +284,7 @@ def _merge_one_image(rows: Tensor, slot: Tensor, x: Tensor, size: Tensor | None)
     So few rows cost less than the operations on them: one gather serves those that stay and those that go.
     """
     num_out = rows.shape[0] - slot.shape[0]
-    sizes = torch.ones(rows.shape, device=x.device) if size is None else size[0].index_select(0, rows)
+    sizes = _ones(rows) if size is None else size[0].index_select(0, rows)
     moved = x.index_select(0, rows)
     new_size, added, out, src = sizes[:num_out], sizes[num_out:], moved[:num_out], moved[num_out:]
     new_size.index_add_(0, slot, added)

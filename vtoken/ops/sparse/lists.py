@@ -133,7 +133,7 @@ def _per_key(bias: LogitBias) -> Tensor | None:
     if bias.allowed is None:
         return added
     allowed = bias.allowed[:, 0, 0]
-    none = torch.zeros((), device=allowed.device) if added is None else added
+    none = torch.zeros((), dtype=torch.float32, device=allowed.device) if added is None else added
     return torch.where(allowed, none, -float("inf"))
 
 

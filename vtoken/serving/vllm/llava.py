@@ -15,7 +15,7 @@ from vtoken.hosts.llava.features import drops_first
 from vtoken.serving.pruning import Pruning, settings_in
 from vtoken.serving.vllm.hooks import need
 from vtoken.serving.vllm.processing import ASKED, ROWS, PruningInfo, PruningProcessor, read
-from vtoken.serving.vllm.taps import Taps
+from vtoken.serving.vllm.taps import Taps, refuse
 
 for _stock in (llava.LlavaForConditionalGeneration, llava_next.LlavaNextForConditionalGeneration):
     need(_stock, "embed_multimodal", "kwargs")
@@ -32,6 +32,7 @@ class _Llava:
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.pruning = Pruning(self.config, settings_in(self.config))
+        refuse(self.pruning.needs, vllm_config)
 
     def embed_multimodal(self: Any, **kwargs: Any) -> Any:
         """Rows of every image, [k, C] each: ready ones as they are, others shortened."""

@@ -23,7 +23,7 @@ from vtoken.errors import InputError, UnsupportedModelError
 from vtoken.serving.pruning import Pruning, settings_in
 from vtoken.serving.vllm.hooks import need
 from vtoken.serving.vllm.processing import ASKED, ROWS, PruningInfo, PruningProcessor, read
-from vtoken.serving.vllm.taps import Taps
+from vtoken.serving.vllm.taps import Taps, refuse
 
 #: Field of ready embeddings: which tokens of its image the rows are.
 KEPT = "image_kept"
@@ -57,6 +57,7 @@ class _Qwen:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)  # type: ignore[call-arg]
         self._dtype = vllm_config.model_config.dtype  # where no tower is loaded, it cannot be asked
         self.pruning = Pruning(self.config, settings_in(self.config))
+        refuse(self.pruning.needs, vllm_config)
 
     def embed_multimodal(self: Any, **kwargs: Any) -> Any:
         """Rows of every image with their places behind them, [k, C + 4] each."""
@@ -87,7 +88,8 @@ class _Qwen:
 
     def _tokens(self: Any, patches: Tensor, visuals: Sequence[Visual], grids: Tensor) -> list[Tensor]:
         """Values [patches, c] as means over the patches of every token, by image."""
-        tokens = self.pruning.family.tokens_of(self.pruning.model, patches, torch.as_tensor(grids).cpu())
+        merges = [int(self.config.vision_config.spatial_merge_size)] * len(visuals)
+        tokens = self.pruning.family.tokens_of(self.pruning.model, patches, torch.as_tensor(grids).cpu(), merges)
         return list(tokens.split([visual.length for visual in visuals]))
 
     def _placed(self: Any, rows: Tensor, index: Tensor, grid: Tensor) -> Tensor:

@@ -16,6 +16,23 @@ from vtoken.errors import UnsupportedModelError
 from vtoken.ops import class_row, received_row
 
 
+def refuse(needs: Needs, vllm_config: Any) -> None:
+    """Raise UnsupportedModelError for engines whose towers cannot be read, if something is to be read."""
+    if not needs.layers and not needs.features & {"keys", "before"}:
+        return
+    media, parallel = vllm_config.model_config.get_multimodal_config(), vllm_config.parallel_config
+    told = {
+        "compile_mm_encoder": bool(vllm_config.compilation_config.compile_mm_encoder),
+        "mm_encoder_tp_mode='data'": media.mm_encoder_tp_mode == "data" and parallel.tensor_parallel_size > 1,
+    }
+    for setting, holds in told.items():
+        if holds:
+            raise UnsupportedModelError(
+                f"{setting}: the attention of such a tower cannot be read; leave it out, or take a method that reads "
+                "final rows alone, such as divprune"
+            )
+
+
 class Taps:
     """What one run of a tower says.
 
@@ -66,8 +83,7 @@ class Taps:
         missing = [layer for layer in self._needs.layers if layer not in self._rows]
         if missing:
             raise UnsupportedModelError(
-                f"the attention of block {missing[0]} was not seen: towers that are compiled, or shared out over GPUs "
-                "by image (mm_encoder_tp_mode='data'), cannot be read; take a method that reads none, such as divprune"
+                f"the attention of block {missing[0]} was not seen; take a method that reads none, such as divprune"
             )
         return [_over_ranks(self._rows[layer]) for layer in self._needs.layers]
 

@@ -1,0 +1,1 @@
+"""transformers' VideoLLaMA3: images and videos."""

@@ -1,0 +1,144 @@
+"""Images and videos of VideoLLaMA3: a run of placeholders for every frame, with its time before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtoken.core.config import MethodConfig
+from vtoken.core.patch import view
+from vtoken.core.spec import HostSpec
+from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
+from vtoken.errors import ConfigError, ShapeError
+from vtoken.hosts.grids import GridFamily
+from vtoken.hosts.watch import Reader, Watch
+from vtoken.prompts.family import linear_macs, need
+
+
+class VideoLlama3(GridFamily):
+    """A token is the mean of a block of patches; processors may leave out those of frames that stand still."""
+
+    name = "transformers VideoLLaMA3"
+    models = frozenset({("video_llama_3", "VideoLlama3ForConditionalGeneration")})
+    side = (*GridFamily.side, "image_merge_sizes", "video_merge_sizes", "video_compression_mask")
+    tower_name, path, attention, keys = "vision_model", ("encoder", "layers"), "self_attn", "k_proj"
+    per_visual = ("merge_sizes",)
+    apart = frozenset({"video_llama_3"})
+
+    def spec(self, model: nn.Module) -> HostSpec:
+        """The measures of the tower; raises UnsupportedModelError if a part of it is not the family's own."""
+        attn = self.blocks_of(model)[0].self_attn
+        return self.measured(model, int(attn.embed_dim), int(attn.num_heads))
+
+    def facts(self, model: Any, given: dict[str, Any]) -> TowerFacts:
+        """No class token; the projector works token by token."""
+        depth = len(self.tower(model).encoder.layers)
+        return TowerFacts(depth=depth, last=depth - 1, per_token=True)
+
+    def refuse(self, model: Any, given: dict[str, Any], needs: Needs) -> None:
+        """There is no class token."""
+        if needs.attention == "class":
+            raise ConfigError(f"the tower of {type(model).__name__} has no class token")
+
+    def merges(self, model: Any, given: dict[str, Any], kind: str) -> list[int]:
+        """As the processor says."""
+        return [int(size) for size in need(model, given, f"{kind}_merge_sizes")]
+
+    def frames_per_cell(self, model: Any) -> int:
+        """Frames are not merged in time."""
+        return 1
+
+    def layout(self, model: Any, given: dict[str, Any]) -> list[Visual]:
+        """The processor's compression mask says how many placeholders every frame has."""
+        found, mask = super().layout(model, given), given.get("video_compression_mask")
+        if mask is None or given.get("pixel_values_videos") is None:
+            return found
+        total = sum(visual.content for visual in found if visual.kind == "video")
+        if len(mask) != total:
+            raise ShapeError(f"video_compression_mask has {len(mask)} entries for {total} features")
+        cells = [cell for visual in found if visual.kind == "video" for cell in visual.cells]
+        kept = iter([int(part.sum()) for part in mask.split([cell.tokens for cell in cells])])
+        thinned = [
+            tuple(cell if n == cell.tokens else Cell((1, n), cell.role, cell.grid) for cell, n in zip(v.cells, kept))  # noqa: B905
+            if v.kind == "video"
+            else v.cells
+            for v in found
+        ]
+        return [replace(v, cells=cells) for v, cells in zip(found, thinned, strict=True)]
+
+    def encode(self, model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: Needs) -> Encoded:
+        """What the processor left out goes, but for who resamples whole frames."""
+        made, mask = super().encode(model, given, visuals, needs), given.get("video_compression_mask")
+        if visuals[0].kind == "image" or mask is None:
+            return made
+        rows = made.levels[0]
+        kept = [part.nonzero()[:, 0] for part in mask.split([len(own) for own in rows])]
+
+        def thinned(values: Sequence[Tensor] | None, dim: int = 0) -> Any:
+            if values is None:
+                return None
+            return [value.index_select(dim, at.to(value.device)) for value, at in zip(values, kept, strict=True)]
+
+        stay = thinned(rows)
+        return Encoded(
+            {"video": self.outputs(model, made.outputs["video"], [stay])},
+            [stay],
+            thinned(made.attention, 1),
+            thinned(made.before),
+            thinned(made.keys),
+            native=[_cells(own, visual) for own, visual in zip(rows, visuals, strict=True)],
+        )
+
+    def watched(self, model: Any, watch: Watch, parts: dict[str, Any]) -> Any:
+        """The projector stands behind the tower."""
+        tower = watch.over(self.tower(model), self.path, self.attention, self.keys)
+        return view(model.model, vision_model=tower, **parts)
+
+    def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
+        """Behind the mean over a block."""
+        return {"projector": Reader(model.model.projector, before=take)}
+
+    def project(self, model: Any, rows: Tensor) -> Tensor:
+        """By the projector."""
+        projected: Tensor = model.model.projector(rows)
+        return projected
+
+    def keys_in(self, model: Any, projected: Tensor) -> Tensor:
+        """Mean over heads."""
+        heads = int(self.tower(model).encoder.layers[0].self_attn.num_heads)
+        return projected.unflatten(-1, (heads, -1)).float().mean(-2)
+
+    def visual(self, model: Any, size: tuple[int, int], configs: Sequence[MethodConfig] = ()) -> Visual:
+        """One image of `size` pixels; the processor's own merge size of images is 1."""
+        side = int(model.config.vision_config.patch_size)
+        return Visual("image", (Cell((max(1, round(size[0] / side)), max(1, round(size[1] / side)))),))
+
+    def projector_macs(self, model: Any) -> int:
+        """Of the projector."""
+        return linear_macs(model.model.projector)
+
+    def tower_macs(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """From its measures: patch embedding, linear layers, and attention over the image."""
+        tower, patches = self.tower(model), self.visual(model, size).content
+        total = patches * sum(p.numel() for n, p in tower.embeddings.named_parameters() if n.endswith("weight"))
+        for layer in tower.encoder.layers:
+            total += patches * linear_macs(layer) + 2 * self.spec(model).width * patches**2
+        return total, total
+
+    def scoring_macs(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> int:
+        """All rows of attention in every layer that is read."""
+        needs = self.method(model, configs).needs(self.facts(model, {}))
+        return len(needs.layers) * self.visual(model, size).content ** 2 * self.spec(model).width
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        """There is no size of its own."""
+        raise ShapeError(f"{type(model).__name__} takes images of any size: say which, in pixels")
+
+
+def _cells(rows: Tensor, visual: Visual) -> tuple[Tensor, ...]:
+    """Rows of all frames [T * H * W, C] as [H, W, C] of each."""
+    grid = next(cell.native or cell.grid for cell in visual.cells)
+    return tuple(rows.unflatten(0, (-1, *grid)))
