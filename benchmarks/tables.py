@@ -410,6 +410,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "clip": ("train_clip.json", clip),
     "training": ("training.json", training),
     "tune": ("tune.json", tuned),
+    "tune-dense": ("tune_dense.json", tuned),
     "small": ("small.json", small),
     "compile": ("compile.json", compiling),
     "sparse": ("sparse_attention.json", sparse),

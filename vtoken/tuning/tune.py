@@ -115,7 +115,8 @@ def tune(
     best of them every block is tried with fewer and with more tokens removed, on 64 of the images; a change counts as
     its mean plus one standard error, so that noise moves nothing. Dynamic programming spends the target on these, and
     what it finds is tried whole, on all images. The best of all that were tried is returned: on these images it is
-    never worse than a constant schedule. On others it may be: keep images apart and look (benchmarks/README.md).
+    never worse than a constant schedule. On others it may be, with few images above all: benchmarks/README.md, "Tuned
+    schedules". Keep images apart and look.
 
     The model is not changed, nor is the random state; a copy over the same weights runs, in eval mode. The same seed
     gives the same settings, where FLOPs are the target. A ViT-S and 256 images take minutes on a CPU.
