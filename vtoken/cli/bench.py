@@ -24,7 +24,9 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from vtoken.visualize import plot_pareto
+    from vtoken.visualize.figure import new_figure
 
+    new_figure()  # where matplotlib is missing, that is told before minutes of measuring
     configs = sweep(args)
     device = _device(args.device)
     torch.set_num_threads(args.threads)

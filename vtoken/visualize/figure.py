@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_axes(title: str) -> Any:
-    """Axes of a new figure, drawn by Agg; `axes.figure` is the figure.
+def new_figure(size: tuple[float, float] = (7, 4.5), dpi: int = 150) -> Figure:
+    """A figure of so many inches, drawn by Agg.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -20,9 +20,14 @@ def new_axes(title: str) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib; install "vtoken[viz]"') from error
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure
+
+
+def new_axes(title: str) -> Any:
+    """Axes of a new figure; `axes.figure` is the figure."""
+    axes = new_figure().add_subplot()
     axes.set_title(title)
     axes.grid(alpha=0.3)
     return axes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vtoken.errors import ShapeError
 from vtoken.ops.frames.resample import assign
-from vtoken.visualize.figure import save
+from vtoken.visualize.figure import new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,15 +118,9 @@ def _chosen(tokens: Sequence[int], columns: int) -> list[int]:
 
 
 def _layout(columns: int, aspect: float, title: str) -> tuple[Figure, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib; install "vtoken[viz]"') from error
     width = 12.0
     thumbnail = (width - 1.2) / max(columns, 4) * aspect + 0.3
-    figure = Figure(figsize=(width, 2 * thumbnail + 4.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((width, 2 * thumbnail + 4.2), dpi=110)
     if title:
         figure.suptitle(title, fontsize=11)
     spec = figure.add_gridspec(4, columns, height_ratios=[thumbnail, thumbnail, 1.6, 1.9])
