@@ -40,7 +40,7 @@ setup-vllm: $(VLLM_VENV)/ready
 # imports it and calls none of its operators.
 $(VLLM_VENV)/ready: pyproject.toml setup.py
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM) pytest
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM) pytest hypothesis
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes triton torchaudio torchcodec
 	sed -i '/^@torch.library.register_fake("torchvision::q\?nms")$$/d' \
 		$(VLLM_VENV)/lib/python3*/site-packages/torchvision/_meta_registrations.py
