@@ -39,7 +39,7 @@ from vtoken.accounting.prefill import kv_cache_bytes, prefill_macs
 from vtoken.core.method import PromptMethod
 from vtoken.core.visual import Cell, Encoded, Visual
 from vtoken.prompts.calls import fresh
-from vtoken.prompts.engine import Layout, lay_out, prepare, seen_of
+from vtoken.prompts.engine import Layout, lay_out, prepare, seen_of, service_of
 from vtoken.prompts.family import like, named_for, rows_of
 
 SIDE_ARGUMENTS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask")
@@ -171,8 +171,8 @@ def prefill_rows(
         share = count / args.side**2
         with vtoken.budget(model, keep_ratio=share):
             out, trace = vtoken.trace(model, **given, logits_to_keep=1)
-            plan = lay_out(model, given, given["input_ids"])
-            encoded = model._vtoken_family.encode(model, given, plan.visuals, plan.needs)
+            plan = lay_out(service_of(model), given, given["input_ids"])
+            encoded = model._vtoken_family.encode(model, given, plan.visuals, plan.needs["image"])
             first_pass, rows = prefill(model, given)
         (kept,) = trace.prompt.kept
         reference = fed_by_hand(plain, given, kept)
@@ -184,7 +184,7 @@ def prefill_rows(
 
         def own(share: float = share, encoded: Encoded = encoded) -> object:
             with encoded_as(model, encoded), vtoken.budget(model, keep_ratio=share):
-                short = prepare(model, dict(given), generating=False)
+                short = prepare(service_of(model), dict(given), generating=False)
                 assert short is not None
                 return model._vtoken_family.hand_over(model, dict(short.call), generating=False)
 
@@ -193,7 +193,7 @@ def prefill_rows(
             f"choose {count}": chooser(model, plan, encoded),
         }  # fmt: skip
         variants.setdefault(
-            "watched", functools.partial(model._vtoken_family.encode, model, given, plan.visuals, plan.needs)
+            "watched", functools.partial(model._vtoken_family.encode, model, given, plan.visuals, plan.needs["image"])
         )
     peak = peak_memory(whole, device)
     seconds = time_in_rounds(variants, args.rounds, device, rng)
@@ -251,13 +251,13 @@ def choice_rows(args: Any, device: torch.device, rng: random.Random) -> list[dic
     for name, make in METHODS.items():
         model = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
         vtoken.apply(model, make(keep_ratio=share))
-        plan = lay_out(model, given, given["input_ids"])
-        encoded = model._vtoken_family.encode(model, given, plan.visuals, plan.needs)
+        plan = lay_out(service_of(model), given, given["input_ids"])
+        encoded = model._vtoken_family.encode(model, given, plan.visuals, plan.needs["image"])
         variants[name] = chooser(model, plan, encoded, words)
         kept[name] = plan.counts[0]
-        if plan.needs.attention != "none":
+        if plan.needs["image"].attention != "none":
             variants[f"watched {name}"] = functools.partial(
-                model._vtoken_family.encode, model, given, plan.visuals, plan.needs
+                model._vtoken_family.encode, model, given, plan.visuals, plan.needs["image"]
             )
         method = model._vtoken.methods[PromptMethod]
         flat = replace(

@@ -27,6 +27,7 @@ CALLS = {
     "info": [],
     "methods": [],
     "run": ["--method", "tome", "r=2"],
+    "serve-check": ["nowhere", "--method", "divprune", "num_tokens=4"],
     "tune": ["test_vit", "tome", "--target", "0.5", "--data", "nowhere"],
 }
 # Any text is a question; a tag of weights is looked up only beside --model, a device of this machine only in a run.

@@ -13,7 +13,7 @@ import vtoken
 
 transformers = pytest.importorskip("transformers")
 
-from tests.hosts.llavas import TEXT, VISION, build, images, prompt  # noqa: E402
+from tests.hosts.llavas import TEXT, build, images, prompt  # noqa: E402
 
 CONFIG = vtoken.VTCCLS(num_tokens=6)
 
@@ -21,18 +21,16 @@ CONFIG = vtoken.VTCCLS(num_tokens=6)
 def _refused() -> dict[str, Any]:
     t = transformers
     text = t.LlamaConfig(**TEXT)
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    pixtral = t.PixtralVisionConfig(**small, image_size=32, patch_size=8, head_dim=16)
-    smol = t.SmolVLMConfig(vision_config=small | {"image_size": 32, "patch_size": 8}, text_config=text)
-    gemma = t.Gemma3Config(
-        vision_config=t.SiglipVisionConfig(**VISION), text_config=t.Gemma3TextConfig(**TEXT), mm_tokens_per_image=4
+    dino = t.Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    smol = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    idefics2 = t.Idefics2Config(
+        vision_config=smol | {"image_size": 32, "patch_size": 8}, text_config=t.MistralConfig(**TEXT)
     )
     return {
-        "PixtralVisionModel": lambda: t.LlavaForConditionalGeneration(
-            t.LlavaConfig(vision_config=pixtral, text_config=text)
+        "its image tower is a Dinov2Model": lambda: t.LlavaForConditionalGeneration(
+            t.LlavaConfig(vision_config=dino, text_config=text)
         ),
-        "shuffles patches into channels": lambda: t.SmolVLMForConditionalGeneration(smol),
-        "pools patches before the projector": lambda: t.Gemma3ForConditionalGeneration(gemma),
+        "its resampler mixes image tokens": lambda: t.Idefics2ForConditionalGeneration(idefics2),
         "does not know its prompts": lambda: t.LlamaForCausalLM(text),
         "LlavaModel": lambda: build("llava").model,
         "CLIPVisionModel": lambda: build("llava").model.vision_tower,

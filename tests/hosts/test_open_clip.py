@@ -111,7 +111,6 @@ def test_tokens_are_matched_by_their_keys(name: str) -> None:
 
 
 def test_packed_attention_is_multihead_attention() -> None:
-    from vtoken.core.method import KeepAll
     from vtoken.core.state import TokenState
     from vtoken.core.tap import Tap
     from vtoken.hosts.open_clip.blocks import packed_attention
@@ -121,11 +120,12 @@ def test_packed_attention_is_multihead_attention() -> None:
     nn.init.normal_(attn.in_proj_bias)
     x, size = torch.randn(2, 7, 24), torch.randint(1, 5, (2, 7)).float()
     bias = vtoken.ops.size_bias(size, x.dtype)
-    tap = Tap(TokenState(KeepAll(), 1, track_anchor=False, track_dest=False), 0, removes=True)
+    method = vtoken.ToMe(r=1).build(1)
+    tap = Tap(TokenState(method, 1, track_anchor=False, track_dest=False), 0, removes=True)
     expected = attn(x, x, x, need_weights=False)[0]
     torch.testing.assert_close(packed_attention(attn, x, tap, None), expected, rtol=1e-5, atol=1e-6)
     masked = attn(x, x, x, need_weights=False, attn_mask=bias.expand(2, 3, 7, 7).reshape(6, 7, 7))[0]
-    torch.testing.assert_close(packed_attention(attn, x, None, bias), masked, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(packed_attention(attn, x, tap, bias), masked, rtol=1e-5, atol=1e-6)
     keys = nn.functional.linear(x, attn.in_proj_weight[24:48], attn.in_proj_bias[24:48])
     torch.testing.assert_close(tap.keys.transpose(1, 2).flatten(2), keys)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from vtoken.cli.settings import key_values
 from vtoken.core.config import make_config
 from vtoken.methods.controls import UniformTokens
-from vtoken.serving.trial import Trial, trial
+
+if TYPE_CHECKING:
+    from vtoken.serving.trial import Trial
 
 
 def run(args: argparse.Namespace) -> int:
@@ -17,6 +20,8 @@ def run(args: argparse.Namespace) -> int:
     settings = make_config(args.method[0], key_values(args.method[1:]))
     image = args.image if args.image is not None else tuple(args.size)
     engine = key_values(args.engine)
+    from vtoken.serving.trial import trial  # and with it transformers: wrong words are told before
+
     common = {"requests": args.requests, "new": args.new, "limit": args.limit, "options": engine}
     short = trial(args.folder, settings, image, **common)
     whole = trial(args.folder, UniformTokens(keep_ratio=1.0, newline="all"), image, **common)
