@@ -70,6 +70,41 @@ def test_a_wrong_count_is_an_error_in_the_graph_too() -> None:
             model(x)
 
 
+def _relu(block: Any) -> None:
+    block.mlp.act = torch.nn.ReLU()
+
+
+def _double_norm(block: Any) -> None:
+    block.norm2.weight.data.mul_(2)
+
+
+def _eps(block: Any) -> None:
+    block.norm1.eps = 0.5
+
+
+def _no_bias(block: Any) -> None:
+    block.attn.proj.bias = None
+
+
+def _scale(block: Any) -> None:
+    block.attn.scale = 0.01
+    block.attn.fused_attn = False
+
+
+@pytest.mark.parametrize("change", [_relu, _double_norm, _eps, _no_bias, _scale])
+def test_what_changes_inside_one_block_is_seen_by_its_next_call(change: Any) -> None:
+    """The graph asks less than torch would; never less than what a block is."""
+    eager, compiled = _two(host_row("vit_token"), vtoken.ToMe(r=3))
+    x = host_row("vit_token").images(batch=2)
+    with torch.no_grad():
+        before = compiled(x)
+        assert_close("before", eager(x), before, 1e-5)
+        for model in (eager, compiled):
+            change(model.blocks[1])
+        assert_close("after", eager(x), compiled(x), 1e-5)
+        assert not torch.allclose(compiled(x), before)
+
+
 def _sweep(model: Any, backend: Counting, changes: list[dict[str, Any]]) -> list[int]:
     found = []
     for change in changes:

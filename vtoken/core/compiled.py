@@ -81,6 +81,9 @@ def compile(model: M, **options: Any) -> M:
     whose attention is read on the way (by VTC-CLS, in the tower of a multimodal model). `apply(replace=True)` undoes
     it, too.
 
+    Whatever changes in a block is seen by its next call. A function or class that is replaced in an imported file, such
+    as one of torch's own, is not: graphs do not ask for them.
+
     Args:
         model: a model, or a module that holds one, to which a merging method was applied.
         options: further arguments of `torch.compile`, such as `backend` or `mode`.
