@@ -119,8 +119,10 @@ class GridFamily(Family):
         merges, grids = self.merges(model, given, kind), torch.as_tensor(given[f"{kind}_grid_thw"])
         patches = grids.prod(1).tolist()
         lengths = [n // merge**2 for n, merge in zip(patches, merges, strict=True)]
-        out, levels = outs[0], [_split(level, lengths) for level in _levels(outs[0])]
-        if len(outs) > 1:
+        out = outs[0]
+        if len(outs) == 1:
+            levels = [_split(level, lengths) for level in _levels(out)]
+        else:
             pieces = zip(*([_joined(level) for level in _levels(o)] for o in outs), strict=True)
             levels = [list(torch.cat(level).split(lengths)) for level in pieces]
             out = self.outputs(model, out, levels)
