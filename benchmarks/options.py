@@ -76,9 +76,9 @@ def write(args: argparse.Namespace, device: torch.device, rows: Sequence[Mapping
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit code of a script's main; a model or setting that vtoken refuses is a message and 2, not a traceback."""
+    """The exit code of a script's main; what vtoken refuses, or what is not installed, is a message and 2."""
     try:
         return main()
-    except VTokenError as error:
+    except (VTokenError, ImportError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from options import begin, parse, parser, write
+from options import begin, parse, parser, run, write
 from torch import Tensor, nn
 
 import vtoken
 from vtoken.demo.clutter import DATA, load_clutter_vit, load_test_canvases
 from vtoken.demo.photos import load_photographs
 from vtoken.demo.saliency import NATIVE_SIZE, load_saliency_vit, normalise
-from vtoken.errors import VTokenError
 
 CONSTANT = ("constant ratio", "constant r")
 
@@ -120,7 +119,7 @@ def summary(method: str, target: float, rows: Sequence[Any], changes: Sequence[d
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print and write the rows; 2 if the images or the models are not installed."""
+    """Print and write the rows."""
     top = parser("tune", __doc__)
     top.add_argument("--measure", nargs="+", choices=["clutter", "dense"], default=["clutter", "dense"])
     top.add_argument("--method", nargs="+", default=["pitome", "tome"])
@@ -135,31 +134,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(top, argv, {"seeds": 2, "targets": [0.5], "method": ["tome"], "tuning": 8, "test": 8, "crops": 1,
                              "measure": ["clutter"]})  # fmt: skip
     device, rows = begin(args), []
-    try:
-        draws: dict[str, tuple[Callable[..., Images], Callable[[], nn.Module], list[float]]] = {
-            "clutter": (clutter, load_clutter_vit, args.targets),
-            "dense": (dense, lambda: load_saliency_vit().backbone, args.dense_targets),
-        }
-        for name in dict.fromkeys(args.measure):
-            draw, load, targets = draws[name]
-            model = load().requires_grad_(False).to(device)
-            seeds = range(args.seed, args.seed + args.seeds)
-            drawn = [draw(args, seed) for seed in seeds]
-            for method in args.method:
-                for target in targets:
-                    found = [judged(args, model, images, method, target, seed)
-                             for seed, images in zip(seeds, drawn, strict=True)]  # fmt: skip
-                    rows += [{"measure": name} | row for row, _ in found]
-                    rows.append({"measure": name} | summary(method, target, *zip(*found, strict=True)))
-                    for other, gap in rows[-1]["against"].items():
-                        print(f"{name} {method} {target}: {gap['quotient']:.2f} of {other}'s change, difference "
-                              f"{gap['difference']:+.2e} +- {gap['half']:.1e}", flush=True)  # fmt: skip
-        write(args, device, rows)
-    except (VTokenError, ImportError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    draws: dict[str, tuple[Callable[..., Images], Callable[[], nn.Module], list[float]]] = {
+        "clutter": (clutter, load_clutter_vit, args.targets),
+        "dense": (dense, lambda: load_saliency_vit().backbone, args.dense_targets),
+    }
+    for name in dict.fromkeys(args.measure):
+        draw, load, targets = draws[name]
+        model = load().requires_grad_(False).to(device)
+        seeds = range(args.seed, args.seed + args.seeds)
+        drawn = [draw(args, seed) for seed in seeds]
+        for method in args.method:
+            for target in targets:
+                found = [judged(args, model, images, method, target, seed)
+                         for seed, images in zip(seeds, drawn, strict=True)]  # fmt: skip
+                rows += [{"measure": name} | row for row, _ in found]
+                rows.append({"measure": name} | summary(method, target, *zip(*found, strict=True)))
+                for other, gap in rows[-1]["against"].items():
+                    print(f"{name} {method} {target}: {gap['quotient']:.2f} of {other}'s change, difference "
+                          f"{gap['difference']:+.2e} +- {gap['half']:.1e}", flush=True)  # fmt: skip
+    write(args, device, rows)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))
