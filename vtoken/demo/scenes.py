@@ -9,7 +9,7 @@ no digit and no photograph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,7 +53,7 @@ class Scenes:
             class, from `FIRST_KIND` small ones by kind, from `FIRST_DIGIT` the tag by digit.
         facts: int64 [N] by name, -1 where a picture has none: "garment" (class), "garment place" and "tag place" (of
             nine, row by row; -1 too near to a border between two), "colour", "digit", and how many small garments of
-            each of `SMALL_KINDS`.
+            each of `SMALL_KINDS`. `Material.draw` takes some of them as what is wanted.
     """
 
     pictures: Tensor
@@ -76,6 +76,7 @@ class Material:
 
     def __init__(self, split: Literal["train", "test"], folder: Path = DATA) -> None:
         images, self.labels = read_fashion_mnist(split, folder)
+        self._of_class = [(self.labels == label).nonzero()[:, 0] for label in range(len(CLOTHES))]
         self.large = _resized(images, LARGE)
         self.small = [_resized(images[self.labels == label], SMALL) for label in SMALL_KINDS.values()]
         photos = load_photographs(_PHOTO_SIDE, PHOTOGRAPHS[split])[1]
@@ -86,9 +87,14 @@ class Material:
         self.digits, self.values = _resized((digits[chosen] + 1) * 127.5, TAG - 2), values[chosen]
 
     def draw(
-        self, count: int, generator: torch.Generator, side: int = SIDE, corner: tuple[int, int] = (0, 0)
+        self,
+        count: int,
+        generator: torch.Generator,
+        side: int = SIDE,
+        corner: tuple[int, int] = (0, 0),
+        wanted: Mapping[str, Tensor] | None = None,
     ) -> Scenes:
-        """Random scenes; the generator decides all.
+        """Random scenes; the generator decides all that is not wanted.
 
         Args:
             count: how many.
@@ -96,7 +102,10 @@ class Material:
             side: of the pictures in pixels, a multiple of 8. Less than 112: a part of the canvas with all that there
                 is on it, for quicker training.
             corner: where that part lies on the canvas, in patches (row, column).
+            wanted: facts that the pictures shall have, int64 [count] by name: "garment" and "colour", -1 for no garment
+                or no tag, and how many of each of `SMALL_KINDS`, at most `MOST`. What finds no room is left out.
         """
+        wanted = {} if wanted is None else wanted
 
         def draw(high: int, *shape: int) -> Tensor:
             return torch.randint(high, (count, *shape), generator=generator)
@@ -108,14 +117,27 @@ class Material:
         corners = draw(room, 2)
         if side == SIDE:  # every place as often as any other, and none on a border between two
             corners = torch.tensor(_STARTS)[draw(3, 2)] + draw(_SPAN, 2)
-        boxes: list[Box] = [(corners, LARGE, torch.ones(count, dtype=torch.bool))]
-        boxes.append(_find_room(_at_border(draw, side), TAG, boxes))
-        wanted = draw(MOST + 1, len(SMALL_KINDS))
+        there = torch.ones(count, dtype=torch.bool)
+        if "garment" in wanted:
+            there = wanted["garment"] >= 0
+            sizes = torch.tensor([len(items) for items in self._of_class])
+            starts = sizes.cumsum(0) - sizes
+            classes = wanted["garment"].clamp(min=0)
+            garments = torch.cat(self._of_class)[starts[classes] + garments % sizes[classes]]
+        boxes: list[Box] = [(corners, LARGE, there)]
+        corners, size, found = _find_room(_at_border(draw, side), TAG, boxes)
+        if "colour" in wanted:
+            found, colours = found & (wanted["colour"] >= 0), wanted["colour"].clamp(min=0)
+        boxes.append((corners, size, found))
+        amounts = draw(MOST + 1, len(SMALL_KINDS))
+        for kind, name in enumerate(SMALL_KINDS):
+            if name in wanted:
+                amounts[:, kind] = wanted[name]
         order = torch.rand(count, len(SMALL_KINDS) * MOST, generator=generator).argsort(1)
         kinds = order // MOST
         pieces = [draw(len(small)) for small in self.small for _ in range(MOST)]
         for k in range(len(SMALL_KINDS) * MOST):
-            present = (order[:, k] % MOST) < wanted.gather(1, kinds[:, k : k + 1])[:, 0]
+            present = (order[:, k] % MOST) < amounts.gather(1, kinds[:, k : k + 1])[:, 0]
             corners, size, found = _find_room(draw(side - SMALL + 1, _TRIES, 2), SMALL, boxes)
             boxes.append((corners, size, found & present))
 
@@ -135,8 +157,8 @@ class Material:
 
         tagged, corner_pixels = boxes[1][2], torch.tensor(corner) * PATCH
         facts = {
-            "garment": self.labels[garments],
-            "garment place": _place(boxes[0][0] + LARGE / 2 + corner_pixels),
+            "garment": torch.where(there, self.labels[garments], -1),
+            "garment place": torch.where(there, _place(boxes[0][0] + LARGE / 2 + corner_pixels), -1),
             "tag place": torch.where(tagged, _place(boxes[1][0] + TAG / 2 + corner_pixels), -1),
             "colour": torch.where(tagged, colours, -1),
             "digit": torch.where(tagged, self.values[digits], -1),
