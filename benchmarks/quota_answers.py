@@ -1,12 +1,12 @@
 """What QuoTA gains in right answers: a small trained video model, asked about videos that answer on one frame.
 
 All rows of a budget have as many tokens in all. "uniform frames" shows evenly spaced frames whole, by the model's own
-call; the others show every frame, pooled to its tokens: as many for each, or by scores. The scorer is a small CLIP, asked
-for the question as it is ("question"), for the phrases that `RuleDecoupler` finds in it ("rule"), or for exactly what the
-frame shows ("clue"). "true relevance" scores the frame that answers 1 and the others 0, "random scores" knows nothing.
-Accuracy comes with its 95 % interval (Wilson), differences with those of paired ones; "all" is the mean over the kinds
-of questions, paired by video. Beside them: multiply-adds of tower and prefill, times of a whole call, and both of the
-scorer, apart.
+call; the others show every frame, pooled to its tokens: as many for each, or by scores. The scorer is a small CLIP,
+asked for the question as it is ("question"), for the phrases that `RuleDecoupler` finds in it ("rule"), or for exactly
+what the frame shows ("clue"). "true relevance" scores the frame that answers 1 and the others 0, "random scores" knows
+nothing. Accuracy comes with its 95 % interval (Wilson), differences with those of paired ones; "all" is the mean over
+the kinds of questions, paired by video. Beside them: multiply-adds of tower and prefill, times of a whole call, and both
+of the scorer, apart.
 
 Towers go over every video once and questions through the language model in batches; the logits of the first videos must
 equal those of plain calls of `QuotaVideoModel`, or the row is refused and the exit code is 1.
@@ -62,7 +62,7 @@ from vtoken.video import (
 WHOLE = FRAMES * CELLS
 TEXT = 9  # tokens of a prompt beside the video, of the longest question
 CHUNK = 25  # videos at a time
-CHECKED = 2  # videos of which the plain calls are compared
+CHECKED = 1  # videos of which the plain calls are compared, a call for every kind of question
 BY_CLIP = {"QuoTA, question": IdentityDecoupler(), "QuoTA, rule": RuleDecoupler(), "QuoTA, clue": None}
 NAMES = ("uniform frames", "uniform tokens", *BY_CLIP, "QuoTA, true relevance", "random scores")
 OTHERS = {"over_whole": "whole video", "over_tokens": "uniform tokens", "over_frames": "uniform frames",
@@ -113,7 +113,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Seen:
-    """What towers say of a batch: patches [N, FRAMES, 196, C] of the model's, embeddings [N, FRAMES, C] of the scorer's."""
+    """What towers say of a batch: patches [N, FRAMES, 196, C] the model's, embeddings [N, FRAMES, C] the scorer's."""
 
     patches: Tensor
     embedded: Tensor
@@ -331,7 +331,9 @@ def time_calls(
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Shares of right answers in percent, a line per row."""
     kinds = [*KINDS, "all"]
-    print(f"{'':<24}{'tokens':>7}" + "".join(f"{kind:>9}" for kind in kinds) + "   over tokens   over frames  GMACs   ms")
+    print(
+        f"{'':<24}{'tokens':>7}" + "".join(f"{kind:>9}" for kind in kinds) + "   over tokens   over frames  GMACs   ms"
+    )
     for row in rows:
         print(f"{row['name']:<24}{row['budget']:>7}", end="")
         if "refused" in row:
@@ -350,7 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--questions", type=int, default=1000, help="of every kind")
     top.add_argument("--keep", type=int, nargs="+", choices=(2, 4, 8, 16), default=[2, 4, 8, 16],
                      help="one token of so many")  # fmt: skip
-    top.add_argument("--model", type=Path, default=None, help="folder of model and scorer; None: the one in the repository")
+    top.add_argument(
+        "--model", type=Path, default=None, help="folder of model and scorer; None: the one in the repository"
+    )
     top.add_argument("--data", type=Path, default=DATA, help="folder of the Fashion-MNIST files")
     args = parse(top, argv, {"questions": 20, "keep": [8], "rounds": 1})
     device = begin(args)

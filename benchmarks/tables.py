@@ -235,6 +235,51 @@ def answers(tokens: int) -> Callable[[Result], str]:
     return table
 
 
+def quota_answers(result: Result) -> str:
+    """Right answers about videos in percent, and by how many points more than with uniform tokens and frames."""
+    whole = result["rows"][0]
+    kinds = list(whole["kinds"])
+    rows = [["", "most frequent answer", *(f"{100 * whole['guess'][kind]:.1f}" for kind in kinds[:-1]), "", "", "", ""]]
+    for row in result["rows"]:
+        told = row["kinds"]
+        cells = [str(row["budget"]), row["name"], *(f"{100 * told[kind]['right']:.1f}" for kind in kinds)]
+        cells += [
+            points(told["all"][field]) if field in told["all"] else "" for field in ("over_tokens", "over_frames")
+        ]
+        tokens = statistics.mean(told[kind]["needle_tokens"] for kind in kinds[:-1])
+        rows.append([*cells, f"{tokens:.0f}"])
+    return markdown(("tokens", "", *kinds, "over uniform tokens", "over uniform frames", "on the needle"), rows)
+
+
+def points(gap: Result) -> str:
+    """A paired difference in points with its 95 % interval."""
+    return f"{100 * gap['mean']:+.1f} +- {100 * gap['half']:.1f}"
+
+
+def quota_gap(budget: int, name: str, field: str, kind: str = "all") -> Callable[[Result], str]:
+    """One difference of `quota_answers`, for a sentence."""
+
+    def figure(result: Result) -> str:
+        (row,) = [row for row in result["rows"] if (row["budget"], row["name"]) == (budget, name)]
+        return points(row["kinds"][kind][field])
+
+    return figure
+
+
+def quota_cost(result: Result) -> str:
+    """Multiply-adds and times of a call about a video beside those of the whole video, and the scorer's, apart."""
+    whole, rows = result["rows"][0], []
+    for row in result["rows"]:
+        if row["name"] in ("whole video", "uniform frames", "QuoTA, clue"):
+            name = "every frame, by CLIP" if row["name"] == "QuoTA, clue" else row["name"]
+            shares = [row[field] / whole[field] for field in ("prefill_gmacs", "call_gmacs", "milliseconds")]
+            scoring = [row["scorer_gmacs"] / whole["call_gmacs"], row["scorer_milliseconds"] / whole["milliseconds"]]
+            cells = [f"{share:.2f}" for share in shares] + [f"{share:.2f}" if share else "" for share in scoring]
+            rows.append([str(row["budget"]), name, *cells])
+    head = ("tokens", "", "prefill: MACs", "tower and prefill: MACs", "call: time", "scorer: MACs", "scorer: time")
+    return markdown(head, rows)
+
+
 def dense(result: Result) -> str:
     """Saliency on merged features: correlation with the unmerged map, mean absolute difference from it, by ratio."""
     found = {row["name"]: row for row in result["rows"]}
@@ -406,6 +451,8 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "allocate-1000": ("video.json", video_milliseconds("exact", 1000)),
     "resample-frame": ("video.json", video_milliseconds("bilinear", 32, each=True)),
     **{f"answers-{tokens}": ("answers.json", answers(tokens)) for tokens in (98, 49, 22, 12)},
+    "quota-answers": ("quota_answers.json", quota_answers),
+    "quota-cost": ("quota_answers.json", quota_cost),
     "sparsifiner": ("train_sparsifiner.json", sparsifiner),
     "clip": ("train_clip.json", clip),
     "training": ("training.json", training),

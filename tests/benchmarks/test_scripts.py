@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +41,7 @@ SCRIPTS = (
     "quality",
     "tune",
     "answers",
+    "quota_answers",
 )
 COMMANDS = re.findall(r"^python benchmarks/(.+)$", README, re.MULTILINE)
 
@@ -381,6 +383,50 @@ def test_answers_merge_to_as_many_tokens_as_are_kept() -> None:
         assert 196 - sum(amounts) == tokens
         left = [196 - sum(amounts[:i]) for i in range(5)]
         assert all(0 < 2 * r <= n for r, n in zip(amounts, left, strict=True)), "no more than have a partner"
+
+
+@pytest.mark.slow
+def test_quota_answers(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    values, _ = run(tmp_path, "quota_answers", "--small")
+    rows = {row["name"]: row for row in values["rows"]}
+    quota = script("quota_answers")
+    assert list(rows) == ["whole video", *quota.NAMES]
+    whole, even = rows["whole video"], rows["uniform tokens"]
+    for name, row in rows.items():
+        assert "refused" not in row
+        assert row["budget"] == (784 if name == "whole video" else 98)
+        assert row["frames"] == (2 if name == "uniform frames" else 16)
+        for kind, found in row["kinds"].items():
+            for field, other in (("over_whole", whole), ("over_tokens", even), ("over_frames", rows["uniform frames"])):
+                expected = found["right"] - other["kinds"][kind]["right"]
+                assert (field in found) == (row is not other and row is not whole)
+                if field in found:
+                    assert found[field]["mean"] == pytest.approx(expected, abs=1e-12)
+            if kind != "all":
+                assert found["questions"] == 20
+                least, most = {"QuoTA, true relevance": (98, 98), "uniform tokens": (6, 7)}.get(name, (0, 98))
+                assert least <= found["needle_tokens"] <= most
+        assert (row["scorer_gmacs"] > 0) == (row["scorer_milliseconds"] > 0) == (name in quota.BY_CLIP)
+    assert all(rows["QuoTA, true relevance"]["kinds"][kind]["needle_first"] == 1 for kind in quota.KINDS)
+    assert rows["uniform frames"]["call_gmacs"] < even["call_gmacs"] < whole["call_gmacs"]
+    assert rows["uniform frames"]["prefill_gmacs"] == even["prefill_gmacs"] < whole["prefill_gmacs"]
+
+
+@pytest.mark.slow
+def test_quota_answers_in_batches_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage")
+    quota, out = script("quota_answers"), tmp_path / "answers.json"
+    stock = quota.ops.allocate_tokens
+    wrong = types.SimpleNamespace(allocate_tokens=lambda *args, **named: stock(*args, **named)[::-1])
+    monkeypatch.setattr(quota, "ops", wrong)  # of the batches; the plain calls have the library's
+    monkeypatch.setattr(quota, "NAMES", ("uniform frames", "QuoTA, true relevance"))
+    assert quota.main(["--small", "--questions", "5", "--out", str(out)]) == 1
+    whole, frames, relevant = json.loads(out.read_text())["rows"]
+    assert whole["kinds"]
+    assert frames["kinds"]
+    assert relevant["refused"].startswith("questions in batches differ from plain calls by")
+    assert not {"kinds", "milliseconds"} & set(relevant)
 
 
 def test_gpu_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -157,3 +157,39 @@ def test_answers_are_spread_evenly(material: Material) -> None:
     assert (facts["garment place"] >= 0).all()
     for name in SMALL_KINDS:
         assert facts[name].bincount(minlength=MOST + 1).max() < 0.35 * 3000
+
+
+def test_what_is_wanted_is_shown_and_the_rest_stays_chance(material: Material) -> None:
+    wanted = {
+        "garment": torch.arange(40) % 11 - 1,
+        "colour": torch.arange(40) % 5 - 1,
+        **{name: torch.arange(40) // (k + 1) % (MOST + 1) for k, name in enumerate(SMALL_KINDS)},
+    }
+    scenes = material.draw(40, seeded(0), wanted=wanted)
+    for n in range(40):
+        garment, tag = int(wanted["garment"][n]), int(wanted["colour"][n])
+        assert scenes.boxes[n, 0, 3] == garment + 1
+        assert scenes.facts["garment"][n] == garment
+        assert (scenes.facts["garment place"][n] >= 0) == (garment >= 0)
+        assert scenes.facts["colour"][n] == tag
+        for name in ("digit", "tag place"):
+            assert scenes.facts[name][n] >= 0 or tag < 0 or name == "tag place"
+            assert scenes.facts[name][n] == -1 or tag >= 0
+        if garment >= 0:
+            same = (material.large == pixels(scenes, n, 0)[0].to(torch.uint8)).flatten(1).all(1)
+            assert garment in material.labels[same]
+        if tag >= 0:
+            paper = pixels(scenes, n, 1)[:, 1:-1, 1:-1].flatten(1).amax(1)
+            assert torch.equal(paper, torch.tensor(list(COLOURS.values())[tag]).float())
+        for kind, name in enumerate(SMALL_KINDS):
+            pasted = int((scenes.boxes[n, 2:, 3] == FIRST_KIND + kind).sum())
+            assert scenes.facts[name][n] == pasted <= wanted[name][n]
+    short = sum(int((wanted[name] - scenes.facts[name]).sum()) for name in SMALL_KINDS)
+    assert short < 0.05 * sum(int(wanted[name].sum()) for name in SMALL_KINDS), "there was room for nearly all"
+    assert len(scenes.facts["digit"].unique()) > 5
+    nothing = dict.fromkeys(("garment", "colour"), torch.full((3,), -1)) | dict.fromkeys(
+        SMALL_KINDS, torch.zeros(3).long()
+    )
+    bare = material.draw(3, seeded(0), wanted=nothing)
+    assert not bare.boxes[..., 3].any()
+    assert not bare.patches.any()

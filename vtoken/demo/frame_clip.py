@@ -67,7 +67,7 @@ def words_of(text: str) -> list[str]:
 
 
 _NOTHING = torch.full((1,), -1)
-_FACTS = {name: _NOTHING for name in ("garment", "colour", "digit", *SMALL_KINDS)}
+_FACTS = dict.fromkeys(("garment", "colour", "digit", *SMALL_KINDS), _NOTHING)
 WORDS = ("<pad>", "<unknown>", *sorted({word for text in captions(_FACTS)[0] for word in words_of(text)}))
 _NUMBERS = {word: number for number, word in enumerate(WORDS)}
 
@@ -92,7 +92,9 @@ class FrameCLIP(nn.Module):
         self.tower = tower.requires_grad_(False)
         self.queries = nn.Parameter(torch.randn(1, 8, channels) * channels**-0.5)
         self.pooling = nn.MultiheadAttention(channels, heads, batch_first=True)
-        self.seeing = nn.Sequential(nn.Flatten(1), nn.Linear(8 * channels, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.seeing = nn.Sequential(
+            nn.Flatten(1), nn.Linear(8 * channels, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.words, self.places = nn.Embedding(len(WORDS), width), nn.Parameter(torch.zeros(CONTEXT, width))
         block = nn.TransformerEncoderLayer(width, heads, 2 * width, 0.0, batch_first=True, norm_first=True)
         self.reading = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)

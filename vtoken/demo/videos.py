@@ -1,8 +1,9 @@
 """Videos whose contents are known, and questions that one frame of each answers.
 
-A video is a row of pictures of `vtoken.demo.scenes`, each shorter of things than those: some frames show a garment, most of
-these a coloured tag with a digit as well, some show small garments of one kind, and most show a photograph alone. No
-garment, no colour and no kind of small garments is on two frames, so what a question names is on one: the needle.
+A video is a row of pictures as `vtoken.demo.scenes` makes them, with fewer things on each: some frames show a garment,
+most of these a coloured tag with a digit as well, some show small garments of one kind, and the rest a photograph
+alone. No garment, no colour and no kind of small garments is on two frames, so what a question names is on one: the
+needle.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ KINDS = {
     "count": Kind("how many small {} ?", "small {}", tuple(SMALL_KINDS), COUNTS),
     "beside": Kind(f"what garment is {BESIDE} the {{}} tag ?", "{} tag", tuple(COLOURS), CLOTHES),
 }  # fmt: skip
+# The facts that what is named is one of, and that the answer is; of "count" it is the kind's own number.
+_TOLD_BY = {"digit": ("colour", "digit"), "place": ("garment", "garment place"), "beside": ("colour", "garment")}
 Facts = Mapping[str, Tensor]  # as in `Scenes`, [videos, frames]
 
 
@@ -87,6 +90,7 @@ class Asked:
     """One question about each of N videos.
 
     Args:
+        kind: of `KINDS`.
         texts: the questions in words.
         clues: what the needle shows, in words.
         ids: of the questions and their answers, int64 [N, L].
@@ -95,6 +99,7 @@ class Asked:
         needles: the frame that answers, int64 [N]; -1 if none does.
     """
 
+    kind: str
     texts: list[str]
     clues: list[str]
     ids: Tensor
@@ -106,9 +111,7 @@ def shows(kind: str, facts: Facts) -> Tensor:
     """Which frames show what a question of this kind names and answer it, bool [N, frames, names]."""
     if kind == "count":
         return torch.stack([facts[name] > 0 for name in SMALL_KINDS], -1)
-    key, answer = {"digit": ("colour", "digit"), "place": ("garment", "garment place"), "beside": ("colour", "garment")}[
-        kind
-    ]  # fmt: skip
+    key, answer = _TOLD_BY[kind]
     named = facts[key][..., None] == torch.arange(len(KINDS[kind].names))
     return named & (facts[answer] >= 0)[..., None]
 
@@ -128,7 +131,7 @@ def ask(kind: str, facts: Facts, which: Tensor) -> Asked:
     if kind == "count":
         values = torch.stack([facts[name] for name in SMALL_KINDS], -1)[rows, at, which]
     else:
-        values = facts[{"digit": "digit", "place": "garment place", "beside": "garment"}[kind]][rows, at]
+        values = facts[_TOLD_BY[kind][1]][rows, at]
     names = [asked.names[i] for i in which.tolist()]
     texts = [asked.question.format(name) for name in names]
     answers = torch.tensor([IDS[word] for word in asked.answers])[values.clamp(min=0)]
@@ -136,7 +139,7 @@ def ask(kind: str, facts: Facts, which: Tensor) -> Asked:
     labels = torch.full_like(ids, IGNORED)
     labels[:, -2], labels[:, -1] = answers, IDS[END]
     labels[needles < 0] = IGNORED
-    return Asked(texts, [asked.clue.format(name) for name in names], ids, labels, needles)
+    return Asked(kind, texts, [asked.clue.format(name) for name in names], ids, labels, needles)
 
 
 def prompt(ids: Tensor, video_tokens: int) -> Tensor:
