@@ -5,8 +5,8 @@ call; the others show every frame, pooled to its tokens: as many for each, or by
 asked for the question as it is ("question"), for the phrases that `RuleDecoupler` finds in it ("rule"), or for exactly
 what the frame shows ("clue"). "true relevance" scores the frame that answers 1 and the others 0, "random scores" knows
 nothing. Accuracy comes with its 95 % interval (Wilson), differences with those of paired ones; "all" is the mean over
-the kinds of questions, paired by video. Beside them: multiply-adds of tower and prefill, times of a whole call, and both
-of the scorer, apart.
+the kinds of questions, paired by video. Beside them: multiply-adds of tower and prefill, times of a whole call, and
+both of the scorer, apart.
 
 Towers go over every video once and questions through the language model in batches; the logits of the first videos must
 equal those of plain calls of `QuotaVideoModel`, or the row is refused and the exit code is 1.
@@ -40,7 +40,6 @@ from vtoken.demo.videos import (
     CELLS,
     FRAMES,
     GRID,
-    KINDS,
     Asked,
     ask,
     film,
@@ -59,6 +58,7 @@ from vtoken.video import (
     sample_frame_indices,
 )
 
+LEARNED = ("digit", "place", "count")  # of `KINDS`; the model guesses at "beside", as its training.json says
 WHOLE = FRAMES * CELLS
 TEXT = 9  # tokens of a prompt beside the video, of the longest question
 CHUNK = 25  # videos at a time
@@ -122,16 +122,16 @@ class Seen:
 def draw(args: argparse.Namespace, material: Material) -> tuple[list[Batch], dict[str, Tensor]]:
     """Videos with a question of every kind, and which of these count, [videos]: `args.questions` of every kind."""
     generator, batches = torch.Generator().manual_seed(args.seed), list[Batch]()
-    known: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    known: dict[str, list[Tensor]] = {kind: [] for kind in LEARNED}
     while min(sum(int(k.sum()) for k in ks) for ks in known.values()) < args.questions:
         scenes, asked = film(material, CHUNK, generator), dict[str, Asked]()
         facts = {name: value.view(CHUNK, FRAMES) for name, value in scenes.facts.items()}
-        for kind in KINDS:
+        for kind in LEARNED:
             there = shows(kind, facts).any(1)
             which = (torch.rand(there.shape, generator=generator) + there).argmax(1)  # one of those that there are
             asked[kind] = ask(kind, facts, which)
             known[kind].append(asked[kind].needles >= 0)
-        random = torch.rand(CHUNK, len(KINDS), FRAMES, generator=generator)
+        random = torch.rand(CHUNK, len(LEARNED), FRAMES, generator=generator)
         batches.append(Batch(scenes.pictures.unflatten(0, (CHUNK, FRAMES)), asked, random))
     asking = {kind: torch.cat(ks) for kind, ks in known.items()}
     return batches, {kind: k & (k.cumsum(0) <= args.questions) for kind, k in asking.items()}
@@ -153,7 +153,7 @@ def helpers(row: Row, batch: Batch, kind: str, n: int, clip: Any, make: Any = CL
     if row.name == "QuoTA, true relevance":
         return PrecomputedScorer((torch.arange(FRAMES) == asked.needles[n]).float()), IdentityDecoupler()
     if row.name == "random scores":
-        return PrecomputedScorer(batch.random[n, list(KINDS).index(kind)]), IdentityDecoupler()
+        return PrecomputedScorer(batch.random[n, LEARNED.index(kind)]), IdentityDecoupler()
     return UniformScorer(), IdentityDecoupler()
 
 
@@ -192,16 +192,17 @@ def answer(
 
     "right", tokens of the needle ("tokens"), and whether it scored highest ("first"; nan where there are no scores).
     """
-    plans = {kind: counts(row, batch, seen, kind, clip) for kind in KINDS}
+    plans = {kind: counts(row, batch, seen, kind, clip) for kind in LEARNED}
     alike = not row.name.startswith(("QuoTA", "random"))  # whatever is asked
     logits = dict[str, Tensor]()
-    for group in [list(KINDS)] if alike else [[kind] for kind in KINDS]:
+    for group in [list(LEARNED)] if alike else [[kind] for kind in LEARNED]:
         rows = model.model.multi_modal_projector(pooled(seen.patches, plans[group[0]][0]))
         parts = side_by_side(model, rows, [batch.asked[kind].ids for kind in group])
         logits |= {kind: part[:, -2] for kind, part in zip(group, parts, strict=True)}
     wrong = ""
     if check:
-        pairs = [(plainly(model, clip, row, batch, kind, n), logits[kind][n]) for kind in KINDS for n in range(CHECKED)]
+        some = [(kind, n) for kind in LEARNED for n in range(CHECKED)]
+        pairs = [(plainly(model, clip, row, batch, kind, n), logits[kind][n]) for kind, n in some]
         error = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
         wrong = f"questions in batches differ from plain calls by {error:.1e}" if error > 1e-4 else ""
     found = dict[str, dict[str, Tensor]]()
@@ -277,11 +278,13 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
             parts[row].append(part)
             wrong[row] = wrong[row] or told
     found = {
-        row: {kind: {name: torch.cat([p[kind][name] for p in ps]) for name in ps[0][kind]} for kind in KINDS}
+        row: {kind: {name: torch.cat([p[kind][name] for p in ps]) for name in ps[0][kind]} for kind in LEARNED}
         for row, ps in parts.items()
     }
-    labels = {kind: torch.cat([batch.asked[kind].labels[:, -2] for batch in batches])[counted[kind]] for kind in KINDS}
-    guess = {kind: float(values.bincount().max() / len(values)) for kind, values in labels.items()}
+    guess = dict[str, float]()
+    for kind, mine in counted.items():
+        labels = torch.cat([batch.asked[kind].labels[:, -2] for batch in batches])[mine]
+        guess[kind] = float(labels.bincount().max() / len(labels))
     times = time_calls(args, model, clip, rows, batches[0], device)
     made = []
     for row in rows:
@@ -330,7 +333,7 @@ def time_calls(
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Shares of right answers in percent, a line per row."""
-    kinds = [*KINDS, "all"]
+    kinds = [*LEARNED, "all"]
     print(
         f"{'':<24}{'tokens':>7}" + "".join(f"{kind:>9}" for kind in kinds) + "   over tokens   over frames  GMACs   ms"
     )
