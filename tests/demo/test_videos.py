@@ -12,7 +12,7 @@ from torch import Tensor
 import vtoken
 from vtoken.demo.clutter import DATA
 from vtoken.demo.frame_clip import CONTEXT, PAD, UNKNOWN, WORDS, captions, load_frame_clip, preprocess, tokenize
-from vtoken.demo.questions import COUNTS, PLACES
+from vtoken.demo.questions import COUNTS, PLACES, side_by_side
 from vtoken.demo.scenes import CLOTHES, COLOURS, FIRST_DIGIT, FIRST_KIND, SIDE, SMALL_KINDS, Material, Scenes
 from vtoken.demo.videos import (
     CELLS,
@@ -162,20 +162,43 @@ def test_missing_weights_are_told(tmp_path: Path) -> None:
         load_frame_clip(None, tmp_path / "scorer.safetensors")
 
 
-def test_the_shipped_model_answers(scenes: Scenes, facts: dict[str, Tensor]) -> None:
+@pytest.fixture(scope="module")
+def seen(scenes: Scenes) -> Tensor:
+    """Patches of the shipped tower, [COUNT, FRAMES, 196, C]."""
+    tower = load_small_video().model.vision_tower
+    with torch.no_grad():
+        patches = tower(pixel_values=scenes.pictures).last_hidden_state[:, 1:]
+    return patches.unflatten(0, (COUNT, FRAMES))
+
+
+def test_the_shipped_model_answers(seen: Tensor, facts: dict[str, Tensor]) -> None:
     """With its usual tokens, about as often as its training says."""
     model = load_small_video()
     said = json.loads((WEIGHTS / "training.json").read_text())["model"]["right, evenly spread, by tokens"]
-    pixels = scenes.pictures.unflatten(0, (COUNT, FRAMES))
-    for kind in KINDS:
-        asked, _ = asked_of(kind, facts)
-        with torch.no_grad():
-            out = model(
-                input_ids=prompt(asked.ids[:, :-1], FRAMES * CELLS), pixel_values_videos=pixels, logits_to_keep=1
-            )
-        right = float((out.logits[:, -1].argmax(-1) == asked.labels[:, -2]).float().mean())
-        share = said[str(FRAMES * CELLS)][kind]
-        assert abs(right - share) < 4 * (share * (1 - share) / COUNT) ** 0.5 + 0.02, kind
+    rows = pooled(seen, [[CELLS] * FRAMES] * COUNT)
+    asked = [asked_of(kind, facts)[0] for kind in KINDS]
+    with torch.no_grad():
+        found = side_by_side(model, model.model.multi_modal_projector(rows), [one.ids for one in asked])
+    for one, logits in zip(asked, found, strict=True):
+        right = float((logits[:, -2].argmax(-1) == one.labels[:, -2]).float().mean())
+        share = said[str(FRAMES * CELLS)][one.kind]
+        assert abs(right - share) < 4 * (share * (1 - share) / COUNT) ** 0.5 + 0.02, one.kind
+
+
+def test_the_shipped_model_is_one_that_a_budget_serves(scenes: Scenes, facts: dict[str, Tensor]) -> None:
+    """A word and the end, from a quarter of the tokens, all on the frame that answers."""
+    model, (asked, _) = load_small_video(), asked_of("digit", facts)
+    quota = vtoken.QuotaVideoModel(model, budget=0.25, mode="pool")
+    pixels = scenes.pictures.unflatten(0, (COUNT, FRAMES))[:1]
+    scores = (torch.arange(FRAMES) == asked.needles[0]).float()
+    with vtoken.tracing(quota) as record:
+        out = quota.generate(
+            input_ids=prompt(asked.ids[:1, :-1], FRAMES * CELLS), pixel_values_videos=pixels, frame_scores=scores,
+            max_new_tokens=2,
+        )  # fmt: skip
+    assert record.video.reports[0].tokens_per_frame[int(asked.needles[0])] == FRAMES * CELLS // 4
+    assert VOCABULARY[out[0, -2]] in KINDS["digit"].answers
+    assert VOCABULARY[out[0, -1]] == "</s>"
 
 
 def test_the_shipped_scorer_finds_the_needle(scenes: Scenes, facts: dict[str, Tensor]) -> None:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtoken.demo.captions import DIGITS
+from vtoken.demo.questions import COUNTS
 from vtoken.demo.scenes import CLOTHES, COLOURS, MOST, SMALL_KINDS
-from vtoken.demo.videos import COUNTS, WEIGHTS, Facts
+from vtoken.demo.videos import WEIGHTS, Facts
 from vtoken.errors import ConfigError
 
 CONTEXT = 12  # words of a text; the rest is cut off

@@ -130,9 +130,7 @@ class Material:
             found, colours = found & (wanted["colour"] >= 0), wanted["colour"].clamp(min=0)
         boxes.append((corners, size, found))
         amounts = draw(MOST + 1, len(SMALL_KINDS))
-        for kind, name in enumerate(SMALL_KINDS):
-            if name in wanted:
-                amounts[:, kind] = wanted[name]
+        amounts = torch.stack([wanted.get(item, amounts[:, kind]) for kind, item in enumerate(SMALL_KINDS)], 1)
         order = torch.rand(count, len(SMALL_KINDS) * MOST, generator=generator).argsort(1)
         kinds = order // MOST
         pieces = [draw(len(small)) for small in self.small for _ in range(MOST)]
