@@ -5,7 +5,7 @@ call; the others show every frame, pooled to its tokens: as many for each, or by
 asked for the question as it is ("question"), for the phrases that `RuleDecoupler` finds in it ("rule"), or for exactly
 what the frame shows ("clue"). "true relevance" scores the frame that answers 1 and the others 0, "random scores" knows
 nothing. Accuracy comes with its 95 % interval (Wilson), differences with those of paired ones; "all" is the mean over
-the kinds of questions, paired by video. Beside them: multiply-adds of tower and prefill, times of a whole call, and
+the kinds in `LEARNED`, paired by video. Beside them: multiply-adds of tower and prefill, times of a whole call, and
 both of the scorer, apart.
 
 Towers go over every video once and questions through the language model in batches; the logits of the first videos must
@@ -40,6 +40,7 @@ from vtoken.demo.videos import (
     CELLS,
     FRAMES,
     GRID,
+    KINDS,
     Asked,
     ask,
     film,
@@ -58,7 +59,7 @@ from vtoken.video import (
     sample_frame_indices,
 )
 
-LEARNED = ("digit", "place", "count")  # of `KINDS`; the model guesses at "beside", as its training.json says
+LEARNED = ("digit", "place", "count")  # what "all" is the mean of: about whole videos the model can but guess "beside"
 WHOLE = FRAMES * CELLS
 TEXT = 9  # tokens of a prompt beside the video, of the longest question
 CHUNK = 25  # videos at a time
@@ -122,16 +123,16 @@ class Seen:
 def draw(args: argparse.Namespace, material: Material) -> tuple[list[Batch], dict[str, Tensor]]:
     """Videos with a question of every kind, and which of these count, [videos]: `args.questions` of every kind."""
     generator, batches = torch.Generator().manual_seed(args.seed), list[Batch]()
-    known: dict[str, list[Tensor]] = {kind: [] for kind in LEARNED}
+    known: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     while min(sum(int(k.sum()) for k in ks) for ks in known.values()) < args.questions:
         scenes, asked = film(material, CHUNK, generator), dict[str, Asked]()
         facts = {name: value.view(CHUNK, FRAMES) for name, value in scenes.facts.items()}
-        for kind in LEARNED:
+        for kind in KINDS:
             there = shows(kind, facts).any(1)
             which = (torch.rand(there.shape, generator=generator) + there).argmax(1)  # one of those that there are
             asked[kind] = ask(kind, facts, which)
             known[kind].append(asked[kind].needles >= 0)
-        random = torch.rand(CHUNK, len(LEARNED), FRAMES, generator=generator)
+        random = torch.rand(CHUNK, len(KINDS), FRAMES, generator=generator)
         batches.append(Batch(scenes.pictures.unflatten(0, (CHUNK, FRAMES)), asked, random))
     asking = {kind: torch.cat(ks) for kind, ks in known.items()}
     return batches, {kind: k & (k.cumsum(0) <= args.questions) for kind, k in asking.items()}
@@ -153,7 +154,7 @@ def helpers(row: Row, batch: Batch, kind: str, n: int, clip: Any, make: Any = CL
     if row.name == "QuoTA, true relevance":
         return PrecomputedScorer((torch.arange(FRAMES) == asked.needles[n]).float()), IdentityDecoupler()
     if row.name == "random scores":
-        return PrecomputedScorer(batch.random[n, LEARNED.index(kind)]), IdentityDecoupler()
+        return PrecomputedScorer(batch.random[n, list(KINDS).index(kind)]), IdentityDecoupler()
     return UniformScorer(), IdentityDecoupler()
 
 
@@ -192,16 +193,16 @@ def answer(
 
     "right", tokens of the needle ("tokens"), and whether it scored highest ("first"; nan where there are no scores).
     """
-    plans = {kind: counts(row, batch, seen, kind, clip) for kind in LEARNED}
+    plans = {kind: counts(row, batch, seen, kind, clip) for kind in KINDS}
     alike = not row.name.startswith(("QuoTA", "random"))  # whatever is asked
     logits = dict[str, Tensor]()
-    for group in [list(LEARNED)] if alike else [[kind] for kind in LEARNED]:
+    for group in [list(KINDS)] if alike else [[kind] for kind in KINDS]:
         rows = model.model.multi_modal_projector(pooled(seen.patches, plans[group[0]][0]))
         parts = side_by_side(model, rows, [batch.asked[kind].ids for kind in group])
         logits |= {kind: part[:, -2] for kind, part in zip(group, parts, strict=True)}
     wrong = ""
     if check:
-        some = [(kind, n) for kind in LEARNED for n in range(CHECKED)]
+        some = [(kind, n) for kind in KINDS for n in range(CHECKED)]
         pairs = [(plainly(model, clip, row, batch, kind, n), logits[kind][n]) for kind, n in some]
         error = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
         wrong = f"questions in batches differ from plain calls by {error:.1e}" if error > 1e-4 else ""
@@ -245,12 +246,12 @@ def figures(
         made[kind]["needle_tokens"] = float(own["tokens"].mean())
         if not own["first"].isnan().any():
             made[kind]["needle_first"] = float(own["first"].mean())
-    weight = torch.stack(list(counted.values())).double()
+    weight = torch.stack([counted[kind] for kind in LEARNED]).double()
     some = weight.sum(0) > 0
 
     def by_video(r: Row) -> Tensor:
         """The share of right answers of every video that has a question which counts."""
-        right = torch.stack([found[r][kind]["right"] for kind in counted])
+        right = torch.stack([found[r][kind]["right"] for kind in LEARNED])
         return ((right * weight).sum(0) / weight.sum(0).clamp(min=1))[some]
 
     mean = paired(by_video(row))
@@ -278,7 +279,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
             parts[row].append(part)
             wrong[row] = wrong[row] or told
     found = {
-        row: {kind: {name: torch.cat([p[kind][name] for p in ps]) for name in ps[0][kind]} for kind in LEARNED}
+        row: {kind: {name: torch.cat([p[kind][name] for p in ps]) for name in ps[0][kind]} for kind in KINDS}
         for row, ps in parts.items()
     }
     guess = dict[str, float]()
@@ -333,7 +334,7 @@ def time_calls(
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Shares of right answers in percent, a line per row."""
-    kinds = [*LEARNED, "all"]
+    kinds = [*KINDS, "all"]
     print(
         f"{'':<24}{'tokens':>7}" + "".join(f"{kind:>9}" for kind in kinds) + "   over tokens   over frames  GMACs   ms"
     )
@@ -353,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, write the result file; 1 if a row was refused."""
     top = parser("quota_answers", __doc__, rounds=5)
     top.add_argument("--questions", type=int, default=1000, help="of every kind")
-    top.add_argument("--keep", type=int, nargs="+", choices=(2, 4, 8, 16), default=[2, 4, 8, 16],
+    top.add_argument("--keep", type=int, nargs="+", choices=(2, 4, 8, 16), default=[4, 8, 16],
                      help="one token of so many")  # fmt: skip
     top.add_argument(
         "--model", type=Path, default=None, help="folder of model and scorer; None: the one in the repository"

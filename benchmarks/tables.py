@@ -246,7 +246,7 @@ def quota_answers(result: Result) -> str:
         cells += [
             points(told["all"][field]) if field in told["all"] else "" for field in ("over_tokens", "over_frames")
         ]
-        tokens = statistics.mean(told[kind]["needle_tokens"] for kind in kinds[:-1])
+        tokens = statistics.mean(told[kind]["needle_tokens"] for kind in kinds[:-1])  # of questions that are as many
         rows.append([*cells, f"{tokens:.0f}"])
     return markdown(("tokens", "", *kinds, "over uniform tokens", "over uniform frames", "on the needle"), rows)
 

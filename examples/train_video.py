@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import hashlib
 import json
 import random
 import shlex
@@ -36,6 +37,7 @@ from vtoken import ops
 from vtoken.demo.clutter import DATA
 from vtoken.demo.frame_clip import PAD, UNKNOWN, FrameCLIP, captions, tokenize
 from vtoken.demo.questions import IMAGE, load_small_llava, side_by_side
+from vtoken.demo.questions import WEIGHTS as LLAVA
 from vtoken.demo.scenes import CLOTHES, COLOURS, MOST, SMALL_KINDS, Material
 from vtoken.demo.videos import (
     CELLS,
@@ -323,6 +325,11 @@ def retrieval(clip: FrameCLIP, frames: Frames, count: int, seed: int = 12345) ->
     return found
 
 
+def digest(folder: Path) -> str:
+    """What tells the weights in a folder from others."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure on test videos, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -369,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         right = {str(budget): accuracy(model, test, args.test, budget) for budget in BUDGETS}
         about["model"] = shared | {
             "right, evenly spread, by tokens": right, "test": f"{args.test} videos of the test split",
-            "cpu_minutes": round(seconds / 60, 1),
+            "cpu_minutes": round(seconds / 60, 1), "sha256 of the small LLaVA": digest(args.llava or LLAVA),
         }  # fmt: skip
         model = copy.deepcopy(model).eval().half()
         model.set_attn_implementation("sdpa")

@@ -408,7 +408,7 @@ def test_quota_answers(tmp_path: Path) -> None:
                 least, most = {"QuoTA, true relevance": (98, 98), "uniform tokens": (6, 7)}.get(name, (0, 98))
                 assert least <= found["needle_tokens"] <= most
         assert (row["scorer_gmacs"] > 0) == (row["scorer_milliseconds"] > 0) == (name in quota.BY_CLIP)
-    assert all(rows["QuoTA, true relevance"]["kinds"][kind]["needle_first"] == 1 for kind in quota.LEARNED)
+    assert all(rows["QuoTA, true relevance"]["kinds"][kind]["needle_first"] == 1 for kind in quota.KINDS)
     assert rows["uniform frames"]["call_gmacs"] < even["call_gmacs"] < whole["call_gmacs"]
     assert rows["uniform frames"]["prefill_gmacs"] == even["prefill_gmacs"] < whole["prefill_gmacs"]
 
