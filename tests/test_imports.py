@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "accounting": GROUND | {"core", "ops", "methods"},
     "tuning": GROUND | {"core", "methods", "accounting"},
     "visualize": GROUND | {"core", "ops", "accounting"},
-    "demo": GROUND | {"core"},
+    "demo": GROUND | {"core", "ops"},
     "video": GROUND | {"core", "ops", "methods", "prompts", "accounting"},
     "train": {"methods"},
     "hosting": {"core", "hosts"},
