@@ -266,6 +266,26 @@ def quota_gap(budget: int, name: str, field: str, kind: str = "all") -> Callable
     return figure
 
 
+def quota_share(budget: int, name: str, field: str = "right", kind: str = "all") -> Callable[[Result], str]:
+    """One share of `quota_answers` in percent, for a sentence."""
+
+    def figure(result: Result) -> str:
+        (row,) = [row for row in result["rows"] if (row["budget"], row["name"]) == (budget, name)]
+        return f"{100 * row['kinds'][kind][field]:.1f}"
+
+    return figure
+
+
+def quota_time(name: str, budget: int) -> Callable[[Result], str]:
+    """The time of a call with that of the scorer, the whole video's = 1."""
+
+    def figure(result: Result) -> str:
+        (row,) = [row for row in result["rows"] if (row["budget"], row["name"]) == (budget, name)]
+        return f"{(row['milliseconds'] + row['scorer_milliseconds']) / result['rows'][0]['milliseconds']:.1f}"
+
+    return figure
+
+
 def quota_cost(result: Result) -> str:
     """Multiply-adds and times of a call about a video beside those of the whole video, and the scorer's, apart."""
     whole, rows = result["rows"][0], []
@@ -453,6 +473,25 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     **{f"answers-{tokens}": ("answers.json", answers(tokens)) for tokens in (98, 49, 22, 12)},
     "quota-answers": ("quota_answers.json", quota_answers),
     "quota-cost": ("quota_answers.json", quota_cost),
+    "quota-time": ("quota_answers.json", quota_time("QuoTA, rule", 49)),
+    "quota-whole": ("quota_answers.json", quota_share(784, "whole video")),
+    "quota-sixteenth": ("quota_answers.json", quota_share(49, "QuoTA, rule")),
+    **{f"quota-{b}": ("quota_answers.json", quota_gap(b, "QuoTA, rule", "over_tokens")) for b in (196, 98, 49)},
+    **{f"quota-frames-{b}": ("quota_answers.json", quota_gap(b, "QuoTA, rule", "over_frames")) for b in (196, 49)},
+    **{f"quota-random-{b}": ("quota_answers.json", quota_gap(b, "random scores", "over_tokens")) for b in (196, 49)},
+    **{f"quota-rule-{b}": ("quota_answers.json", quota_gap(b, "QuoTA, rule", "over_question")) for b in (196, 98, 49)},
+    **{
+        f"quota-{kind}-{short}": ("quota_answers.json", quota_gap(196, name, "over_tokens", kind))
+        for kind in ("count", "beside")
+        for short, name in (("rule", "QuoTA, rule"), ("true", "QuoTA, true relevance"))
+    },
+    "quota-beside-clue": ("quota_answers.json", quota_gap(196, "QuoTA, rule", "over_question", "beside")),
+    "quota-beside-whole": ("quota_answers.json", quota_share(784, "whole video", kind="beside")),
+    **{
+        f"quota-first-{kind}-{short}": ("quota_answers.json", quota_share(98, name, "needle_first", kind))
+        for kind in ("digit", "place", "count")
+        for short, name in (("question", "QuoTA, question"), ("clue", "QuoTA, clue"))
+    },
     "sparsifiner": ("train_sparsifiner.json", sparsifiner),
     "clip": ("train_clip.json", clip),
     "training": ("training.json", training),
