@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vtoken.accounting import compare
+
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "benchmarks/README.md")
 REGION = re.compile(r"(<!-- (?:table|figure): ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- (?:table|figure): ")
-DEMO_COLUMNS = (
-    "tokens", "GMACs", "FLOPs x", "speed x", "(min)", "effic.", "ideal", "saliency corr", "saliency err", "CLS cosine"
-)  # fmt: skip
 
 Result = dict[str, Any]
 
@@ -43,11 +42,7 @@ def copied(result: Result) -> str:
 
 def demo(result: Result) -> str:
     """The table that `python -m vtoken demo` prints."""
-    sizes = dict(zip(DEMO_COLUMNS, (6, 8, 8, 8, 7, 7, 7, 17, 17, 17), strict=True))
-    lines = [result["title"], " " * 24 + "".join(f"{name:>{size}}" for name, size in sizes.items())]
-    for row in result["rows"]:
-        lines.append(f"{row['name']:<24}" + "".join(f"{row[name]:>{size}}" for name, size in sizes.items()))
-    return "\n```\n" + "\n".join(lines) + "\n```\n"
+    return f"\n```\n{result['about']}\n{compare.table([compare.Row.of(row) for row in result['rows']])}\n```\n"
 
 
 def sparse(result: Result) -> str:
@@ -220,7 +215,8 @@ def answers(tokens: int) -> Callable[[Result], str]:
         chosen = [row for row in result["rows"] if row["budget"] == tokens]
         rows = [["most frequent answer", "", *(f"{100 * whole['guess'][kind]:.1f}" for kind in kinds), "", ""]]
         for row in (whole, *chosen):
-            cells = [row["name"], str(row["tokens"])]
+            placed = ", places kept" if row["positions"] == "original" else ""
+            cells = [row["name"] + placed, str(row["tokens"])]
             for kind in kinds:
                 found, mark = row["kinds"][kind], ""
                 gap = found.get("over_uniform")

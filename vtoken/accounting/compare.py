@@ -75,6 +75,11 @@ class Row:
     samples: int = 0
     dropped: int = 0
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Row:
+        """The row that `asdict` made these values of."""
+        return cls(**{**values, "quality": {name: Quality(**q) for name, q in values["quality"].items()}})
+
 
 def label(config: MethodConfig | None) -> str:
     """A short name of a setting: method and amount."""
@@ -235,8 +240,7 @@ def read(path: Path) -> list[Row]:
         raise ConfigError(f"{path}: no such file")
     try:
         values = json.loads(path.read_text())
-        found = [row | {"quality": {n: Quality(**q) for n, q in row["quality"].items()}} for row in values["rows"]]
-        rows = [Row(**row) for row in found]
+        rows = [Row.of(row) for row in values["rows"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a result of vtoken's demo or bench: {error!r}") from error
     if values.get("schema") != SCHEMA:
