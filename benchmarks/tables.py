@@ -34,12 +34,6 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n" + "\n".join(lines) + "\n"
 
 
-def copied(result: Result) -> str:
-    """A table whose rows hold the text of every cell: figures taken over from an earlier page."""
-    rows = result["rows"]
-    return markdown([column.strip() for column in rows[0]], [list(row.values()) for row in rows])
-
-
 def demo(result: Result) -> str:
     """The table that `python -m vtoken demo` prints."""
     return f"\n```\n{result['about']}\n{compare.table([compare.Row.of(row) for row in result['rows']])}\n```\n"
@@ -246,12 +240,29 @@ def dense(result: Result) -> str:
     return markdown(("", "FLOPs factor", "PiToMe", "ToMe"), rows)
 
 
-def dense_smaller(side: int, *, factor: bool = False) -> Callable[[Result], str]:
-    """Correlation or FLOPs factor of photographs of fewer pixels."""
+def clutter(result: Result) -> str:
+    """Top-1 on cluttered garments by ratio: mean and spread over seeds."""
+    found = {row["name"]: row for row in result["rows"]}
+    methods = {"pitome": "PiToMe", "tome": "ToMe", "random_merge": "random merging", "random_prune": "random pruning"}
+
+    def top1(name: str) -> str:
+        quality = found[name]["quality"]["top-1"]
+        return f"{quality['mean']:.3f} +- {quality['spread']:.3f}"
+
+    rows = [["unpatched", "1", top1("unpatched"), "", "", ""]]
+    for ratio in result["settings"]["ratio"]:
+        names = [f"{method} ratio={ratio:g}" for method in methods]
+        factors = sorted(found[name]["flops_factor"] for name in names)
+        rows.append([f"ratio {ratio}", f"{factors[0]:.2f} to {factors[-1]:.2f}", *map(top1, names)])
+    return markdown(("", "FLOPs factor", *methods.values()), rows)
+
+
+def quality(name: str, field: str, *, factor: bool = False) -> Callable[[Result], str]:
+    """One mean of `quality.py`, or its FLOPs factor, for a sentence."""
 
     def figure(result: Result) -> str:
-        (row,) = [row for row in result["rows"] if row["name"] == f"low resolution {side} px"]
-        return f"{row['flops_factor']:.2f}" if factor else f"{row['quality']['saliency corr']['mean']:.3f}"
+        (row,) = [row for row in result["rows"] if row["name"] == name]
+        return f"{row['flops_factor']:.2f}" if factor else f"{row['quality'][field]['mean']:.3f}"
 
     return figure
 
@@ -383,11 +394,19 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo.json", demo),
     "demo-torch": ("demo.json", torch_version),
     "dense": ("quality_dense.json", dense),
-    "dense-168": ("quality_dense.json", dense_smaller(168)),
-    "dense-168-flops": ("quality_dense.json", dense_smaller(168, factor=True)),
-    "dense-126": ("quality_dense.json", dense_smaller(126)),
-    "dense-126-flops": ("quality_dense.json", dense_smaller(126, factor=True)),
-    "clutter": ("quality_clutter.json", copied),
+    **{
+        f"dense-{side}": ("quality_dense.json", quality(f"low resolution {side} px", "saliency corr"))
+        for side in (168, 126)
+    },
+    **{
+        f"dense-{side}-flops": ("quality_dense.json", quality(f"low resolution {side} px", "", factor=True))
+        for side in (168, 126)
+    },
+    "clutter": ("quality_clutter.json", clutter),
+    "clutter-stride": ("quality_clutter.json", quality("stride 2", "top-1")),
+    "clutter-stride-flops": ("quality_clutter.json", quality("stride 2", "", factor=True)),
+    "clutter-80": ("quality_clutter.json", quality("low resolution 80 px", "top-1")),
+    "clutter-80-flops": ("quality_clutter.json", quality("low resolution 80 px", "", factor=True)),
     "mllm": ("mllm.json", prompts),
     "mllm-families": ("mllm.json", families),
     "mllm-choice": ("mllm.json", choosing),
