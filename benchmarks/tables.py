@@ -378,6 +378,21 @@ def tuned(result: Result) -> str:
     return markdown((*head, "what tuning took, by seed"), rows)
 
 
+def sources(results: Path, problems: list[str]) -> str:
+    """Which command gave which result file, when and on what; files that do not say so are added to `problems`."""
+    rows = []
+    for path in sorted(results.glob("*.json")):
+        result = json.loads(path.read_text())
+        if missing := {"command", "environment"} - result.keys():
+            problems.append(f"{path} does not say its {' and '.join(sorted(missing))}")
+            continue
+        where = result["environment"]
+        threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+        rows.append([f"`{path.name}`", f"`{result['command']}`", where["date"],
+                     f"torch {where['torch'].split('+')[0]}, {threads}"])  # fmt: skip
+    return markdown(("file", "command", "day", "on"), rows)
+
+
 def torch_version(result: Result) -> str:
     """The release of torch that gave the figures."""
     return str(result["environment"]["torch"]).split("+")[0]
@@ -447,6 +462,8 @@ def rewritten(text: str, results: Path, used: set[str], problems: list[str]) -> 
 
     def region(match: re.Match[str]) -> str:
         opening, name, _, end = match.groups()
+        if name == "sources":
+            return opening + sources(results, problems) + end
         if name not in TABLES:
             problems.append(f"{opening}: no such table or figure; there are {', '.join(TABLES)}")
             return match[0]

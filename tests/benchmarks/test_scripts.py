@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import json
 import os
@@ -62,11 +63,13 @@ def run(tmp_path: Path, name: str, *options: str, code: int = 0) -> tuple[dict[s
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == code, done.stdout + done.stderr
     values: dict[str, Any] = json.loads(out.read_text())
-    assert list(values)[:4] == ["schema", "benchmark", "settings", "environment"]
+    assert list(values)[:5] == ["schema", "benchmark", "command", "settings", "environment"]
     assert list(values)[-1] == "rows"
     assert values["schema"] == compare.SCHEMA
     assert values["benchmark"] == name
-    assert values["settings"]["out"] == str(out)
+    assert values["command"] == shlex.join(command[1:-2]).replace("benchmarks", "python benchmarks", 1)
+    assert str(tmp_path) not in out.read_text(), "it says nothing of the machine's folders"
+    assert values["environment"]["date"] == datetime.date.today().isoformat()
     assert values["environment"]["device"].startswith("cpu: ")
     assert values["environment"]["threads"] == 1
     assert values["environment"]["torch"] == torch.__version__

@@ -94,7 +94,9 @@ def test_unknown_names_missing_and_unused_files_are_found(
 
     (results / "stray.json").write_text("{}")
     assert tables.main(options, copy) == 1
-    assert "stray.json is used on no page" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "stray.json is used on no page" in told
+    assert "stray.json does not say its command and environment" in told
     (results / "stray.json").unlink()
 
     page.write_text(good + "<!-- table: none -->\n<!-- end -->\n")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import datetime
 import importlib.metadata
 import json
 import platform
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,11 +200,21 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def command(program: str, arguments: Sequence[str]) -> str:
+    """The line that runs a script again; where its files went (--out FOLDER) does not belong to what it did."""
+    kept = list(arguments)
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return shlex.join(["python", program, *kept])
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+    """What a figure depends on besides the code, and the day."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {name: _version(package) for name, package in _PACKAGES.items()}
-    return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
+    day = datetime.date.today().isoformat()
+    return {"date": day, "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
             "python": platform.python_version(), "torch": torch.__version__} | versions  # fmt: skip
 
 
