@@ -13,7 +13,7 @@ from vtoken import checks
 from vtoken.accounting.ideal import Narrowing
 from vtoken.accounting.meter import Meter, Repeats
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, build_methods, enter, is_applied, remove
+from vtoken.core.apply import Config, build_methods, enter
 from vtoken.core.config import MethodConfig
 from vtoken.core.counts import chosen, plan_of, removing
 from vtoken.core.host import Host
@@ -231,8 +231,6 @@ def costs(
     """
     tokens, model = counts.least, host.model
     shadow = host.of(meta_copy(model))
-    if is_applied(shadow.model):
-        remove(shadow.model)
     repeats = Repeats()
     try:
         before = _count(shadow, size, repeats)
