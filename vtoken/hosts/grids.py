@@ -14,8 +14,8 @@ from torch import Tensor
 from vtoken.core.patch import base_of
 from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
+from vtoken.core.watch import Watch
 from vtoken.errors import ShapeError, UnsupportedModelError
-from vtoken.hosts.watch import Watch
 from vtoken.prompts.family import Family, need
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -109,9 +109,8 @@ class GridFamily(Family):
         Pieces of a video are its cells, as no token looks beyond its own.
         """
         kind, inner, seen = visuals[0].kind, model.model, list[Tensor]()
-        blocks = self.blocks_of(model)
-        keys_of = (needs.layers[-1] if needs.layers else len(blocks) - 1) if "keys" in needs.features else None
-        watch, before = Watch(needs.layers, needs.attention, keys_of), "before" in needs.features
+        last, before = len(self.blocks_of(model)) - 1, "before" in needs.features
+        watch = Watch.of(needs, last, joined=True)
         if watch.reads or before:
             inner = self.watched(model, watch, self.reading(model, seen.append) if before else {})
         run = getattr(inner, f"get_{kind}_features")
@@ -127,11 +126,11 @@ class GridFamily(Family):
             levels = [list(torch.cat(level).split(lengths)) for level in pieces]
             out = self.outputs(model, out, levels)
         read = {"before": seen[0]} if seen else {}
-        rows = watch.attention()
-        if rows is not None:
+        rows = watch.each(last)[0]
+        if rows:
             read["attention"] = torch.stack([row[0].to(rows[-1][0].device) for row in rows], dim=-1)
-        if watch.projected is not None:
-            read["keys"] = self.keys_in(model, watch.projected)
+        if watch.keys is not None:
+            read["keys"] = watch.keys
         taps = {}
         for tap, found in read.items():
             if len(found) != sum(lengths):  # rows of patches
@@ -173,10 +172,6 @@ class GridFamily(Family):
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """What stands, by attribute, in the model so that patches are taken as they leave the tower's blocks."""
-        raise NotImplementedError
-
-    def keys_in(self, model: Any, projected: Tensor) -> Tensor:
-        """Keys [patches, D], mean over heads, in what the module that makes them gave."""
         raise NotImplementedError
 
     def order(self, model: Any, grids: Tensor) -> Tensor | None:

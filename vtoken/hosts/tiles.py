@@ -16,8 +16,10 @@ from vtoken.core.host import keys_of
 from vtoken.core.patch import base_of, view
 from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
+from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError
-from vtoken.hosts.watch import Reader, Watch
+from vtoken.hosts.by_name import watched_by_name
+from vtoken.hosts.exchanged import Overheard
 from vtoken.prompts.family import Family, linear_macs, named_for, rows_of
 
 
@@ -47,7 +49,7 @@ class Tiles(Family):
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """What stands in the inner model so that rows in front of the projector [tiles, n, C0] are taken."""
-        return {"multi_modal_projector": Reader(model.model.multi_modal_projector, before=take)}
+        return {"multi_modal_projector": Overheard(model.model.multi_modal_projector, before=take)}
 
     def images(self, ids: Tensor, runs: list[Run], tiles: list[int]) -> list[int]:
         """Tiles of every image, from those of every run of placeholders."""
@@ -131,11 +133,11 @@ class Tiles(Family):
     def encode(self, model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: Needs) -> Encoded:
         """By the model's own `get_image_features`."""
         inner, tower, seen = model.model, self.tower(model), list[Tensor]()
-        last = needs.layers[-1] if needs.layers else self.last(model, given)
-        watch = Watch(needs.layers, needs.attention, last if "keys" in needs.features else None)
+        last = self.last(model, given)
+        watch = Watch.of(needs, last, joined=True)
         parts: dict[str, Any] = {}
         if watch.reads:
-            parts[self.tower_name] = watch.over(tower, self.path, self.attention, self.keys)
+            parts[self.tower_name] = watched_by_name(watch, tower, self.path, self.attention, self.keys)
         if "before" in needs.features:
             parts |= self.reading(model, seen.append)
         named = self.arguments(model, given)
@@ -147,12 +149,11 @@ class Tiles(Family):
             """Rows [tiles, n, c] by visual."""
             return list(rows.flatten(0, -2).split(lengths))
 
-        found, attention, keys = watch.attention(), None, None
-        if found is not None:
+        found, attention, keys = watch.each(last)[0], None, None
+        if found:
             attention = [rows.T for rows in split(self.means(model, given, torch.stack(found, dim=-1)))]
-        if watch.projected is not None:
-            heads = int(tower.config.num_attention_heads)
-            keys = split(self.means(model, given, watch.projected.unflatten(-1, (heads, -1)).float().mean(-2)))
+        if watch.keys is not None:
+            keys = split(self.means(model, given, watch.keys))
         return Encoded({"image": out}, [split(rows_of(out))], attention, split(seen[0]) if seen else None, keys)
 
     def check_tokens(self, model: Any, out: Any, given: dict[str, Any], lengths: Sequence[int]) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from vtoken.core.calling import call_with
 from vtoken.core.visual import Needs
 from vtoken.errors import ConfigError
+from vtoken.hosts.exchanged import Exchanged
 from vtoken.hosts.llava.features import feature_layer
 from vtoken.hosts.tiles import Run, Tiles, named_in_front
-from vtoken.hosts.watch import Exchanged
 
 
 class Cohere2Vision(Tiles):

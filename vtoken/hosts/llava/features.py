@@ -18,6 +18,7 @@ from vtoken.core.patch import is_patched, view
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
+from vtoken.hosts.exchanged import Overheard
 from vtoken.hosts.transformers.families import num_prefix
 
 #: Where transformers keeps the image tower inside the inner model.
@@ -73,14 +74,13 @@ def encode(model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: 
     """
     name, tower = tower_of(model)
     reads = needs.attention != "none" or "keys" in needs.features
-    last, wants_keys = feature_layer(model, given), "keys" in needs.features
-    rows = Watch(needs.layers, "cls" if needs.attention == "class" else "received", keys=wants_keys)
-    packing, seen = Packing(model.model), _Input(model.model.multi_modal_projector)
+    last = feature_layer(model, given)
+    rows, packing, seen = Watch.of(needs, last), Packing(model.model), list[Tensor]()
     if reads and not is_patched(tower):
         raise changed("the image tower", tower)
     parts: dict[str, Any] = {name: functools.partial(tower, vtoken_rows=rows)} if is_patched(tower) else {}
     if "before" in needs.features:
-        parts["multi_modal_projector"] = seen
+        parts["multi_modal_projector"] = Overheard(model.model.multi_modal_projector, before=seen.append)
     packs = hasattr(model.model, "pack_image_features")
     if packs:
         parts["pack_image_features"] = packing.watch
@@ -106,22 +106,10 @@ def encode(model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: 
         attention = [row.T for row in laid_out(stacked, -1.0)]
     if rows.keys is not None:
         keys = laid_out(rows.keys[:, first:].to(rows.keys), 0.0, fixed)
-    if seen.rows is not None:
-        before = laid_out(seen.rows, 0.0, fixed)
+    if seen:
+        before = laid_out(seen[0], 0.0, fixed)
     places = None if anchors is None else tuple((anchors[:, first:] - prefix).to(device))
     return Encoded({"image": output}, [features], attention, before, keys, places, first - prefix)
-
-
-class _Input:
-    """Stands where the projector stood, and keeps what it is given."""
-
-    def __init__(self, projector: Any) -> None:
-        self._projector = projector
-        self.rows: Tensor | None = None
-
-    def __call__(self, rows: Tensor) -> Any:
-        self.rows = rows
-        return self._projector(rows)
 
 
 class Packing:

@@ -24,11 +24,11 @@ from vtoken.core.trace import current_trace, tracing, unmerge
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
+from vtoken.hosts.exchanged import Overheard
 from vtoken.hosts.llava.adapter import LlavaAdapter
 from vtoken.hosts.llava.features import LAYER_NAMES, drops_first, feature_layer, layers_of, tower_of
 from vtoken.hosts.transformers.entry import will_remove
 from vtoken.hosts.transformers.families import num_prefix
-from vtoken.hosts.watch import Reader
 from vtoken.prompts.family import named_for
 
 
@@ -141,7 +141,8 @@ class LlavaVideo(LlavaAdapter):
         """Of frames [F, C, H, W] their "rows" [F, n, C], and what else was asked for by its name."""
         (name, tower), inner, first = tower_of(model), model.model, int(drops_first(model, given))
         native, before = list[Tensor](), list[Tensor]()
-        watch = Watch(needs.layers, "cls" if needs.attention == "class" else "received", keys="keys" in needs.features)
+        last = feature_layer(model, given)
+        watch = Watch.of(needs, last)
         reads = needs.attention != "none" or "keys" in needs.features
         if reads and not is_patched(tower):
             raise changed("the image tower", tower)
@@ -149,8 +150,8 @@ class LlavaVideo(LlavaAdapter):
         pooler = "vision_resampler" if self.pools_first else "apply_pooling"
         parts: dict[str, Any] = {
             name: functools.partial(_dense, tower, run, layers_of(model, given)),
-            pooler: Reader(getattr(inner, pooler), before=native.append),
-            "multi_modal_projector": Reader(inner.multi_modal_projector, before=before.append),
+            pooler: Overheard(getattr(inner, pooler), before=native.append),
+            "multi_modal_projector": Overheard(inner.multi_modal_projector, before=before.append),
         }
         function = view(inner, **parts).get_video_features
         takes = inspect.signature(function).parameters
@@ -164,7 +165,7 @@ class LlavaVideo(LlavaAdapter):
         if "before" in needs.features:
             found["before"] = before[0] if self.pools_first else self.pooled(model, before[0])
         if needs.attention != "none":
-            each = watch.each(feature_layer(model, given))[0]
+            each = watch.each(last)[0]
             found["attention"] = self.pooled(model, torch.stack(each, dim=-1)[:, first:])
         if watch.keys is not None:
             found["keys"] = self.pooled(model, watch.keys[:, first:])

@@ -20,9 +20,9 @@ from vtoken.core.patch import base_of
 from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.errors import ConfigError, ShapeError
+from vtoken.hosts.exchanged import Exchanged, Overheard
 from vtoken.hosts.llava.features import feature_layer
 from vtoken.hosts.tiles import Tiles
-from vtoken.hosts.watch import Exchanged, Reader
 from vtoken.prompts.family import linear_macs, need
 
 
@@ -102,7 +102,7 @@ class Mistral3(Tiles):
         """Where the patches of a token lie side by side."""
         projector = model.model.multi_modal_projector
         merger = projector.patch_merger
-        read = Exchanged(merger, {"merging_layer": Reader(merger.merging_layer, before=take)})
+        read = Exchanged(merger, {"merging_layer": Overheard(merger.merging_layer, before=take)})
         return {"multi_modal_projector": Exchanged(projector, {"patch_merger": read})}
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class LlavaPixtral(Mistral3):
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """What goes into the projector."""
-        return {"multi_modal_projector": Reader(model.model.multi_modal_projector, before=take)}
+        return {"multi_modal_projector": Overheard(model.model.multi_modal_projector, before=take)}
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
         """By the projector."""

@@ -13,10 +13,12 @@ from vtoken.core.config import MethodConfig
 from vtoken.core.patch import base_of, view
 from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Needs, TowerFacts, Visual
+from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, InputError, ShapeError
+from vtoken.hosts.by_name import watched_by_name
+from vtoken.hosts.exchanged import Overheard
 from vtoken.hosts.grids import GridFamily
 from vtoken.hosts.qwen.positions import places
-from vtoken.hosts.watch import Reader, Watch
 from vtoken.prompts.calls import refuse_chunks
 from vtoken.prompts.family import linear_macs, takes_outputs
 
@@ -69,16 +71,12 @@ class QwenVL(GridFamily):
 
     def watched(self, model: Any, watch: Watch, parts: dict[str, Any]) -> Any:
         """The merger is a part of the tower."""
-        return view(model.model, visual=watch.over(self.tower(model), self.path, self.attention, self.keys, **parts))
+        tower = watched_by_name(watch, self.tower(model), self.path, self.attention, self.keys, **parts)
+        return view(model.model, visual=tower)
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """In front of the merger."""
-        return {"merger": Reader(self.tower(model).merger, before=take)}
-
-    def keys_in(self, model: Any, projected: Tensor) -> Tensor:
-        """One module makes queries, keys and values."""
-        heads = int(self.tower(model).blocks[0].attn.num_heads)
-        return projected.unflatten(1, (3, heads, -1))[:, 1].float().mean(1)
+        return {"merger": Overheard(self.tower(model).merger, before=take)}
 
     def order(self, model: Any, grids: Tensor) -> Tensor | None:
         """Where every token of the prompt is among those of the tower, which Qwen2.5-VL sorts by windows."""

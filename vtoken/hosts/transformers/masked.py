@@ -15,10 +15,11 @@ from vtoken.core.patch import is_patched
 from vtoken.core.spec import PatchSpec
 from vtoken.core.watch import Row, Watch
 from vtoken.errors import UnsupportedModelError
+from vtoken.hosts.exchanged import with_layers
 from vtoken.hosts.transformers.entry import asked, install_hooks
 from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, path_of
 from vtoken.hosts.transformers.images import Pixels, pair
-from vtoken.hosts.transformers.watched import read, with_layers
+from vtoken.hosts.transformers.watched import read
 from vtoken.hosts.watched import watched
 from vtoken.ops.rows import take_rows
 

@@ -12,9 +12,11 @@ from vtoken.core.config import MethodConfig
 from vtoken.core.patch import view
 from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
+from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
+from vtoken.hosts.by_name import watched_by_name
+from vtoken.hosts.exchanged import Overheard
 from vtoken.hosts.grids import GridFamily
-from vtoken.hosts.watch import Reader, Watch
 from vtoken.prompts.family import linear_macs, need
 
 
@@ -94,22 +96,17 @@ class VideoLlama3(GridFamily):
 
     def watched(self, model: Any, watch: Watch, parts: dict[str, Any]) -> Any:
         """The projector stands behind the tower."""
-        tower = watch.over(self.tower(model), self.path, self.attention, self.keys)
+        tower = watched_by_name(watch, self.tower(model), self.path, self.attention, self.keys)
         return view(model.model, vision_model=tower, **parts)
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """Behind the mean over a block."""
-        return {"projector": Reader(model.model.projector, before=take)}
+        return {"projector": Overheard(model.model.projector, before=take)}
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
         """By the projector."""
         projected: Tensor = model.model.projector(rows)
         return projected
-
-    def keys_in(self, model: Any, projected: Tensor) -> Tensor:
-        """Mean over heads."""
-        heads = int(self.tower(model).encoder.layers[0].self_attn.num_heads)
-        return projected.unflatten(-1, (heads, -1)).float().mean(-2)
 
     def visual(self, model: Any, size: tuple[int, int], configs: Sequence[MethodConfig] = ()) -> Visual:
         """One image of `size` pixels; the processor's own merge size of images is 1."""
