@@ -65,21 +65,9 @@ class Tiles(Family):
                 f"{type(tower).__qualname__}, understood: {', '.join(sorted(n for _, n in self.towers))}. The model "
                 "was left as it was."
             )
-        config = tower.config
-        width, heads = int(config.hidden_size), int(config.num_attention_heads)
-        return HostSpec(
-            name=type(model).__name__,
-            depth=len(self._blocks(model)),
-            width=width,
-            num_heads=heads,
-            head_dim=width // heads,
-            num_prefix=self.prefix,
-            grid=self.patches(model),
-            pooling="",
-            position="absolute",
-            fixed_size=True,
-            class_token=self.prefix > 0,
-        )
+        width, heads = int(tower.config.hidden_size), int(tower.config.num_attention_heads)
+        grid = self.patches(model)
+        return self.measured(model, self._blocks(model), width, heads, prefix=self.prefix, grid=grid)
 
     def tower(self, model: nn.Module) -> Any:
         """The image tower."""
