@@ -20,6 +20,7 @@ from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError
 from vtoken.hosts.by_name import watched_by_name
 from vtoken.hosts.exchanged import Overheard
+from vtoken.hosts.hidden_states import last_read
 from vtoken.prompts.family import Family, linear_macs, named_for, rows_of
 
 
@@ -44,8 +45,8 @@ class Tiles(Family):
         return 1
 
     def last(self, model: Any, given: dict[str, Any]) -> int:
-        """The block whose output the projector reads."""
-        return len(self._blocks(model)) - 1
+        """The block whose output the projector reads, as the call or the settings say."""
+        return last_read(model.config, len(self._blocks(model)), given)
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """What stands in the inner model so that rows in front of the projector [tiles, n, C0] are taken."""

@@ -11,7 +11,6 @@ from vtoken.core.calling import call_with
 from vtoken.core.visual import Needs
 from vtoken.errors import ConfigError
 from vtoken.hosts.exchanged import Exchanged
-from vtoken.hosts.llava.features import feature_layer
 from vtoken.hosts.tiles import Run, Tiles, named_in_front
 
 
@@ -57,10 +56,6 @@ class AyaVision(Cohere2Vision):
     name = "transformers Aya Vision"
     models = frozenset({("aya_vision", "AyaVisionForConditionalGeneration")})
     side = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
-
-    def last(self, model: Any, given: dict[str, Any]) -> int:
-        """As the settings or the call say."""
-        return feature_layer(model, given)
 
     def images(self, ids: Tensor, runs: list[Run], tiles: list[int]) -> list[int]:
         """It is the last one of its image."""

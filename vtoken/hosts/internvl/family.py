@@ -8,7 +8,6 @@ from torch import Tensor
 
 from vtoken.core.visual import Needs
 from vtoken.errors import ConfigError
-from vtoken.hosts.llava.features import feature_layer
 from vtoken.hosts.tiles import Run, Tiles
 
 
@@ -24,10 +23,6 @@ class InternVL(Tiles):
     def side_of(self, model: Any) -> int:
         """By the ratio of its settings."""
         return round(1 / float(model.config.downsample_ratio))
-
-    def last(self, model: Any, given: dict[str, Any]) -> int:
-        """As the settings or the call say."""
-        return feature_layer(model, given)
 
     def images(self, ids: Tensor, runs: list[Run], tiles: list[int]) -> list[int]:
         """Those of one run."""

@@ -19,13 +19,13 @@ from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.hosts.exchanged import Overheard
+from vtoken.hosts.hidden_states import LAYER_NAMES, last_read
 from vtoken.hosts.transformers.families import num_prefix
 
 #: Where transformers keeps the image tower inside the inner model.
 TOWER_NAMES = ("vision_tower", "image_tower")
-#: Names of the images' argument and of the feature layer's, over the versions.
+#: Names of the images' argument, over the versions.
 PIXELS = ("pixel_values", "pixel_values_images")
-LAYER_NAMES = ("vision_feature_layer", "vision_feature_layers")
 #: Arguments that say how images are encoded; they go once images have become features.
 IMAGE_SIDE = (
     *PIXELS, *LAYER_NAMES, "image_sizes", "batch_num_images", "vision_feature_select_strategy", "vision_aspect_ratio",
@@ -39,17 +39,9 @@ def tower_of(model: Any) -> tuple[str, Any]:
     return name, getattr(model.model, name)
 
 
-def layers_of(model: Any, given: dict[str, Any] | None = None) -> list[int]:
-    """The hidden states that the projector reads, as the call or the configuration numbers them."""
-    named = [(given or {}).get(n) for n in LAYER_NAMES] + [getattr(model.config, n, None) for n in LAYER_NAMES]
-    value = next(v for v in named if v is not None)
-    return [value] if isinstance(value, int) else list(value)
-
-
 def feature_layer(model: Any, given: dict[str, Any] | None = None) -> int:
     """The block whose output the projector reads, -1 for the embeddings; of several layers the last one."""
-    states = int(tower_of(model)[1].config.num_hidden_layers) + 1
-    return max(v % states for v in layers_of(model, given)) - 1
+    return last_read(model.config, int(tower_of(model)[1].config.num_hidden_layers), given)
 
 
 def drops_first(model: Any, given: dict[str, Any] | None = None) -> bool:

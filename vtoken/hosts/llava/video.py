@@ -25,8 +25,9 @@ from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.hosts.exchanged import Overheard
+from vtoken.hosts.hidden_states import LAYER_NAMES, states_read
 from vtoken.hosts.llava.adapter import LlavaAdapter
-from vtoken.hosts.llava.features import LAYER_NAMES, drops_first, feature_layer, layers_of, tower_of
+from vtoken.hosts.llava.features import drops_first, feature_layer, tower_of
 from vtoken.hosts.transformers.entry import will_remove
 from vtoken.hosts.transformers.families import num_prefix
 from vtoken.prompts.family import named_for
@@ -149,7 +150,7 @@ class LlavaVideo(LlavaAdapter):
         run: Any = functools.partial(tower, vtoken_rows=watch) if reads else tower
         pooler = "vision_resampler" if self.pools_first else "apply_pooling"
         parts: dict[str, Any] = {
-            name: functools.partial(_dense, tower, run, layers_of(model, given)),
+            name: functools.partial(_dense, tower, run, states_read(model.config, given) or [-1]),
             pooler: Overheard(getattr(inner, pooler), before=native.append),
             "multi_modal_projector": Overheard(inner.multi_modal_projector, before=before.append),
         }

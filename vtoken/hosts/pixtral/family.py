@@ -21,7 +21,6 @@ from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.hosts.exchanged import Exchanged, Overheard
-from vtoken.hosts.llava.features import feature_layer
 from vtoken.hosts.tiles import Tiles
 from vtoken.prompts.family import linear_macs, need
 
@@ -46,10 +45,6 @@ class Mistral3(Tiles):
     def patches(self, model: Any) -> tuple[int, int]:
         """Not known before an image comes."""
         return 1, 1
-
-    def last(self, model: Any, given: dict[str, Any]) -> int:
-        """As the settings or the call say."""
-        return feature_layer(model, given)
 
     def layout(self, model: Any, given: dict[str, Any]) -> list[Visual]:
         """From the sizes of the images; they are filled up to one size."""

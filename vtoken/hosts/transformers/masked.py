@@ -65,12 +65,17 @@ def masked_tower(tower: Any, rows: Tensor | None, watch: Watch | None = None) ->
     return functools.partial(_run, tower, parts)
 
 
-def run_masked(tower: Any, images: Tensor, rows: Tensor | None, watch: Watch | None) -> tuple[Tensor, Tensor]:
-    """Pooled features, twice: a projection, where there is one, belongs to the model around the tower."""
-    given = family_of(tower).images.arguments(tower.config, images)
+def run_masked(
+    model: Any, images: Tensor, rows: Tensor | None, watch: Watch | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pooled features, twice: a projection, where there is one, belongs to the model around the tower.
+
+    Patches are left out in front of the first layer.
+    """
+    given = family_of(model).images.arguments(model.config, images)
     if watch is not None:  # transformers would install its recording hooks on stand-ins
         given |= {"output_hidden_states": False, "output_attentions": False}
-    pooled: Tensor = masked_tower(tower, rows, watch)(**given, return_dict=True).pooler_output
+    pooled: Tensor = masked_tower(model, rows, watch)(**given, return_dict=True).pooler_output
     return pooled, pooled
 
 
