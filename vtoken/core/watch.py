@@ -105,8 +105,8 @@ class Watch:
     def each(self, last: int) -> tuple[list[Tensor], Tensor | None]:
         """The same without becoming one: [B, T] for every block; of joined rows [1, T]."""
         slot = Slot() if self._state is None else self._state.slots[last + 1]
-        if slot.anchor is not None and self._state is not None and self._state.method.order == "raster":
-            slot = slot.in_raster_order(slot.anchor.new_empty(*slot.anchor.shape, 0))[1]
+        if self._state is not None and self._state.method.order == "raster":
+            slot = slot.raster()
         return [self._carried(layer, slot) for layer in self.layers], slot.anchor
 
     def _carried(self, layer: int, slot: Slot) -> Tensor:

@@ -18,13 +18,9 @@ from vtoken.core.spec import PatchSpec
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.timm.watched import attend, read
+from vtoken.hosts.tower import PATCHED, patched_inside
 from vtoken.hosts.watched import watched
 from vtoken.ops.rows import take_rows
-
-PATCHED = (
-    "it carries a method of vtoken.apply, which would be bypassed; call vtoken.remove(model) while training, methods "
-    "work in eval mode"
-)
 
 
 def patch_spec(model: Any) -> PatchSpec:
@@ -53,11 +49,6 @@ def _problem(tower: Any) -> str | None:
         if not isinstance(block.attn, Attention) or type(block.attn.qkv) is not nn.Linear:
             return f"one of its attentions is a {type(block.attn).__qualname__} that is not plain"
     return None
-
-
-def patched_inside(tower: nn.Module) -> str | None:
-    """Why no patches are left out of a tower that carries a method; None if it does not."""
-    return PATCHED if any(is_patched(module) for module in tower.modules()) else None
 
 
 def refused(tower: nn.Module, why: str) -> UnsupportedModelError:

@@ -16,6 +16,7 @@ from vtoken.core.spec import PatchSpec
 from vtoken.core.watch import Row, Watch
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.exchanged import with_layers
+from vtoken.hosts.tower import PATCHED, patched_inside
 from vtoken.hosts.transformers.entry import asked, install_hooks
 from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, path_of
 from vtoken.hosts.transformers.images import Pixels, pair
@@ -30,8 +31,9 @@ _EMBEDS = ("embeddings.patch_embedding", "embeddings.patch_embeddings")
 def patch_spec(tower: Any) -> PatchSpec:
     """What is known of its patches; see `HostAdapter.patch_spec`."""
     family, config = family_of(tower), tower.config
-    if any(is_patched(module) for module in tower.modules()):
-        raise _refused(tower, _PATCHED)
+    why = patched_inside(tower)
+    if why:
+        raise _refused(tower, why)
     names = dict(tower.named_modules())
     embed = next((name for name in _EMBEDS if name in names), None)
     if embed is None or family.rotary or type(family.images) is not Pixels or family.images.resize is None:
@@ -46,16 +48,10 @@ def patch_spec(tower: Any) -> PatchSpec:
     )  # fmt: skip
 
 
-_PATCHED = (
-    "it carries a method of vtoken.apply, which would be bypassed; call vtoken.remove(model) while training, methods "
-    "work in eval mode"
-)
-
-
 def masked_tower(tower: Any, rows: Tensor | None, watch: Watch | None = None) -> Callable[..., Any]:
     """The tower, to be called as itself, of whose tokens `rows` go on; see `HostAdapter.masked`."""
     if is_patched(tower):
-        raise _refused(tower, _PATCHED)
+        raise _refused(tower, PATCHED)
     if rows is None and watch is None:
         return tower  # type: ignore[no-any-return]
     parts = with_layers(tower, path_of(tower), functools.partial(_layers, rows, watch))
