@@ -11,6 +11,7 @@ from vtoken.core.calling import call_with
 from vtoken.core.visual import Needs
 from vtoken.errors import ConfigError
 from vtoken.hosts.exchanged import Exchanged
+from vtoken.hosts.hidden_states import STRATEGY, drops_first
 from vtoken.hosts.tiles import Run, Tiles, named_in_front
 
 
@@ -55,7 +56,7 @@ class AyaVision(Cohere2Vision):
 
     name = "transformers Aya Vision"
     models = frozenset({("aya_vision", "AyaVisionForConditionalGeneration")})
-    side = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
+    side = ("pixel_values", "vision_feature_layer", STRATEGY)
 
     def images(self, ids: Tensor, runs: list[Run], tiles: list[int]) -> list[int]:
         """It is the last one of its image."""
@@ -64,8 +65,7 @@ class AyaVision(Cohere2Vision):
     def refuse(self, model: Any, given: dict[str, Any], needs: Needs) -> None:
         """SigLIP has no class token that could be dropped."""
         super().refuse(model, given, needs)
-        name = "vision_feature_select_strategy"
-        if (given.get(name) or getattr(model.config, name)) != "full":
+        if drops_first(model, given):
             raise ConfigError(
-                f"{type(model).__name__} with {name}='default' drops a patch for a class token that its tower lacks"
+                f"{type(model).__name__} with {STRATEGY}='default' drops a patch for a class token that its tower lacks"
             )

@@ -19,7 +19,7 @@ from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.hosts.exchanged import Overheard
-from vtoken.hosts.hidden_states import LAYER_NAMES, last_read
+from vtoken.hosts.hidden_states import LAYER_NAMES, STRATEGY, drops_first, last_read
 from vtoken.hosts.transformers.families import num_prefix
 
 #: Where transformers keeps the image tower inside the inner model.
@@ -28,7 +28,7 @@ TOWER_NAMES = ("vision_tower", "image_tower")
 PIXELS = ("pixel_values", "pixel_values_images")
 #: Arguments that say how images are encoded; they go once images have become features.
 IMAGE_SIDE = (
-    *PIXELS, *LAYER_NAMES, "image_sizes", "batch_num_images", "vision_feature_select_strategy", "vision_aspect_ratio",
+    *PIXELS, *LAYER_NAMES, "image_sizes", "batch_num_images", STRATEGY, "vision_aspect_ratio",
     "interpolate_pos_encoding",
 )  # fmt: skip
 
@@ -42,13 +42,6 @@ def tower_of(model: Any) -> tuple[str, Any]:
 def feature_layer(model: Any, given: dict[str, Any] | None = None) -> int:
     """The block whose output the projector reads, -1 for the embeddings; of several layers the last one."""
     return last_read(model.config, int(tower_of(model)[1].config.num_hidden_layers), given)
-
-
-def drops_first(model: Any, given: dict[str, Any] | None = None) -> bool:
-    """Whether the first row that leaves the tower is thrown away: the class token, if there is one."""
-    name = "vision_feature_select_strategy"
-    strategy = (given or {}).get(name) or getattr(model.config, name, "default")  # ViP-LLaVA has no such setting
-    return bool(strategy == "default")
 
 
 def image_arguments(model: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +125,7 @@ def packed_visual(model: Any, patches: int, crops: int, size: Sequence[int], asp
     if patches != side * side:
         raise ShapeError(f"{patches} tokens of a crop cannot be packed on a grid of {side} x {side}")
     # The two classes name different options; what is not given has the default of the configuration.
-    options: dict[str, Any] = {"vision_feature_select_strategy": "full"}
+    options: dict[str, Any] = {STRATEGY: "full"}
     if hasattr(model.config, "vision_aspect_ratio"):
         options = {"vision_aspect_ratio": model.config.vision_aspect_ratio if aspect is None else aspect}
     packed, _ = model.model.pack_image_features(

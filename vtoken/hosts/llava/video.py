@@ -25,9 +25,9 @@ from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.hosts.exchanged import Overheard
-from vtoken.hosts.hidden_states import LAYER_NAMES, states_read
+from vtoken.hosts.hidden_states import LAYER_NAMES, STRATEGY, drops_first, states_read
 from vtoken.hosts.llava.adapter import LlavaAdapter
-from vtoken.hosts.llava.features import drops_first, feature_layer, tower_of
+from vtoken.hosts.llava.features import feature_layer, tower_of
 from vtoken.hosts.transformers.entry import will_remove
 from vtoken.hosts.transformers.families import num_prefix
 from vtoken.prompts.family import named_for
@@ -157,7 +157,7 @@ class LlavaVideo(LlavaAdapter):
         function = view(inner, **parts).get_video_features
         takes = inspect.signature(function).parameters
         pixels = "pixel_values_videos" if "pixel_values_videos" in takes else "pixel_values"  # in older releases
-        named = named_for(function, given, (*LAYER_NAMES, "vision_feature_select_strategy"))
+        named = named_for(function, given, (*LAYER_NAMES, STRATEGY))
         out = function(**{pixels: frames.unsqueeze(0)}, **named, return_dict=True)
         half = self.default_side(_side(model)) ** 2
         found = {"rows": out.pooler_output[0].flatten(0, -2)[: len(frames) * half].unflatten(0, (len(frames), half))}

@@ -21,6 +21,7 @@ from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.hosts.exchanged import Exchanged, Overheard
+from vtoken.hosts.hidden_states import STRATEGY, drops_first
 from vtoken.hosts.tiles import Tiles
 from vtoken.prompts.family import linear_macs, need
 
@@ -137,7 +138,7 @@ class LlavaPixtral(Mistral3):
 
     name = "transformers LLaVA over Pixtral"
     models = frozenset({("llava", "LlavaForConditionalGeneration")})
-    side = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    side = ("pixel_values", "image_sizes", "vision_feature_layer", STRATEGY)
 
     def matches(self, model: nn.Module) -> bool:
         """Whether it is a LLaVA with such a tower."""
@@ -155,9 +156,10 @@ class LlavaPixtral(Mistral3):
     def refuse(self, model: Any, given: dict[str, Any], needs: Needs) -> None:
         """There is no class token that could be dropped."""
         super().refuse(model, given, needs)
-        name = "vision_feature_select_strategy"
-        if (given.get(name) or getattr(model.config, name)) != "full":
-            raise ConfigError(f"{type(model).__name__} with {name}='default' drops the first patch; set it to 'full'")
+        if drops_first(model, given):
+            raise ConfigError(
+                f"{type(model).__name__} with {STRATEGY}='default' drops the first patch; set it to 'full'"
+            )
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """What goes into the projector."""

@@ -13,7 +13,7 @@ from vtoken.core.patch import base_of, forward_is_replaced, is_patched
 from vtoken.core.spec import HostSpec, Pair, PatchSpec, Plan
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, UnsupportedModelError
-from vtoken.hosts.hidden_states import states_read
+from vtoken.hosts.hidden_states import drops_first, states_read
 from vtoken.hosts.tower import block_targets
 from vtoken.hosts.transformers.blocks import (
     AttentionMixin,
@@ -198,12 +198,10 @@ class HFAdapter(HostAdapter):
 
     def num_tokens(self, model: nn.Module, plan: Plan) -> int:
         """For a LLaVA, the placeholders that one image needs."""
-        config: Any = model.config
-        states = states_read(config)
+        states = states_read(model.config)
         if states is None:
             return plan.tokens[-1]
-        drops_class = config.vision_feature_select_strategy == "default"
-        return plan.tokens[states[0]] - int(drops_class)
+        return plan.tokens[states[0]] - int(drops_first(model))
 
 
 #: What families call the norm behind their last layer.
