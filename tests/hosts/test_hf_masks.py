@@ -164,6 +164,17 @@ def test_maps_of_a_backbone_are_refused_too() -> None:
         model(x, output_attentions=True)
 
 
+@pytest.mark.skipif(NESTED, reason="masks are refused in this release")
+def test_maps_of_a_backbone_have_no_value_for_dropped_patches() -> None:
+    options = {n: v for n, v in SIZES.items() if n != "intermediate_size"} | {"mlp_ratio": 2}
+    model = randomise_(hf.Dinov2Backbone(hf.Dinov2Config(**options, out_features=["stage1", "stage3"])), 0).eval()
+    sparse(model, keep_ratio=1.0, token_keep_ratio=0.5, prune_after=(1,))
+    with pytest.raises(vtoken.ShapeError, match="pruned, not merged"):
+        run(model, x)
+    vtoken.configure(model, prune_after=(0,), token_keep_ratio=1.0)
+    assert all(map.isfinite().all() for map in model(x).feature_maps)
+
+
 @pytest.mark.parametrize("name", [n for n in PLAIN if n not in ("hf_deit", "hf_dino")])
 @pytest.mark.parametrize("grid", [(5, 5), (4, 6)])
 def test_other_image_sizes(name: str, grid: tuple[int, int]) -> None:

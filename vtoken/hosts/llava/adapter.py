@@ -18,10 +18,10 @@ from vtoken.core.patch import base_of
 from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
 from vtoken.errors import ConfigError, UnsupportedModelError
+from vtoken.hosts.hidden_states import drops_first
 from vtoken.hosts.llava.features import (
     IMAGE_SIDE,
     PIXELS,
-    drops_first,
     encode,
     feature_layer,
     packed_visual,
