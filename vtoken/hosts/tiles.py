@@ -21,6 +21,7 @@ from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError
 from vtoken.hosts.by_name import watched_by_name
 from vtoken.hosts.exchanged import Overheard
 from vtoken.hosts.hidden_states import last_read
+from vtoken.hosts.tower import pair
 from vtoken.prompts.family import Family, linear_macs, named_for, rows_of
 
 
@@ -165,7 +166,7 @@ class Tiles(Family):
 
     def patches(self, model: Any) -> tuple[int, int]:
         """Patch rows and columns of one tile."""
-        (height, width), (high, wide) = self.image_size(model), pair_of(self.tower(model).config.patch_size)
+        (height, width), (high, wide) = self.image_size(model), pair(self.tower(model).config.patch_size)
         return height // high, width // wide
 
     def grid(self, model: Any, img_size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -175,7 +176,7 @@ class Tiles(Family):
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """Of one tile, in pixels."""
-        return pair_of(self.tower(model).config.image_size)
+        return pair(self.tower(model).config.image_size)
 
     def channels(self, model: nn.Module) -> int:
         """Channels of its images."""
@@ -258,9 +259,3 @@ def _head_macs(tower: Any, tokens: int) -> int:
     """Of SigLIP's pooling head, which runs although nobody reads it: one query over all tokens."""
     width = int(tower.config.hidden_size)
     return (2 + 2 * tokens) * width**2 + 2 * tokens * width + linear_macs(tower.head.mlp)
-
-
-def pair_of(value: Any) -> tuple[int, int]:
-    """One side or (height, width), as a list in some settings."""
-    height, width = (value, value) if isinstance(value, int) else value
-    return int(height), int(width)

@@ -78,6 +78,12 @@ def given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None and value is not False}
 
 
+def pair(value: Any) -> tuple[int, int]:
+    """One side or (height, width), as a list in some settings, as a pair."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)
+
+
 PATCHED = (
     "it carries a method of vtoken.apply, which would be bypassed; call vtoken.remove(model) while training, methods "
     "work in eval mode"

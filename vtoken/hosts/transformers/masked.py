@@ -16,10 +16,10 @@ from vtoken.core.spec import PatchSpec
 from vtoken.core.watch import Row, Watch
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.exchanged import with_layers
-from vtoken.hosts.tower import PATCHED, patched_inside
+from vtoken.hosts.tower import PATCHED, pair, patched_inside
 from vtoken.hosts.transformers.entry import asked, install_hooks
 from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, path_of
-from vtoken.hosts.transformers.images import Pixels, pair
+from vtoken.hosts.transformers.images import Pixels
 from vtoken.hosts.transformers.watched import read
 from vtoken.hosts.watched import watched
 from vtoken.ops.rows import take_rows
