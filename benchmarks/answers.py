@@ -7,6 +7,10 @@ the prefill and of the whole call (tower, projector, prefill), and time of the w
 Conversations about a picture go through the language model side by side, which is quicker; the logits of the first
 pictures must equal those of plain calls, one question each, or the setting is refused and the exit code is 1. CDPruner,
 which looks at the question, is called plainly throughout. Random tokens are drawn anew for every 50 pictures.
+
+Prompt methods number what they keep in two ways (`positions`): "compact", one after the other, or "original", each
+token by its place in the whole image. Merged and smaller images have the first alone. A uniform grid is compared with
+what is numbered alike.
 """
 
 from __future__ import annotations
@@ -47,18 +51,28 @@ PROMPT_METHODS = {
     "CDPruner": vtoken.CDPruner, "random": vtoken.RandomTokens, "uniform grid": vtoken.UniformTokens,
     "pooling": vtoken.PooledTokens,
 }  # fmt: skip
+NUMBERINGS = ("compact", "original")
 TOWER_METHODS = {"PiToMe": vtoken.PiToMe, "ToMe": vtoken.ToMe}
 Batch = tuple[Scenes, list[tuple[Tensor, Tensor]]]  # and what is asked about them, by kind
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to fewer tokens: what it is called, the budget it is for, settings to apply, or smaller pictures."""
+    """A way to fewer tokens.
+
+    Args:
+        name: of it.
+        budget: tokens that it is for.
+        configs: to apply; nothing where the pictures are smaller.
+        side: of the pictures.
+        positions: how the language model numbers what is left.
+    """
 
     name: str
     budget: int
     configs: tuple[MethodConfig, ...] = ()
     side: int = SIDE
+    positions: str = "compact"
 
     @property
     def tokens(self) -> int:
@@ -86,17 +100,24 @@ def schedule(tokens: int, depth: int) -> tuple[int, ...]:
     return tuple(before - after for before, after in itertools.pairwise(left))
 
 
-def settings(model: Any, divisors: Sequence[int], names: Sequence[str]) -> list[Setting]:
+def settings(
+    model: Any, divisors: Sequence[int], names: Sequence[str], numberings: Sequence[str] = NUMBERINGS
+) -> list[Setting]:
     """The whole image, then for every count all methods."""
     depth, found = model.config.vision_config.num_hidden_layers, [Setting("whole image", WHOLE)]
     for tokens in (round(WHOLE / divisor) for divisor in divisors):
-        options = [Setting(name, tokens, (make(num_tokens=tokens),)) for name, make in PROMPT_METHODS.items()]
+        options = [
+            Setting(name, tokens, (make(num_tokens=tokens, positions=positions),), positions=positions)
+            for name, make in PROMPT_METHODS.items()
+            for positions in numberings
+        ]
         options += [
             Setting(name, tokens, (make(r=schedule(tokens, depth)),)) for name, make in TOWER_METHODS.items()
         ]  # fmt: skip
         # Half of what goes, as a factor, in the tower, the rest behind it.
         merged = vtoken.PiToMe(r=schedule(round(math.sqrt(WHOLE * tokens)), depth))
-        options.append(Setting("PiToMe, then VTC-CLS", tokens, (merged, vtoken.VTCCLS(num_tokens=tokens))))
+        both = (merged, vtoken.VTCCLS(num_tokens=tokens, positions="compact"))
+        options.append(Setting("PiToMe, then VTC-CLS", tokens, both))
         options.append(Setting("lower resolution", tokens, side=SMALLER[tokens]))
         found += [option for option in options if option.name in names]
     return found
@@ -138,10 +159,13 @@ def together(
     """The same logits for several questions about the same pictures; tower and image go through once."""
     if any(config.part == "prompt" for config in setting.configs):
         given = {"input_ids": prompt(texts[0][:, :-1], placeholders), "pixel_values": pictures}
-        rows = torch.stack([final.rows for final in vtoken.encode_images(model, given)])
+        images = vtoken.encode_images(model, given)
+        rows = torch.stack([image.rows for image in images])
+        kept = torch.stack([image.kept for image in images])
     else:
         rows = torch.stack(list(model.model.get_image_features(pixel_values=pictures).pooler_output))
-    return [part[:, -2] for part in side_by_side(model, rows, texts)]
+    numbered = (kept, placeholders) if setting.positions == "original" else ()
+    return [part[:, -2] for part in side_by_side(model, rows, texts, *numbered)]
 
 
 def draw(args: argparse.Namespace, material: Material) -> tuple[list[Batch], dict[str, Tensor]]:
@@ -225,7 +249,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     """A row per setting, the whole image first."""
     model, material = load_small_llava(args.model).to(device), Material("test", args.data)
     batches, counted = draw(args, material)
-    chosen = settings(model, args.keep, args.method)
+    chosen = settings(model, args.keep, args.method, args.positions)
     models = {side: model if side == SIDE else smaller(model, side) for side in {s.side for s in chosen}}
     found, wrong = dict[Setting, dict[str, Tensor]](), dict[Setting, str]()
     with tqdm(total=len(chosen) * len(batches), unit="batch", leave=False) as bar:
@@ -237,13 +261,14 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     guess = {kind: float(labels[kind][counted[kind]].bincount().max() / counted[kind].sum()) for kind in KINDS}
     for setting in chosen:
         row = {"name": setting.name, "budget": setting.budget, "tokens": setting.tokens, "side": setting.side,
-               "method": [config.to_dict() for config in setting.configs]}  # fmt: skip
+               "positions": setting.positions, "method": [config.to_dict() for config in setting.configs]}  # fmt: skip
         if wrong[setting]:
             rows.append(row | {"refused": wrong[setting]})
             continue
         others = {"over_whole": whole}
         if setting.name != "uniform grid":
-            grids = (found[s] for s in chosen if s.name == "uniform grid" and s.budget == setting.budget)
+            alike = (setting.budget, setting.positions)
+            grids = (found[s] for s in chosen if s.name == "uniform grid" and (s.budget, s.positions) == alike)
             others["over_uniform"] = next(grids, {})
         kinds = {
             kind: judged(found[setting][kind][mine], {name: o[kind][mine] for name, o in others.items() if o})
@@ -279,9 +304,13 @@ def time_calls(
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Shares of right answers in percent, a line per setting."""
-    print(f"{'':<24}{'tokens':>7}" + "".join(f"{kind[:12]:>13}" for kind in KINDS) + f"{'GMACs':>8}{'time x':>8}")
+    print(
+        f"{'':<24}{'tokens':>7}{'positions':>10}"
+        + "".join(f"{kind[:12]:>13}" for kind in KINDS)
+        + f"{'GMACs':>8}{'time x':>8}"
+    )
     for row in rows:
-        print(f"{row['name']:<24}{row['tokens']:>7}", end="")
+        print(f"{row['name']:<24}{row['tokens']:>7}{row['positions']:>10}", end="")
         if "refused" in row:
             print(f"  {row['refused']}")
             continue
@@ -297,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--keep", type=int, nargs="+", choices=(2, 4, 9, 16), default=[2, 4, 9, 16],
                      help="keep one image token of so many")  # fmt: skip
     top.add_argument("--method", nargs="+", choices=names, default=names)
+    top.add_argument("--positions", nargs="+", choices=NUMBERINGS, default=list(NUMBERINGS),
+                     help="how prompt methods number what they keep")  # fmt: skip
     top.add_argument("--batch", type=int, default=8, help="prompts of a timed call")
     top.add_argument("--model", type=Path, default=WEIGHTS, help="folder of the LLaVA")
     top.add_argument("--data", type=Path, default=DATA, help="folder of the Fashion-MNIST files")

@@ -49,7 +49,9 @@ def parse(
     arguments = sys.argv[1:] if argv is None else list(argv)
     if "--small" in arguments:
         top.set_defaults(**small)
-    return top.parse_args(arguments)
+    args = top.parse_args(arguments)
+    args.command = compare.command(top.prog, arguments)
+    return args
 
 
 def begin(args: argparse.Namespace) -> torch.device:
@@ -63,9 +65,12 @@ def begin(args: argparse.Namespace) -> torch.device:
 
 
 def frame(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What a result file says beside its rows: "benchmark" (the script), "settings" (every option), "environment"."""
-    settings = {key: value for key, value in vars(args).items() if key != "benchmark"}
-    return {"benchmark": args.benchmark, "settings": settings, "environment": compare.environment(device)}
+    """What a result file says beside its rows: "command", "settings" (every option but --out) and "environment"."""
+    settings = {key: value for key, value in vars(args).items() if key not in ("benchmark", "command", "out")}
+    return {
+        "benchmark": args.benchmark, "command": args.command, "settings": settings,
+        "environment": compare.environment(device),
+    }  # fmt: skip
 
 
 def write(args: argparse.Namespace, device: torch.device, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from options import begin, parse, parser, write
+from options import begin, frame, parse, parser, write
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -194,9 +194,7 @@ def save(args: argparse.Namespace, device: torch.device, found: Mapping[str, Seq
     write(args, device, [{"measure": name} | dataclasses.asdict(row) for name, rows in found.items() for row in rows])
     for name, rows in found.items():
         stem = f"{args.out.stem}_{name}"
-        about = {"benchmark": args.benchmark, "measure": name, "settings": vars(args),
-                 "environment": compare.environment(device)}  # fmt: skip
-        paths = compare.write(rows, args.out.parent, stem, about)
+        paths = compare.write(rows, args.out.parent, stem, frame(args, device) | {"measure": name})
         paths.append(plot_pareto(rows, args.out.parent / f"{stem}.png", quality=HEADLINE[name], title=TITLE[name]))
         print("wrote " + ", ".join(map(str, paths)))
 

@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vtoken.accounting import compare
+
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "benchmarks/README.md")
 REGION = re.compile(r"(<!-- (?:table|figure): ([\w-]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- (?:table|figure): ")
-DEMO_COLUMNS = (
-    "tokens", "GMACs", "FLOPs x", "speed x", "(min)", "effic.", "ideal", "saliency corr", "saliency err", "CLS cosine"
-)  # fmt: skip
 
 Result = dict[str, Any]
 
@@ -35,19 +34,9 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n" + "\n".join(lines) + "\n"
 
 
-def copied(result: Result) -> str:
-    """A table whose rows hold the text of every cell: figures taken over from an earlier page."""
-    rows = result["rows"]
-    return markdown([column.strip() for column in rows[0]], [list(row.values()) for row in rows])
-
-
 def demo(result: Result) -> str:
     """The table that `python -m vtoken demo` prints."""
-    sizes = dict(zip(DEMO_COLUMNS, (6, 8, 8, 8, 7, 7, 7, 17, 17, 17), strict=True))
-    lines = [result["title"], " " * 24 + "".join(f"{name:>{size}}" for name, size in sizes.items())]
-    for row in result["rows"]:
-        lines.append(f"{row['name']:<24}" + "".join(f"{row[name]:>{size}}" for name, size in sizes.items()))
-    return "\n```\n" + "\n".join(lines) + "\n```\n"
+    return f"\n```\n{result['about']}\n{compare.table([compare.Row.of(row) for row in result['rows']])}\n```\n"
 
 
 def sparse(result: Result) -> str:
@@ -220,7 +209,8 @@ def answers(tokens: int) -> Callable[[Result], str]:
         chosen = [row for row in result["rows"] if row["budget"] == tokens]
         rows = [["most frequent answer", "", *(f"{100 * whole['guess'][kind]:.1f}" for kind in kinds), "", ""]]
         for row in (whole, *chosen):
-            cells = [row["name"], str(row["tokens"])]
+            placed = ", places kept" if row["positions"] == "original" else ""
+            cells = [row["name"] + placed, str(row["tokens"])]
             for kind in kinds:
                 found, mark = row["kinds"][kind], ""
                 gap = found.get("over_uniform")
@@ -315,12 +305,29 @@ def dense(result: Result) -> str:
     return markdown(("", "FLOPs factor", "PiToMe", "ToMe"), rows)
 
 
-def dense_smaller(side: int, *, factor: bool = False) -> Callable[[Result], str]:
-    """Correlation or FLOPs factor of photographs of fewer pixels."""
+def clutter(result: Result) -> str:
+    """Top-1 on cluttered garments by ratio: mean and spread over seeds."""
+    found = {row["name"]: row for row in result["rows"]}
+    methods = {"pitome": "PiToMe", "tome": "ToMe", "random_merge": "random merging", "random_prune": "random pruning"}
+
+    def top1(name: str) -> str:
+        quality = found[name]["quality"]["top-1"]
+        return f"{quality['mean']:.3f} +- {quality['spread']:.3f}"
+
+    rows = [["unpatched", "1", top1("unpatched"), "", "", ""]]
+    for ratio in result["settings"]["ratio"]:
+        names = [f"{method} ratio={ratio:g}" for method in methods]
+        factors = sorted(found[name]["flops_factor"] for name in names)
+        rows.append([f"ratio {ratio}", f"{factors[0]:.2f} to {factors[-1]:.2f}", *map(top1, names)])
+    return markdown(("", "FLOPs factor", *methods.values()), rows)
+
+
+def quality(name: str, field: str, *, factor: bool = False) -> Callable[[Result], str]:
+    """One mean of `quality.py`, or its FLOPs factor, for a sentence."""
 
     def figure(result: Result) -> str:
-        (row,) = [row for row in result["rows"] if row["name"] == f"low resolution {side} px"]
-        return f"{row['flops_factor']:.2f}" if factor else f"{row['quality']['saliency corr']['mean']:.3f}"
+        (row,) = [row for row in result["rows"] if row["name"] == name]
+        return f"{row['flops_factor']:.2f}" if factor else f"{row['quality'][field]['mean']:.3f}"
 
     return figure
 
@@ -436,6 +443,21 @@ def tuned(result: Result) -> str:
     return markdown((*head, "what tuning took, by seed"), rows)
 
 
+def sources(results: Path, problems: list[str]) -> str:
+    """Which command gave which result file, when and on what; files that do not say so are added to `problems`."""
+    rows = []
+    for path in sorted(results.glob("*.json")):
+        result = json.loads(path.read_text())
+        if missing := {"command", "environment"} - result.keys():
+            problems.append(f"{path} does not say its {' and '.join(sorted(missing))}")
+            continue
+        where = result["environment"]
+        threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+        rows.append([f"`{path.name}`", f"`{result['command']}`", where["date"],
+                     f"torch {where['torch'].split('+')[0]}, {threads}"])  # fmt: skip
+    return markdown(("file", "command", "day", "on"), rows)
+
+
 def torch_version(result: Result) -> str:
     """The release of torch that gave the figures."""
     return str(result["environment"]["torch"]).split("+")[0]
@@ -452,11 +474,19 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo.json", demo),
     "demo-torch": ("demo.json", torch_version),
     "dense": ("quality_dense.json", dense),
-    "dense-168": ("quality_dense.json", dense_smaller(168)),
-    "dense-168-flops": ("quality_dense.json", dense_smaller(168, factor=True)),
-    "dense-126": ("quality_dense.json", dense_smaller(126)),
-    "dense-126-flops": ("quality_dense.json", dense_smaller(126, factor=True)),
-    "clutter": ("quality_clutter.json", copied),
+    **{
+        f"dense-{side}": ("quality_dense.json", quality(f"low resolution {side} px", "saliency corr"))
+        for side in (168, 126)
+    },
+    **{
+        f"dense-{side}-flops": ("quality_dense.json", quality(f"low resolution {side} px", "", factor=True))
+        for side in (168, 126)
+    },
+    "clutter": ("quality_clutter.json", clutter),
+    "clutter-stride": ("quality_clutter.json", quality("stride 2", "top-1")),
+    "clutter-stride-flops": ("quality_clutter.json", quality("stride 2", "", factor=True)),
+    "clutter-80": ("quality_clutter.json", quality("low resolution 80 px", "top-1")),
+    "clutter-80-flops": ("quality_clutter.json", quality("low resolution 80 px", "", factor=True)),
     "mllm": ("mllm.json", prompts),
     "mllm-families": ("mllm.json", families),
     "mllm-choice": ("mllm.json", choosing),
@@ -518,6 +548,8 @@ def rewritten(text: str, results: Path, used: set[str], problems: list[str]) -> 
 
     def region(match: re.Match[str]) -> str:
         opening, name, _, end = match.groups()
+        if name == "sources":
+            return opening + sources(results, problems) + end
         if name not in TABLES:
             problems.append(f"{opening}: no such table or figure; there are {', '.join(TABLES)}")
             return match[0]

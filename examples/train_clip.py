@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import vtoken
-from vtoken.accounting.compare import environment, write_json
+from vtoken.accounting.compare import command, environment, write_json
 from vtoken.accounting.timing import interleaved
 from vtoken.demo.captions import CaptionTask, digit_task, garment_task, small_clip, zero_shot_accuracy
 from vtoken.demo.clutter import DATA
@@ -248,7 +248,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(table)
     plot(table, args.out / "train_clip.png")
     settings = {key: value for key, value in vars(args).items() if key != "out"}
-    about = {"example": "train_clip", "settings": settings, "environment": environment(torch.device("cpu"))}
+    line = command("examples/train_clip.py", arguments)
+    about = {
+        "example": "train_clip",
+        "command": line,
+        "settings": settings,
+        "environment": environment(torch.device("cpu")),
+    }
     path = write_json(args.out / "train_clip.json", about, table)
     print(f"\n{(time.process_time() - start) / 60:.1f} minutes of CPU; wrote {path}")
     return 0

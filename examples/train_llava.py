@@ -16,7 +16,6 @@ import argparse
 import copy
 import datetime
 import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from vtoken.accounting.compare import command
 from vtoken.demo.clutter import DATA, PATCH, SIDE
 from vtoken.demo.questions import BEGIN, END, IDS, IMAGE, KINDS, PAD, PLACES, VOCABULARY, ask, side_by_side
 from vtoken.demo.scenes import CLOTHES, COLOURS, FIRST_DIGIT, PATCH_CLASSES, SMALL_KINDS, Material, Scenes
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, heads, seconds = train(args, material, test, args.out / "checkpoint.pt")
     right = accuracy(model, heads, test, args.test)
     about = {
-        "command": shlex.join(["python", "examples/train_llava.py", *arguments]),
+        "command": command("examples/train_llava.py", arguments),
         "right": right,
         "test": f"{args.test} pictures of the test split",
         "cpu_minutes": round(seconds / 60, 1),

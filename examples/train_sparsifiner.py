@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import vtoken
+from vtoken.accounting.compare import command, environment
 from vtoken.demo.clutter import DATA, draw_layout, load_clutter_vit, load_test_canvases, paint, read_fashion_mnist
 from vtoken.train import (
     Teacher,
@@ -217,7 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options()
     if "--small" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(seeds=[0], recon_steps=2, tune_steps=2, batch=4, test=50)
-    args = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("out", "save", "seeds")}
     start = time.time()
@@ -227,7 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in [seed for seed in args.seeds if seed not in done]:
             run = one_seed(args, seed, images, labels)
             runs = sorted([*finished(args.out, settings), run], key=operator.itemgetter("seed"))
-            about = {"schema": 1, "ratios": RATIOS, "settings": settings, "torch": torch.__version__, "runs": runs}
+            about = {"schema": 1, "command": command("examples/train_sparsifiner.py", arguments),
+                     "ratios": RATIOS, "settings": settings, "environment": environment(torch.device("cpu")),
+                     "runs": runs}  # fmt: skip
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(about, indent=1) + "\n")
             print(f"seed {seed} after {(time.time() - start) / 60:.1f} minutes", flush=True)

@@ -39,11 +39,11 @@ FAMILIES: dict[str, set[str]] = {
     "open_clip": {"timm"},  # whose models it takes as trunks
     "transformers": set(),
     "llava": {"transformers"},
-    "internvl": {"llava"},
+    "internvl": set(),
     "idefics": set(),
     "gemma": {"qwen"},
-    "cohere": {"llava"},
-    "pixtral": {"llava"},
+    "cohere": set(),
+    "pixtral": set(),
     "qwen": set(),
     "video_llama": set(),
 }

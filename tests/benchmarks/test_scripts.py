@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import json
 import os
@@ -64,11 +65,13 @@ def run(tmp_path: Path, name: str, *options: str, code: int = 0) -> tuple[dict[s
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == code, done.stdout + done.stderr
     values: dict[str, Any] = json.loads(out.read_text())
-    assert list(values)[:4] == ["schema", "benchmark", "settings", "environment"]
+    assert list(values)[:5] == ["schema", "benchmark", "command", "settings", "environment"]
     assert list(values)[-1] == "rows"
     assert values["schema"] == compare.SCHEMA
     assert values["benchmark"] == name
-    assert values["settings"]["out"] == str(out)
+    assert values["command"] == shlex.join(command[1:-2]).replace("benchmarks", "python benchmarks", 1)
+    assert str(tmp_path) not in out.read_text(), "it says nothing of the machine's folders"
+    assert values["environment"]["date"] == datetime.date.today().isoformat()
     assert values["environment"]["device"].startswith("cpu: ")
     assert values["environment"]["threads"] == 1
     assert values["environment"]["torch"] == torch.__version__
@@ -337,19 +340,22 @@ def test_answers(tmp_path: Path) -> None:
     pytest.importorskip("skimage")
     names = ["VTC-CLS", "CDPruner", "random", "uniform grid", "PiToMe", "PiToMe, then VTC-CLS", "lower resolution"]
     values, _ = run(tmp_path, "answers", "--small", "--questions", "20", "--method", *names)
-    rows = {row["name"]: row for row in values["rows"]}
+    rows = {row["name"]: row for row in values["rows"] if row["positions"] == "compact"}
     assert list(rows) == ["whole image", *names]
+    placed = {row["name"]: row for row in values["rows"] if row["positions"] == "original"}
+    assert list(placed) == names[:4], "those that choose in the prompt"
     from vtoken.demo.questions import KINDS, load_small_llava
 
     model, whole = load_small_llava(), rows["whole image"]
-    for name, row in rows.items():
+    for row in values["rows"]:
+        name, alike = row["name"], rows if row["positions"] == "compact" else placed
         assert "refused" not in row
         assert row["tokens"] == (196 if name == "whole image" else 49)
         assert list(row["kinds"]) == list(KINDS)
         for kind, found in row["kinds"].items():
             assert found["questions"] == 20
             assert found["low"] < found["right"] < found["high"] or found["right"] in (0, 1)
-            for field, other in (("over_whole", whole), ("over_uniform", rows["uniform grid"])):
+            for field, other in (("over_whole", whole), ("over_uniform", alike["uniform grid"])):
                 if field in found:
                     expected = found["right"] - other["kinds"][kind]["right"]
                     assert found[field]["mean"] == pytest.approx(expected, abs=1e-12)
@@ -368,7 +374,7 @@ def test_answers_side_by_side_that_differ_are_refused(tmp_path: Path, monkeypatc
     stock = answers.side_by_side
     monkeypatch.setattr(answers, "side_by_side", lambda *args: [part * 1.001 for part in stock(*args)])
     options = ["--small", "--questions", "5", "--keep", "16", "--method", "uniform grid", "CDPruner"]
-    assert answers.main([*options, "--out", str(out)]) == 1
+    assert answers.main([*options, "--positions", "original", "--out", str(out)]) == 1
     whole, looking, uniform = json.loads(out.read_text())["rows"]
     for row in (whole, uniform):
         assert row["refused"].startswith("questions side by side differ from plain calls by 1.0e-03")

@@ -94,7 +94,9 @@ def test_unknown_names_missing_and_unused_files_are_found(
 
     (results / "stray.json").write_text("{}")
     assert tables.main(options, copy) == 1
-    assert "stray.json is used on no page" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "stray.json is used on no page" in told
+    assert "stray.json does not say its command and environment" in told
     (results / "stray.json").unlink()
 
     page.write_text(good + "<!-- table: none -->\n<!-- end -->\n")
@@ -112,7 +114,9 @@ def test_unknown_names_missing_and_unused_files_are_found(
 
 
 def test_answers_are_marked_where_they_differ_from_a_uniform_grid(tables: Any) -> None:
-    def row(name: str, budget: int, tokens: int, right: float, gap: float | None) -> dict[str, Any]:
+    def row(
+        name: str, budget: int, tokens: int, right: float, gap: float | None, positions: str = "compact"
+    ) -> dict[str, Any]:  # fmt: skip
         found: dict[str, Any] = {"right": right}
         if gap is not None:
             found["over_uniform"] = {"mean": gap, "half": 0.02}
@@ -121,6 +125,7 @@ def test_answers_are_marked_where_they_differ_from_a_uniform_grid(tables: Any) -
             "name": name,
             "budget": budget,
             "tokens": tokens,
+            "positions": positions,
             "kinds": {"digit": found},
             "guess": {"digit": 0.1},
             **costs,
@@ -130,6 +135,7 @@ def test_answers_are_marked_where_they_differ_from_a_uniform_grid(tables: Any) -
         row("whole image", 196, 196, 0.9, None), row("uniform grid", 49, 49, 0.5, None),
         row("VTC-CLS", 49, 49, 0.4, -0.1), row("DivPrune", 49, 49, 0.6, 0.1), row("random", 49, 49, 0.51, 0.01),
         row("lower resolution", 49, 64, 0.3, -0.2), row("VTC-CLS", 22, 22, 0.2, 0.0),
+        row("VTC-CLS", 49, 49, 0.45, 0.01, "original"),
     ]  # fmt: skip
     lines = tables.answers(49)({"rows": rows}).strip().split("\n")
     cells = {line.split(" | ")[0].strip("| "): [cell.strip(" |") for cell in line.split(" | ")[1:]] for line in lines}
@@ -140,4 +146,5 @@ def test_answers_are_marked_where_they_differ_from_a_uniform_grid(tables: Any) -
     assert cells["DivPrune"][1] == "60.0 +"
     assert cells["random"][1] == "51.0"
     assert cells["lower resolution"][:2] == ["64", "30.0 -"]
-    assert len(lines) == 2 + 1 + 6
+    assert cells["VTC-CLS, places kept"][1] == "45.0"
+    assert len(lines) == 2 + 1 + 7

@@ -82,6 +82,23 @@ def test_side_by_side_is_one_after_the_other(kept: int, scenes: Scenes) -> None:
             torch.testing.assert_close(found, model(inputs_embeds=whole).logits[:, 1 + kept :], atol=1e-4, rtol=1e-4)
 
 
+def test_tokens_and_texts_are_numbered_as_told(scenes: Scenes) -> None:
+    """By a plain call whose positions are given, one picture at a time: each keeps other tokens."""
+    model, generator = load_small_llava(), torch.Generator().manual_seed(0)
+    features = torch.randn(3, 5, model.config.text_config.hidden_size, generator=generator)
+    places = torch.stack([torch.randperm(30, generator=generator)[:5].sort().values for _ in range(3)])
+    few = Scenes(scenes.pictures[:3], scenes.boxes[:3], scenes.patches[:3], {k: v[:3] for k, v in scenes.facts.items()})
+    texts = [ask(kind, few)[0] for kind in KINDS]
+    with torch.no_grad():
+        for ids, found in zip(texts, side_by_side(model, features, texts, places, 30), strict=True):
+            whole = model.get_input_embeddings()(prompt(ids, 5))
+            whole[:, 1:6] = features
+            for n in range(3):
+                numbers = torch.cat([torch.tensor([0]), 1 + places[n], 31 + torch.arange(ids.shape[1])])[None]
+                plain = model(inputs_embeds=whole[n : n + 1], position_ids=numbers).logits[0, 6:]
+                torch.testing.assert_close(found[n], plain, atol=1e-4, rtol=1e-4)
+
+
 def test_a_missing_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"examples/train_llava\.py"):
         load_small_llava(tmp_path)

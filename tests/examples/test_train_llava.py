@@ -41,7 +41,7 @@ def test_small_run_writes_a_model_and_a_stopped_one_goes_on(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert example.main([*arguments, str(whole)]) == 0
     about = json.loads((whole / "model" / "training.json").read_text())
-    assert about["command"] == " ".join(["python examples/train_llava.py", *arguments, str(whole)])
+    assert about["command"] == f"python examples/train_llava.py --small --save-every 1 --test 4 --data {data}"
     assert about["right"].keys() == {"naming", "seeing", "seeing digits", *KINDS}
     assert "4/4 grid 14" in capsys.readouterr().out
     trained = weights(whole)

@@ -61,6 +61,16 @@ def _transformers(model: str, config: str, **options: Any) -> nn.Module:
     return getattr(hf, model)(getattr(hf, config)(**options))  # type: ignore[no-any-return]
 
 
+def _nested() -> bool:
+    """Whether DINOv2's attention holds another in this release of transformers: masks are refused there."""
+    try:
+        from transformers.models.dinov2 import modeling_dinov2
+    except ImportError:
+        return False
+    return hasattr(modeling_dinov2, "Dinov2SelfAttention")
+
+
+NESTED = _nested()
 _TOWERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "eva": (functools.partial(_eva, **_ROTARY, swiglu_mlp=True, init_values=1e-5), GRID),
     "eva separate": (functools.partial(_eva, use_rot_pos_emb=True, qkv_fused=False, scale_attn_inner=True), GRID),
@@ -99,7 +109,10 @@ _TOWERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     ),
 }  # fmt: skip
 #: The towers of transformers, and those of timm that rotate queries and keys.
-TOWERS = {n: Host(n, build, (3, *(4 * side for side in grid))) for n, (build, grid) in _TOWERS.items()}
+TOWERS = {
+    n: Host(n, build, (3, *(4 * side for side in grid))) for n, (build, grid) in _TOWERS.items()
+    if not (NESTED and n in ("hf_dino", "hf_dino_reg"))
+}  # fmt: skip
 
 
 def grid_of(host: Host) -> tuple[int, int]:

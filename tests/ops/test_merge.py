@@ -16,8 +16,9 @@ from torch import Tensor
 import vtoken.ops.merging.plan
 from vtoken import ConfigError, ShapeError
 from vtoken.ops import REDUCTIONS, MergePlan, plan_pitome, plan_random, plan_stride, plan_tome, size_bias
-from vtoken.ops.merging.plan import _add_by_index, _add_by_product
+from vtoken.ops.merging.plan import _add_by_product
 from vtoken.ops.reference import merge_reference
+from vtoken.ops.rows import add_rows
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 #: Relative error of one rounding, and what a few operations in the accumulation type may add.
@@ -653,7 +654,7 @@ def test_product_adds_like_index_add(dtype: torch.dtype) -> None:
         before = rows.clone()
         got = _add_by_product(rows, sources, slot)
         assert torch.equal(rows, before)
-        assert_close("rows", got, _add_by_index(rows.clone(), sources, slot).double(), ROUNDING[dtype])
+        assert_close("rows", got, add_rows(rows.clone(), sources, slot).double(), ROUNDING[dtype])
 
 
 def test_product_is_not_rounded_by_autocast() -> None:
@@ -670,14 +671,14 @@ def test_product_is_not_rounded_by_autocast() -> None:
 @each_reduction
 @each_dtype
 def test_apply_with_the_product(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, reduction: str) -> None:
-    # What runs off the CPU, run on it; _add_by_index writes into its first argument.
+    # What runs off the CPU, run on it; add_rows writes into its first argument.
     calls = []
 
     def add(rows: Tensor, sources: Tensor, slot: Tensor) -> Tensor:
         calls.append(slot)
         return rows.copy_(_add_by_product(rows, sources, slot))
 
-    monkeypatch.setattr(vtoken.ops.merging.plan, "_add_by_index", add)
+    monkeypatch.setattr(vtoken.ops.merging.plan, "add_rows", add)
     for name, planner in PLANNERS.items():
         plan = planner(draw(83, 2, 25, 4), 9, 2)
         x, size = draw(84, 2, 25, 6, dtype=dtype), draw_size(85, 2, 25)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import vtoken
 from tests.contract.table import attention, blocks, call, run
 from tests.helpers import assert_close, assert_same, images
-from tests.hosts.test_hf_masks import clip
-from tests.methods.sparse_hosts import TOWERS, sparse, taught
+from tests.hosts.test_hf_masks import PLAIN, clip
+from tests.methods.sparse_hosts import NESTED, TOWERS, sparse, taught
 from vtoken.train import (
     Teacher,
     backbone_parameters,
@@ -66,7 +66,7 @@ def _by_hand(model: Any, pixels: Tensor) -> Tensor:
     return 0.01 * total / len(seen)
 
 
-@pytest.mark.parametrize("name", ["hf_vit", "hf_clip", "hf_siglip", "hf_deit", "hf_dino_reg"])
+@pytest.mark.parametrize("name", [n for n in PLAIN if n not in ("hf_dino", "hf_dinov3")])
 def test_the_first_phase(name: str) -> None:
     """Outputs are the dense model's; predictors alone learn, by the plain formula's gradients."""
     model = TOWERS[name].model(dtype=F64)
@@ -96,7 +96,7 @@ def test_the_first_phase(name: str) -> None:
     assert_same("the backbone stayed", stock, run(model, x.double()))
 
 
-@pytest.mark.parametrize("name", ["hf_vit", "hf_dino"])
+@pytest.mark.parametrize("name", [n for n in ("hf_vit", "hf_dino") if n in TOWERS])
 @pytest.mark.parametrize("pruned", [False, True])
 def test_the_second_phase(name: str, pruned: bool) -> None:
     model = TOWERS[name].model(dtype=F64)
@@ -123,7 +123,7 @@ def test_the_second_phase(name: str, pruned: bool) -> None:
         assert p.grad is None
 
 
-@pytest.mark.parametrize("name", ["hf_vit", "hf_dino"])
+@pytest.mark.parametrize("name", [n for n in ("hf_vit", "hf_dino") if n in TOWERS])
 def test_logits_and_tokens_are_the_models_own(name: str) -> None:
     """A teacher has them of the model without masks, whatever becomes of the student."""
     model = TOWERS[name].model()
@@ -230,7 +230,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("name", [n for n in TOWERS if n.startswith("hf_")])
+@pytest.mark.parametrize("name", PLAIN)
 def test_what_is_learnt_is_saved_by_the_models_own_names(name: str, share: bool, tmp_path: Path) -> None:
     """from_pretrained, restore, load_state_dict: docs/travel.md 3."""
     model = sparse(TOWERS[name].model(), keep_ratio=0.4, share_proj=share)
@@ -257,7 +257,9 @@ def test_a_model_without_learned_parts_is_saved_as_transformers_does(tmp_path: P
     assert list(stock) == list(merging)
 
 
-@pytest.mark.parametrize("config", [vtoken.PiToMe(ratio=0.8), vtoken.Sparsifiner(keep_ratio=0.4)])
+@pytest.mark.parametrize(
+    "config", [vtoken.PiToMe(ratio=0.8), *([] if NESTED else [vtoken.Sparsifiner(keep_ratio=0.4)])]
+)
 def test_the_settings_of_a_backbone_travel(config: vtoken.MethodConfig, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
     stock = hf.Dinov2Backbone(hf.Dinov2Config(**sizes, image_size=20, out_features=["stage2"])).eval()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import datetime
 import importlib.metadata
 import json
 import platform
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +23,9 @@ from vtoken.accounting.shadow import shared_copy
 from vtoken.accounting.timing import interleaved
 from vtoken.core.apply import applied, apply, is_applied, remove
 from vtoken.core.config import MethodConfig
-from vtoken.core.counts import chosen, removing
+from vtoken.core.counts import chosen
 from vtoken.core.host import host_of
+from vtoken.core.method import removing
 from vtoken.core.spec import Plan
 from vtoken.core.trace import tracing
 from vtoken.errors import ConfigError
@@ -74,6 +77,11 @@ class Row:
     milliseconds_min: float | None = None
     samples: int = 0
     dropped: int = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Row:
+        """The row that `asdict` made these values of."""
+        return cls(**{**values, "quality": {name: Quality(**q) for name, q in values["quality"].items()}})
 
 
 def label(config: MethodConfig | None) -> str:
@@ -193,11 +201,21 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def command(program: str, arguments: Sequence[str]) -> str:
+    """The line that runs a script again; where its files went (--out FOLDER) does not belong to what it did."""
+    kept = list(arguments)
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return shlex.join(["python", program, *kept])
+
+
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+    """What a figure depends on besides the code, and the day."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {name: _version(package) for name, package in _PACKAGES.items()}
-    return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
+    day = datetime.date.today().isoformat()
+    return {"date": day, "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
             "python": platform.python_version(), "torch": torch.__version__} | versions  # fmt: skip
 
 
@@ -235,8 +253,7 @@ def read(path: Path) -> list[Row]:
         raise ConfigError(f"{path}: no such file")
     try:
         values = json.loads(path.read_text())
-        found = [row | {"quality": {n: Quality(**q) for n, q in row["quality"].items()}} for row in values["rows"]]
-        rows = [Row(**row) for row in found]
+        rows = [Row.of(row) for row in values["rows"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a result of vtoken's demo or bench: {error!r}") from error
     if values.get("schema") != SCHEMA:

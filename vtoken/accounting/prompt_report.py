@@ -11,7 +11,7 @@ from vtoken import checks
 from vtoken.accounting.prefill import Decoder, kv_cache_bytes, prefill_macs
 from vtoken.accounting.report import count_macs
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, apply, given_or_carried, is_applied, remove
+from vtoken.core.apply import Config, apply, given_or_carried
 from vtoken.core.counts import pixels
 from vtoken.core.host import find_adapter, host_of
 from vtoken.errors import ConfigError
@@ -169,8 +169,6 @@ def tower_macs(model: Any, configs: Config, size: tuple[int, int]) -> tuple[int,
     host = host_of(shadow)
     crops = hasattr(model.model, "pack_image_features")
     pixel_size = (host.adapter.channels(shadow), *(host.image_size() if crops else size))
-    if is_applied(shadow):
-        remove(shadow)
     before = count_macs(host, pixel_size)
     if not configs:
         return before, before

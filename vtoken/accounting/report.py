@@ -13,11 +13,11 @@ from vtoken import checks
 from vtoken.accounting.ideal import Narrowing
 from vtoken.accounting.meter import Meter, Repeats
 from vtoken.accounting.shadow import meta_copy
-from vtoken.core.apply import Config, build_methods, enter, is_applied, remove
+from vtoken.core.apply import Config, build_methods, enter
 from vtoken.core.config import MethodConfig
-from vtoken.core.counts import chosen, plan_of, removing
+from vtoken.core.counts import chosen, plan_of
 from vtoken.core.host import Host
-from vtoken.core.method import AttentionMacs, AttentionMethod, BlockMethod, Methods
+from vtoken.core.method import AttentionMacs, AttentionMethod, BlockMethod, Methods, removing
 from vtoken.core.patch import PREDICTOR
 from vtoken.core.spec import HostSpec, Plan
 from vtoken.errors import ConfigError, ShapeError, VTokenError
@@ -231,8 +231,6 @@ def costs(
     """
     tokens, model = counts.least, host.model
     shadow = host.of(meta_copy(model))
-    if is_applied(shadow.model):
-        remove(shadow.model)
     repeats = Repeats()
     try:
         before = _count(shadow, size, repeats)

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtoken.core.apply import patched_parts, remove
+
 
 def meta_copy(model: nn.Module) -> Any:
-    """The same modules, classes and settings with every tensor on the meta device and no hooks; no weight is copied."""
+    """The same modules, classes and settings with every tensor on the meta device; no weight is copied.
+
+    Hooks and applied methods are left out.
+    """
     memo: dict[int, Any] = {}
     for value in _tensors(model):
         memo.setdefault(id(value), _meta(value))
@@ -21,6 +26,8 @@ def meta_copy(model: nn.Module) -> Any:
             getattr(module, name).clear()
         # transformers notes on a module that it put its recording hooks there, which are gone now: it may anew.
         module.__dict__.pop("_output_capturing_hooks_installed", None)
+    if patched_parts(shadow):
+        remove(shadow)
     return shadow.requires_grad_(False).eval()
 
 

@@ -81,7 +81,7 @@ def apply(model: M, config: Config, *, replace: bool = False, **options: Any) ->
     parts = [(host_of(model, part), group) for part, group in _by_part(configs).items()]
     refuse_compiled(model)
     built = [build_methods(host, group) for host, group in parts]
-    carriers = [(m, part) for m, part in _carried(model) if part in _by_part(configs)]
+    carriers = [(m, part) for m, part in patched_parts(model) if part in _by_part(configs)]
     if carriers and not replace:
         names = ", ".join(c.method for c in config_tuple(model) if c.part in _by_part(configs))
         raise AlreadyAppliedError(
@@ -136,7 +136,7 @@ def remove(model: M, method: str | None = None) -> M:
         >>> vtoken.remove(vtoken.apply(model, "tome", r=8)) is model, vtoken.is_applied(model)
         (True, False)
     """
-    carriers = _carried(model) if method is None else _carriers_of(model, method)
+    carriers = patched_parts(model) if method is None else _carriers_of(model, method)
     if not carriers:
         raise VTokenError(
             f"nothing to remove: no method is applied to this {type(model).__name__}{_unwrap_hint(model)}"
@@ -164,7 +164,7 @@ def applied(model: M, config: Config, **options: Any) -> Iterator[M]:
     try:
         yield model
     finally:
-        _leave([(m, part) for m, part in _carried(model) if part in _by_part(configs)])
+        _leave([(m, part) for m, part in patched_parts(model) if part in _by_part(configs)])
 
 
 def is_applied(model: nn.Module) -> bool:
@@ -180,7 +180,7 @@ def is_applied(model: nn.Module) -> bool:
         True
     """
     warn_of_unapplied(model)
-    return bool(_carried(model))
+    return bool(patched_parts(model))
 
 
 def config_of(model: nn.Module) -> MethodConfig | tuple[MethodConfig, ...] | None:
@@ -334,7 +334,7 @@ def _leave(carriers: list[tuple[nn.Module, str]]) -> None:
     unpatch_all(carriers)
 
 
-def _carried(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def patched_parts(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The patched modules, each with a part that it serves.
 
     What serves the prompts of a model around `model` does not count: its tower may be watched from there. Nor does a
@@ -356,7 +356,7 @@ def _carriers_of(model: nn.Module, method: str) -> list[tuple[nn.Module, str]]:
         raise VTokenError(
             f"nothing to remove: {type(model).__name__} carries {names}, not {method}{_unwrap_hint(model)}"
         )
-    return [(m, part) for m, part in _carried(model) if part in parts]
+    return [(m, part) for m, part in patched_parts(model) if part in parts]
 
 
 def _unwrap_hint(model: nn.Module) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll, Methods
+from vtoken.core.method import AttentionMethod, BlockMethod, Methods, removing
 from vtoken.core.state import TokenState
 from vtoken.core.trace import Trace, current_trace
 
@@ -36,7 +36,7 @@ class forward_of:
         self._trace: Trace | None = current_trace(model)
         traced = self._trace is not None
         self._state = TokenState(
-            methods.get(BlockMethod) or KeepAll(),
+            removing(methods),
             num_prefix,
             # A connectivity mask of fewer tokens must know which they were.
             track_anchor=anchor or traced or (attention is not None and BlockMethod in methods),
@@ -73,5 +73,4 @@ def masks_attention(model: Any, depth: int) -> bool:
 
 def block_method(model: Any) -> BlockMethod:
     """What removes tokens in a patched model."""
-    method: BlockMethod = applied_methods(model).get(BlockMethod) or KeepAll()
-    return method
+    return removing(applied_methods(model))

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from vtoken.core.records import AttentionRecord
+from vtoken.errors import ShapeError
 from vtoken.ops import MergePlan
 from vtoken.ops.rows import take_rows
+
+DROPPED = (
+    "some patches have no token any more: they were pruned, not merged, so there is no value to spread to them; "
+    "trace.kept() tells which are left"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +79,25 @@ class Slot:
             dest = torch.where(self.dest < 0, self.dest, dest) if self.dropped else dest
         size = None if self.size is None else self.size.gather(1, order)
         return take_rows(x, order), replace(self, anchor=anchor, dest=dest, size=size)
+
+    def raster(self) -> Slot:
+        """This slot with its rows in that order."""
+        return self if self.anchor is None else self.in_raster_order(self.anchor.new_empty(*self.anchor.shape, 0))[1]
+
+    def spread(self, x: Tensor, first: int = 0) -> Tensor:
+        """Rows [B, T, C] spread over all embedded ones [B, T0, C]: every one has its group's value.
+
+        Args:
+            first: how many rows of the prefix are left out in front of x.
+
+        Raises:
+            ShapeError: if tokens were dropped.
+        """
+        if self.dest is None:
+            return x
+        if self.dropped:
+            raise ShapeError(DROPPED)
+        return take_rows(x, self.dest[:, first:] - first)
 
 
 @dataclass(eq=False)

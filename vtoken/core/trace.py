@@ -14,15 +14,11 @@ from torch import Tensor, nn
 from vtoken import checks
 from vtoken.core.carried import unapplied
 from vtoken.core.records import AttentionRecord, PromptRecord, VideoRecord
-from vtoken.core.slots import Slot
+from vtoken.core.slots import DROPPED
 from vtoken.core.state import TokenState
 from vtoken.errors import InputError, ShapeError, VTokenError
 from vtoken.ops.rows import take_rows
 
-DROPPED = (
-    "some patches have no token any more: they were pruned, not merged, so there is no value to spread to them; "
-    "trace.kept() tells which are left"
-)
 MAPS = ("mask", "scores", "attention")
 _EMPTY = "the trace holds no forward; get one from vtoken.trace(model, images) or vtoken.tracing(model)"
 
@@ -71,7 +67,7 @@ class Trace:
             return
         batch, num_tokens, device = state.embedded
         rows = torch.arange(num_tokens, device=device).expand(batch, num_tokens)
-        slots = [_in_raster_order(state.slots[i]) for i in sorted(state.slots)]
+        slots = [state.slots[i].raster() for i in sorted(state.slots)]
         self.num_forwards += 1
         self.num_prefix = state.num_prefix
         self.grid = state.grid
@@ -127,10 +123,6 @@ class Trace:
         if anchor is None:
             raise ShapeError(_EMPTY)
         return anchor[index, self.num_prefix :] - self.num_prefix
-
-
-def _in_raster_order(slot: Slot) -> Slot:
-    return slot if slot.anchor is None else slot.in_raster_order(slot.anchor.new_empty(*slot.anchor.shape, 0))[1]
 
 
 def unmerge(features: Tensor, trace: Trace, *, layer: int | None = None) -> Tensor:

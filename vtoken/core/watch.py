@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
+from vtoken.core.visual import Needs
 from vtoken.ops import class_row, received_row
 from vtoken.ops import ensemble as as_one
 
@@ -29,25 +30,45 @@ class Watch:
     Args:
         layers: indices of the blocks.
         scorer: "cls" (attention of the first token to every token) or "received" (attention that every token gets).
-        keys: whether the keys of the last of them are kept, too.
+        keys: the block whose keys are kept, too; None: no block's.
         stop: whether blocks behind the last one that is read are left out; what the tower returns then means nothing.
+        joined: whether images are packed, so that an attention may be called for some of them at a time: its rows are
+            joined.
     """
 
     def __init__(
-        self, layers: Collection[int], scorer: str = "cls", *, keys: bool = False, stop: bool = False
-    ) -> None:  # fmt: skip
+        self,
+        layers: Collection[int],
+        scorer: str = "cls",
+        *,
+        keys: int | None = None,
+        stop: bool = False,
+        joined: bool = False,
+    ) -> None:
         #: The blocks that are read.
         self.layers = sorted(layers)
         self.stop = stop
-        self._wants_keys = keys
-        #: Keys of the last of them in front of a rotation, mean over heads, [B, T, D].
+        self.keys_of = keys
+        #: Keys of that block in front of a rotation, mean over heads: [B, T, D], or [T, D] of packed images.
         self.keys: Tensor | None = None
         self._scorer = scorer
-        self._rows: dict[int, Tensor] = {}
+        self._joined = joined
+        self._rows: dict[int, list[Tensor]] = {}
         #: Where every token went, if the tower merges tokens.
         self._state: TokenState | None = None
         #: Whether queries and keys were rotated in any of the blocks.
         self.rotated = False
+
+    @classmethod
+    def of(cls, needs: Needs, last: int, *, joined: bool = False) -> Watch:
+        """For what a prompt method asks for; `last` is the block whose keys it means if it names none."""
+        keys = (needs.layers[-1] if needs.layers else last) if "keys" in needs.features else None
+        return cls(needs.layers, "cls" if needs.attention == "class" else "received", keys=keys, joined=joined)
+
+    @property
+    def reads(self) -> bool:
+        """Whether anything is to be read."""
+        return bool(self.layers) or self.keys_of is not None
 
     def row(self, layer: int, state: TokenState | None = None) -> Row | None:
         """What makes the row of block `layer`; None if there is nothing to read, or no longer.
@@ -58,15 +79,15 @@ class Watch:
             state: of the forward, in a patched tower.
         """
         self._state = state
-        if layer not in self.layers or layer in self._rows:
+        if layer not in self.layers or (layer in self._rows and not self._joined):
             return None
         sizes = None if state is None else state.bias(layer, torch.float32)
         return Row(self._scorer, None if sizes is None else sizes[:, 0], functools.partial(self._keep, layer))
 
     def _keep(self, layer: int, row: Tensor, keys: Tensor | None, rotated: bool) -> None:
-        self._rows[layer] = row
+        self._rows.setdefault(layer, []).append(row)
         self.rotated |= rotated
-        if self._wants_keys and layer == self.layers[-1] and keys is not None:
+        if layer == self.keys_of and keys is not None:
             self.keys = keys.mean(1)
 
     def scores(self, last: int, how: str) -> tuple[Tensor, Tensor | None]:
@@ -82,17 +103,18 @@ class Watch:
         return as_one([row.to(rows[-1].device) for row in rows], how), anchor
 
     def each(self, last: int) -> tuple[list[Tensor], Tensor | None]:
-        """The same without becoming one: [B, T] for every block."""
+        """The same without becoming one: [B, T] for every block; of joined rows [1, T]."""
         slot = Slot() if self._state is None else self._state.slots[last + 1]
-        if slot.anchor is not None and self._state is not None and self._state.method.order == "raster":
-            slot = slot.in_raster_order(slot.anchor.new_empty(*slot.anchor.shape, 0))[1]
+        if self._state is not None and self._state.method.order == "raster":
+            slot = slot.raster()
         return [self._carried(layer, slot) for layer in self.layers], slot.anchor
 
     def _carried(self, layer: int, slot: Slot) -> Tensor:
         """One block's scores brought to the rows of `slot`: tokens that merged later pass on their sum."""
         if layer not in self._rows:
             raise RuntimeError(f"the attention of block {layer} never computed queries and keys: there are no scores")
-        row = self._rows[layer]
+        rows = self._rows[layer]
+        row = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         if self._state is None or slot.dest is None or slot.anchor is None:
             return row
         was = self._state.slots[layer].anchor
@@ -133,6 +155,16 @@ class Row:
         if not self._done:
             self._k = k
             self._finish(scale)
+
+    def meet(self, q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> None:
+        """Queries and keys [B, H, T, D] are about to be multiplied, as they are.
+
+        Args:
+            bias: what is added to their product, broadcastable to [B, H, T, T], in place of that of the row.
+        """
+        if self._score is class_row:
+            q, bias = q[:, :, 0], None if bias is None else bias[:, :, 0]
+        self.found(self._score(q, k, scale=scale, bias=bias))
 
     def found(self, row: Tensor) -> None:
         """The row itself [B, T], where an attention shows neither queries nor keys."""

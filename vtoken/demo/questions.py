@@ -87,7 +87,9 @@ def ask(kind: str, scenes: Scenes, which: Tensor | None = None) -> tuple[Tensor,
     return torch.stack(ids, 1), torch.where(known[:, None], torch.stack(labels, 1), IGNORED)
 
 
-def side_by_side(model: Any, features: Tensor, texts: Sequence[Tensor]) -> list[Tensor]:
+def side_by_side(
+    model: Any, features: Tensor, texts: Sequence[Tensor], places: Tensor | None = None, whole: int | None = None
+) -> list[Tensor]:
     """Logits of several conversations about the same pictures, in one pass of a LLaVA's language model.
 
     All see the image in front of them and none sees another, so each is answered as if it were alone.
@@ -96,6 +98,8 @@ def side_by_side(model: Any, features: Tensor, texts: Sequence[Tensor]) -> list[
         model: a LLaVA of transformers with this vocabulary.
         features: of the images as they stand in the prompt, [N, K, D].
         texts: token ids int64 [N, L] of every conversation.
+        places: what the images' tokens are numbered by, int64 [N, K] from 0 on; None: one after the other.
+        whole: behind how many image tokens the texts are numbered; None: K.
 
     Returns:
         [N, L, vocabulary] for every conversation.
@@ -103,7 +107,10 @@ def side_by_side(model: Any, features: Tensor, texts: Sequence[Tensor]) -> list[
     count, front = len(features), 1 + features.shape[1]
     lengths = [ids.shape[1] for ids in texts]
     owner = torch.cat([torch.full((n,), i) for i, n in enumerate([front, *lengths])]).to(features.device)
-    places = torch.cat([torch.arange(front), *(front + torch.arange(n) for n in lengths)]).to(features.device)
+    image = torch.arange(front - 1).expand(count, -1) if places is None else places.cpu()
+    behind = front if whole is None else 1 + whole
+    words = torch.cat([behind + torch.arange(n) for n in lengths]).expand(count, -1)
+    numbers = torch.cat([torch.zeros(count, 1, dtype=torch.long), 1 + image, words], 1).to(features.device)
     order = torch.arange(len(owner), device=features.device)
     seen = (order[:, None] >= order) & ((owner[:, None] == owner) | (owner == 0))
     table = model.get_input_embeddings()
@@ -112,7 +119,7 @@ def side_by_side(model: Any, features: Tensor, texts: Sequence[Tensor]) -> list[
     mask = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
     out = model.model.language_model(
         inputs_embeds=embeds, attention_mask=mask.to(embeds.dtype)[None, None].expand(count, 1, -1, -1),
-        position_ids=places.expand(count, -1), use_cache=False,
+        position_ids=numbers, use_cache=False,
     )  # fmt: skip
     return list(model.lm_head(out.last_hidden_state[:, front:]).split(lengths, 1))
 

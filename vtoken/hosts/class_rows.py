@@ -13,6 +13,7 @@ from vtoken.core.apply import is_applied
 from vtoken.core.host import find_adapter, refuse_compiled
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError, VTokenError
+from vtoken.hosts.hidden_states import last_read
 from vtoken.ops import ENSEMBLES, scored_layers
 
 
@@ -67,21 +68,12 @@ def cls_attention_scores(
     if isinstance(pixel_values, Tensor) and pixel_values.dim() != 4:
         raise ShapeError(f"expected images [B, C, H, W], got {tuple(pixel_values.shape)}")
     if last is None:
-        last = _read_last(tower, spec.depth)
+        last = last_read(getattr(tower, "config", None), spec.depth)
+        if last < 0:
+            raise ConfigError("the projector reads the embeddings themselves: no block is there to read attention from")
     watch = Watch(scored_layers(spec.depth, start_layer, last))
     with torch.no_grad():
         adapter.run_watched(tower, watch, pixel_values)
     if spec.position == "rotary" and not watch.rotated:
         raise UnsupportedModelError(f"cannot read class attention of {spec.name}: its rotation of keys is not shown")
     return watch.scores(spec.depth - 1, ensemble)[0][:, spec.num_prefix :]
-
-
-def _read_last(model: Any, depth: int) -> int:
-    """The block whose output is handed on: what a LLaVA's projector reads, else the last one."""
-    config = getattr(model, "config", None)
-    named = [getattr(config, n, None) for n in ("vision_feature_layer", "vision_feature_layers")]
-    value = next((v for v in named if v is not None), depth)
-    block = max(v % (depth + 1) for v in ([value] if isinstance(value, int) else value)) - 1
-    if block < 0:
-        raise ConfigError("the projector reads the embeddings themselves: no block is there to read attention from")
-    return block

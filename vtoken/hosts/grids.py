@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vtoken.core.config import MethodConfig
 from vtoken.core.patch import base_of
-from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
-from vtoken.errors import ShapeError, UnsupportedModelError
-from vtoken.hosts.watch import Watch
-from vtoken.prompts.family import Family, need
+from vtoken.core.watch import Watch
+from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError
+from vtoken.prompts.family import Family, linear_macs, need
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
@@ -32,6 +32,8 @@ class GridFamily(Family):
     attention: ClassVar[str] = "attn"
     #: What makes keys in an attention.
     keys: ClassVar[str] = "qkv"
+    #: Attribute of the tower that embeds patches.
+    embedding: ClassVar[str] = "patch_embed"
     #: Further arguments of the two functions with a row for every visual, without the kind in front.
     per_visual: ClassVar[tuple[str, ...]] = ()
     #: Modules (of transformers.models) of classes whose cells have runs of their own.
@@ -43,7 +45,11 @@ class GridFamily(Family):
 
     def merges(self, model: Any, given: dict[str, Any], kind: str) -> list[int]:
         """Of every visual of a kind, how many patches along one side become one token."""
-        return [int(model.config.vision_config.spatial_merge_size)] * len(given[f"{kind}_grid_thw"])
+        return [self.side_of(model)] * len(given[f"{kind}_grid_thw"])
+
+    def side_of(self, model: Any) -> int:
+        """Patches along one side of a token of an image."""
+        return int(model.config.vision_config.spatial_merge_size)
 
     def blocks_of(self, model: Any) -> list[Any]:
         """The blocks of the tower; raises UnsupportedModelError if a part of it is not the family's own."""
@@ -61,21 +67,18 @@ class GridFamily(Family):
             )
         return list(blocks)
 
-    def measured(self, model: Any, width: int, heads: int) -> HostSpec:
-        """A tower of images of any size, without a class token."""
-        return HostSpec(
-            name=type(model).__name__,
-            depth=len(self.blocks_of(model)),
-            width=width,
-            num_heads=heads,
-            head_dim=width // heads,
-            num_prefix=0,
-            grid=(1, 1),
-            pooling="",
-            position="rotary",
-            fixed_size=False,
-            class_token=False,
-        )
+    def refuse(self, model: Any, given: dict[str, Any], needs: Needs) -> None:
+        """Attention inside a window says nothing of the image; there is no class token."""
+        facts = self.facts(model, {})
+        inside = [layer for layer in needs.layers if layer in facts.windowed]
+        if inside:
+            whole = [i for i in range(facts.depth) if i not in facts.windowed]
+            raise ConfigError(
+                f"block {inside[0]} of {type(model).__name__}'s tower attends inside windows, where tokens of small "
+                f"ones look better; only {whole} see the whole image: start_layer must leave out the others"
+            )
+        if needs.attention == "class":
+            raise ConfigError(f"the tower of {type(model).__name__} has no class token")
 
     def layout(self, model: Any, given: dict[str, Any]) -> list[Visual]:
         """From the grids alone."""
@@ -109,9 +112,8 @@ class GridFamily(Family):
         Pieces of a video are its cells, as no token looks beyond its own.
         """
         kind, inner, seen = visuals[0].kind, model.model, list[Tensor]()
-        blocks = self.blocks_of(model)
-        keys_of = (needs.layers[-1] if needs.layers else len(blocks) - 1) if "keys" in needs.features else None
-        watch, before = Watch(needs.layers, needs.attention, keys_of), "before" in needs.features
+        last, before = len(self.blocks_of(model)) - 1, "before" in needs.features
+        watch = Watch.of(needs, last, joined=True)
         if watch.reads or before:
             inner = self.watched(model, watch, self.reading(model, seen.append) if before else {})
         run = getattr(inner, f"get_{kind}_features")
@@ -127,11 +129,11 @@ class GridFamily(Family):
             levels = [list(torch.cat(level).split(lengths)) for level in pieces]
             out = self.outputs(model, out, levels)
         read = {"before": seen[0]} if seen else {}
-        rows = watch.attention()
-        if rows is not None:
+        rows = watch.each(last)[0]
+        if rows:
             read["attention"] = torch.stack([row[0].to(rows[-1][0].device) for row in rows], dim=-1)
-        if watch.projected is not None:
-            read["keys"] = self.keys_in(model, watch.projected)
+        if watch.keys is not None:
+            read["keys"] = watch.keys
         taps = {}
         for tap, found in read.items():
             if len(found) != sum(lengths):  # rows of patches
@@ -167,16 +169,42 @@ class GridFamily(Family):
         tokens = torch.cat([part.unflatten(0, (-1, merge**2)).mean(1) for part, merge in parts])
         return tokens if order is None else tokens.index_select(0, order.to(tokens.device))
 
+    def visual(self, model: Any, size: tuple[int, int], configs: Sequence[MethodConfig] = ()) -> Visual:
+        """One image of `size` pixels, rounded to whole tokens as the processor does within its limits."""
+        side = int(model.config.vision_config.patch_size) * self.side_of(model)
+        height, width = (max(1, round(s / side)) for s in size)
+        return Visual("image", (Cell((height, width)),))
+
+    def tower_macs(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """From its measures: patch embedding, linear layers, and attention over the image or inside windows."""
+        tower, spec, windowed = self.tower(model), self.spec(model), self.facts(model, {}).windowed
+        merge = self.side_of(model)
+        rows, columns = (side * merge for side in self.visual(model, size).cells[0].grid)
+        patches, pairs = rows * columns, (rows * columns) ** 2
+        side = int(getattr(tower, "window_size", 0)) // int(model.config.vision_config.patch_size)
+        inside = _squares(rows, side) * _squares(columns, side) if windowed else pairs
+        embedding = getattr(tower, self.embedding).named_parameters()
+        total = patches * sum(p.numel() for n, p in embedding if n.endswith("weight"))
+        for i, block in enumerate(self.blocks_of(model)):
+            total += patches * linear_macs(block) + 2 * spec.width * (inside if i in windowed else pairs)
+        return total, total
+
+    def scoring_macs(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> int:
+        """All rows of attention in every layer that is read."""
+        needs = self.method(model, configs).needs(self.facts(model, {}))
+        patches = self.visual(model, size).content * self.side_of(model) ** 2
+        return len(needs.layers) * patches**2 * self.spec(model).width
+
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        """There is no size of its own."""
+        raise ShapeError(f"{type(model).__name__} takes images of any size: say which, in pixels")
+
     def watched(self, model: Any, watch: Watch, parts: dict[str, Any]) -> Any:
         """The inner model with a watched tower, and with `parts` of `reading` in place of their own."""
         raise NotImplementedError
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """What stands, by attribute, in the model so that patches are taken as they leave the tower's blocks."""
-        raise NotImplementedError
-
-    def keys_in(self, model: Any, projected: Tensor) -> Tensor:
-        """Keys [patches, D], mean over heads, in what the module that makes them gave."""
         raise NotImplementedError
 
     def order(self, model: Any, grids: Tensor) -> Tensor | None:
@@ -195,3 +223,8 @@ def _split(level: Any, lengths: list[int]) -> list[Tensor]:
 
 def _joined(level: Any) -> Tensor:
     return level if isinstance(level, Tensor) else torch.cat(list(level))
+
+
+def _squares(length: int, side: int) -> int:
+    """Sum of the squares of the pieces of a line that is cut every `side`."""
+    return length // side * side**2 + (length % side) ** 2

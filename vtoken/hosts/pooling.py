@@ -48,7 +48,7 @@ def sized_pool(
         x: tokens [B, T, C] after the last block.
         pool_type: as the host's method takes it.
     """
-    size, kind = slot_of(x).size, pool_kind(model, pool_type)
+    kind, size = pool_kind(model, pool_type), slot_of(x).size
     stock: Callable[..., Tensor] = getattr(base_of(type(model)), name)
     if size is None or kind not in SIZED_POOLS:
         return stock(model, x, pool_type, **options)

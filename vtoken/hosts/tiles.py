@@ -16,8 +16,12 @@ from vtoken.core.host import keys_of
 from vtoken.core.patch import base_of, view
 from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
+from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError, UnsupportedModelError
-from vtoken.hosts.watch import Reader, Watch
+from vtoken.hosts.by_name import watched_by_name
+from vtoken.hosts.exchanged import Overheard
+from vtoken.hosts.hidden_states import last_read
+from vtoken.hosts.tower import pair
 from vtoken.prompts.family import Family, linear_macs, named_for, rows_of
 
 
@@ -42,12 +46,12 @@ class Tiles(Family):
         return 1
 
     def last(self, model: Any, given: dict[str, Any]) -> int:
-        """The block whose output the projector reads."""
-        return len(self._blocks(model)) - 1
+        """The block whose output the projector reads, as the call or the settings say."""
+        return last_read(model.config, len(self._blocks(model)), given)
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """What stands in the inner model so that rows in front of the projector [tiles, n, C0] are taken."""
-        return {"multi_modal_projector": Reader(model.model.multi_modal_projector, before=take)}
+        return {"multi_modal_projector": Overheard(model.model.multi_modal_projector, before=take)}
 
     def images(self, ids: Tensor, runs: list[Run], tiles: list[int]) -> list[int]:
         """Tiles of every image, from those of every run of placeholders."""
@@ -63,21 +67,9 @@ class Tiles(Family):
                 f"{type(tower).__qualname__}, understood: {', '.join(sorted(n for _, n in self.towers))}. The model "
                 "was left as it was."
             )
-        config = tower.config
-        width, heads = int(config.hidden_size), int(config.num_attention_heads)
-        return HostSpec(
-            name=type(model).__name__,
-            depth=len(self._blocks(model)),
-            width=width,
-            num_heads=heads,
-            head_dim=width // heads,
-            num_prefix=self.prefix,
-            grid=self.patches(model),
-            pooling="",
-            position="absolute",
-            fixed_size=True,
-            class_token=self.prefix > 0,
-        )
+        width, heads = int(tower.config.hidden_size), int(tower.config.num_attention_heads)
+        grid = self.patches(model)
+        return self.measured(model, self._blocks(model), width, heads, prefix=self.prefix, grid=grid)
 
     def tower(self, model: nn.Module) -> Any:
         """The image tower."""
@@ -131,11 +123,11 @@ class Tiles(Family):
     def encode(self, model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: Needs) -> Encoded:
         """By the model's own `get_image_features`."""
         inner, tower, seen = model.model, self.tower(model), list[Tensor]()
-        last = needs.layers[-1] if needs.layers else self.last(model, given)
-        watch = Watch(needs.layers, needs.attention, last if "keys" in needs.features else None)
+        last = self.last(model, given)
+        watch = Watch.of(needs, last, joined=True)
         parts: dict[str, Any] = {}
         if watch.reads:
-            parts[self.tower_name] = watch.over(tower, self.path, self.attention, self.keys)
+            parts[self.tower_name] = watched_by_name(watch, tower, self.path, self.attention, self.keys)
         if "before" in needs.features:
             parts |= self.reading(model, seen.append)
         named = self.arguments(model, given)
@@ -147,12 +139,11 @@ class Tiles(Family):
             """Rows [tiles, n, c] by visual."""
             return list(rows.flatten(0, -2).split(lengths))
 
-        found, attention, keys = watch.attention(), None, None
-        if found is not None:
+        found, attention, keys = watch.each(last)[0], None, None
+        if found:
             attention = [rows.T for rows in split(self.means(model, given, torch.stack(found, dim=-1)))]
-        if watch.projected is not None:
-            heads = int(tower.config.num_attention_heads)
-            keys = split(self.means(model, given, watch.projected.unflatten(-1, (heads, -1)).float().mean(-2)))
+        if watch.keys is not None:
+            keys = split(self.means(model, given, watch.keys))
         return Encoded({"image": out}, [split(rows_of(out))], attention, split(seen[0]) if seen else None, keys)
 
     def check_tokens(self, model: Any, out: Any, given: dict[str, Any], lengths: Sequence[int]) -> None:
@@ -175,7 +166,7 @@ class Tiles(Family):
 
     def patches(self, model: Any) -> tuple[int, int]:
         """Patch rows and columns of one tile."""
-        (height, width), (high, wide) = self.image_size(model), pair_of(self.tower(model).config.patch_size)
+        (height, width), (high, wide) = self.image_size(model), pair(self.tower(model).config.patch_size)
         return height // high, width // wide
 
     def grid(self, model: Any, img_size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -185,7 +176,7 @@ class Tiles(Family):
 
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """Of one tile, in pixels."""
-        return pair_of(self.tower(model).config.image_size)
+        return pair(self.tower(model).config.image_size)
 
     def channels(self, model: nn.Module) -> int:
         """Channels of its images."""
@@ -268,9 +259,3 @@ def _head_macs(tower: Any, tokens: int) -> int:
     """Of SigLIP's pooling head, which runs although nobody reads it: one query over all tokens."""
     width = int(tower.config.hidden_size)
     return (2 + 2 * tokens) * width**2 + 2 * tokens * width + linear_macs(tower.head.mlp)
-
-
-def pair_of(value: Any) -> tuple[int, int]:
-    """One side or (height, width), as a list in some settings."""
-    height, width = (value, value) if isinstance(value, int) else value
-    return int(height), int(width)

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from vtoken.core.bound import ContainerMixin, Patched
 from vtoken.core.method import AttentionMethod, BlockMethod, Methods
-from vtoken.core.patch import PREDICTOR, base_of
+from vtoken.core.patch import PREDICTOR, base_of, is_patched
 from vtoken.core.slots import Slot
-from vtoken.core.trace import DROPPED
 from vtoken.errors import ShapeError, UnsupportedModelError
-from vtoken.ops.rows import take_rows
 
 
 def block_targets(
@@ -80,6 +78,23 @@ def given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None and value is not False}
 
 
+def pair(value: Any) -> tuple[int, int]:
+    """One side or (height, width), as a list in some settings, as a pair."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)
+
+
+PATCHED = (
+    "it carries a method of vtoken.apply, which would be bypassed; call vtoken.remove(model) while training, methods "
+    "work in eval mode"
+)
+
+
+def patched_inside(tower: nn.Module) -> str | None:
+    """Why no patches are left out of a tower that carries a method; None if it does not."""
+    return PATCHED if any(is_patched(module) for module in tower.modules()) else None
+
+
 def gather_rope(rope: Tensor, slot: Slot, num_prefix: int) -> Tensor:
     """Rows of a rotary table for the tokens that are left: each keeps the rotation of its anchor.
 
@@ -105,10 +120,7 @@ def spread(rows: Tensor, slot: Slot, num_prefix: int, grid: tuple[int, int]) -> 
     Raises:
         ShapeError: if patches were dropped before the first block, so that no dense map exists.
     """
-    if slot.dest is not None:
-        if slot.dropped:
-            raise ShapeError(DROPPED)
-        rows = take_rows(rows, slot.dest[:, num_prefix:] - num_prefix)
+    rows = slot.spread(rows, num_prefix)
     height, width = grid
     if rows.shape[1] != height * width:
         raise ShapeError(

@@ -37,6 +37,7 @@ class ShareConfig(MethodConfig):
     """
 
     part: ClassVar[str] = "prompt"
+    either = ("num_tokens", "keep_ratio")
 
     num_tokens: int | None = None
     keep_ratio: float | None = None
@@ -63,14 +64,6 @@ class ShareConfig(MethodConfig):
     def example(cls) -> Self:
         """64 tokens."""
         return cls(num_tokens=64)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some settings changed; num_tokens replaces keep_ratio and the other way round."""
-        if changes.get("num_tokens") is not None:
-            changes.setdefault("keep_ratio", None)
-        elif changes.get("keep_ratio") is not None:
-            changes.setdefault("num_tokens", None)
-        return super().replace(**changes)
 
 
 class Sharing(PromptMethod):

@@ -11,7 +11,7 @@ from torch import Tensor
 _AS_IT_IS: AbstractContextManager[object] = contextlib.nullcontext()
 
 
-def flat_index(index: Tensor, num_rows: int) -> Tensor:
+def _flat_index(index: Tensor, num_rows: int) -> Tensor:
     """Row numbers [B, K] inside each image -> row numbers [B*K] of the [B*num_rows, C] view."""
     batch = index.shape[0]
     if batch == 1:  # at batch 1 the count of small operations is what costs
@@ -23,8 +23,15 @@ def flat_index(index: Tensor, num_rows: int) -> Tensor:
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [B, K] of `x` [B, T, C] as [B, K, C]; 4x faster than gather with an expanded index."""
     batch, num_rows, width = x.shape
-    rows = x.reshape(batch * num_rows, width).index_select(0, flat_index(index, num_rows))
+    rows = x.reshape(batch * num_rows, width).index_select(0, _flat_index(index, num_rows))
     return rows.view(batch, index.shape[1], width)
+
+
+def add_rows(rows: Tensor, step: Tensor, slot: Tensor) -> Tensor:
+    """Add `step` [B, r, C] to `rows` [B, D, C], in place, at `slot` [B, r]; deterministic on CPU only."""
+    flat = rows.view(-1, rows.shape[2])
+    flat.index_add_(0, _flat_index(slot, rows.shape[1]), step.view(-1, rows.shape[2]))
+    return rows
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:

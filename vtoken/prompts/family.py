@@ -14,7 +14,7 @@ from vtoken.core.config import MethodConfig
 from vtoken.core.host import Host, HostAdapter, keys_of
 from vtoken.core.method import Methods, PromptMethod
 from vtoken.core.patch import base_of, forward_is_replaced
-from vtoken.core.spec import ImageTokens
+from vtoken.core.spec import HostSpec, ImageTokens
 from vtoken.core.visual import Encoded, Needs, TowerFacts, Visual, length_of
 from vtoken.errors import ConfigError, InputError, UnsupportedModelError
 from vtoken.prompts.budget import asked_of, likely_methods
@@ -221,6 +221,30 @@ class Family(HostAdapter):
     def scoring_macs(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> int:
         """Multiply-adds that reading the attention of one image or crop takes."""
         return 0
+
+    def measured(
+        self, model: Any, blocks: Sequence[Any], width: int, heads: int, *, prefix: int = 0,
+        grid: tuple[int, int] | None = None,
+    ) -> HostSpec:  # fmt: skip
+        """The measures of a tower of `width` channels; without a grid it takes images of any size.
+
+        Args:
+            prefix: a class token in front, or none.
+            grid: patch rows and columns of its one size of images.
+        """
+        return HostSpec(
+            name=type(model).__name__,
+            depth=len(blocks),
+            width=width,
+            num_heads=heads,
+            head_dim=width // heads,
+            num_prefix=prefix,
+            grid=grid or (1, 1),
+            pooling="",
+            position="absolute" if grid else "rotary",
+            fixed_size=grid is not None,
+            class_token=prefix > 0,
+        )
 
     def method(self, model: nn.Module, configs: Sequence[MethodConfig]) -> Any:
         """What the settings of the prompt, among these, make; None if there are none."""

@@ -123,14 +123,18 @@ class _Streamer:
         self._streamer.end()
 
 
-class _Processors(LogitsProcessorList):
-    """Processors that see the caller's prompt."""
+class _Shown:
+    """A list of callbacks that see the caller's prompt."""
 
     full: FullPrompt
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        shown: Any = self.full.ids_for(input_ids)
-        return super().__call__(shown, scores, **kwargs)
+        stock: Any = super().__call__  # type: ignore[misc]
+        return stock(self.full.ids_for(input_ids), scores, **kwargs)
+
+
+class _Processors(_Shown, LogitsProcessorList):
+    """Processors that do."""
 
 
 class _Whole(LogitsProcessor):
@@ -143,14 +147,8 @@ class _Whole(LogitsProcessor):
         return self._processors(input_ids, scores)
 
 
-class _Criteria(StoppingCriteriaList):
-    """Criteria that see the caller's prompt."""
-
-    full: FullPrompt
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        shown: Any = self.full.ids_for(input_ids)
-        return super().__call__(shown, scores, **kwargs)
+class _Criteria(_Shown, StoppingCriteriaList):
+    """Criteria that do."""
 
     @property
     def max_length(self) -> int | None:

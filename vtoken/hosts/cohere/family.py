@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from vtoken.core.calling import call_with
 from vtoken.core.visual import Needs
 from vtoken.errors import ConfigError
-from vtoken.hosts.llava.features import feature_layer
+from vtoken.hosts.exchanged import Exchanged
+from vtoken.hosts.hidden_states import STRATEGY, drops_first
 from vtoken.hosts.tiles import Run, Tiles, named_in_front
-from vtoken.hosts.watch import Exchanged
 
 
 class Cohere2Vision(Tiles):
@@ -56,11 +56,7 @@ class AyaVision(Cohere2Vision):
 
     name = "transformers Aya Vision"
     models = frozenset({("aya_vision", "AyaVisionForConditionalGeneration")})
-    side = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
-
-    def last(self, model: Any, given: dict[str, Any]) -> int:
-        """As the settings or the call say."""
-        return feature_layer(model, given)
+    side = ("pixel_values", "vision_feature_layer", STRATEGY)
 
     def images(self, ids: Tensor, runs: list[Run], tiles: list[int]) -> list[int]:
         """It is the last one of its image."""
@@ -69,8 +65,7 @@ class AyaVision(Cohere2Vision):
     def refuse(self, model: Any, given: dict[str, Any], needs: Needs) -> None:
         """SigLIP has no class token that could be dropped."""
         super().refuse(model, given, needs)
-        name = "vision_feature_select_strategy"
-        if (given.get(name) or getattr(model.config, name)) != "full":
+        if drops_first(model, given):
             raise ConfigError(
-                f"{type(model).__name__} with {name}='default' drops a patch for a class token that its tower lacks"
+                f"{type(model).__name__} with {STRATEGY}='default' drops a patch for a class token that its tower lacks"
             )

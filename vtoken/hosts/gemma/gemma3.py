@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vtoken.hosts.exchanged import Exchanged, Overheard
 from vtoken.hosts.gemma.route import Gemma
-from vtoken.hosts.watch import Exchanged, Reader
 
 
 class Gemma3(Gemma):
@@ -28,7 +28,7 @@ class Gemma3(Gemma):
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """Behind the pool."""
         projector = model.model.multi_modal_projector
-        norm = Reader(projector.mm_soft_emb_norm, before=take)
+        norm = Overheard(projector.mm_soft_emb_norm, before=take)
         return {"multi_modal_projector": Exchanged(projector, {"mm_soft_emb_norm": norm})}
 
     def project(self, model: Any, rows: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vtoken.core.visual import Cell
 from vtoken.errors import ShapeError
+from vtoken.hosts.exchanged import Exchanged
 from vtoken.hosts.tiles import Run, Tiles, named_in_front
-from vtoken.hosts.watch import Exchanged
 from vtoken.prompts.family import rows_of
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vtoken.core.visual import Needs
 from vtoken.errors import ConfigError
-from vtoken.hosts.llava.features import feature_layer
+from vtoken.hosts.hidden_states import STRATEGY, drops_first
 from vtoken.hosts.tiles import Run, Tiles
 
 
@@ -19,15 +19,11 @@ class InternVL(Tiles):
     models = frozenset({("internvl", "InternVLForConditionalGeneration")})
     towers = frozenset({("internvl", "InternVLVisionModel")})
     path, attention, prefix = ("encoder", "layer"), "attention", 1
-    side = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
+    side = ("pixel_values", "vision_feature_layer", STRATEGY)
 
     def side_of(self, model: Any) -> int:
         """By the ratio of its settings."""
         return round(1 / float(model.config.downsample_ratio))
-
-    def last(self, model: Any, given: dict[str, Any]) -> int:
-        """As the settings or the call say."""
-        return feature_layer(model, given)
 
     def images(self, ids: Tensor, runs: list[Run], tiles: list[int]) -> list[int]:
         """Those of one run."""
@@ -36,10 +32,9 @@ class InternVL(Tiles):
     def refuse(self, model: Any, given: dict[str, Any], needs: Needs) -> None:
         """A class token has no place in the grid of a tile."""
         super().refuse(model, given, needs)
-        name = "vision_feature_select_strategy"
-        if (given.get(name) or getattr(model.config, name)) != "default":
+        if not drops_first(model, given):
             raise ConfigError(
-                f"{type(model).__name__} with {name}='full' keeps a class token, which no tile has room for"
+                f"{type(model).__name__} with {STRATEGY}='full' keeps a class token, which no tile has room for"
             )
 
     def cut(self, model: Any, size: tuple[int, int]) -> int:

@@ -16,21 +16,21 @@ from vtoken.core.host import keys_of
 from vtoken.core.method import Methods
 from vtoken.core.patch import base_of
 from vtoken.core.spec import HostSpec
-from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
+from vtoken.core.visual import Cell, Needs, TowerFacts, Visual
 from vtoken.errors import ConfigError, UnsupportedModelError
+from vtoken.hosts.hidden_states import drops_first
 from vtoken.hosts.llava.features import (
     IMAGE_SIDE,
     PIXELS,
-    drops_first,
     encode,
     feature_layer,
     packed_visual,
     tower_of,
 )
+from vtoken.hosts.tower import pair
 from vtoken.hosts.transformers.adapter import HFAdapter
 from vtoken.hosts.transformers.entry import will_remove
 from vtoken.hosts.transformers.families import grid_of, num_prefix
-from vtoken.hosts.transformers.images import pair
 from vtoken.prompts.family import Family
 
 _TOWERS = {("clip", "CLIPVisionModel"), ("siglip", "SiglipVisionModel")}
@@ -49,6 +49,7 @@ class LlavaAdapter(Family):
         }
     )
     side: ClassVar[tuple[str, ...]] = IMAGE_SIDE
+    encode = staticmethod(encode)
 
     def spec(self, model: nn.Module) -> HostSpec:
         """The measures of the image tower; raises UnsupportedModelError unless all that is needed is understood."""
@@ -98,10 +99,6 @@ class LlavaAdapter(Family):
             packed_visual(model, rows, self.crops(model, size) if whole else 1, size, given.get("vision_aspect_ratio"))
             for size, whole in zip(sizes, cut, strict=True)
         ]
-
-    def encode(self, model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: Needs) -> Encoded:
-        """By the model's own `get_image_features`."""
-        return encode(model, given, visuals, needs)
 
     def visual(self, model: Any, size: tuple[int, int], configs: Sequence[MethodConfig] = ()) -> Visual:
         """One image of `size` pixels."""

@@ -18,16 +18,17 @@ from vtoken.core.patch import is_patched, view
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
+from vtoken.hosts.exchanged import Overheard
+from vtoken.hosts.hidden_states import LAYER_NAMES, STRATEGY, drops_first, last_read
 from vtoken.hosts.transformers.families import num_prefix
 
 #: Where transformers keeps the image tower inside the inner model.
 TOWER_NAMES = ("vision_tower", "image_tower")
-#: Names of the images' argument and of the feature layer's, over the versions.
+#: Names of the images' argument, over the versions.
 PIXELS = ("pixel_values", "pixel_values_images")
-LAYER_NAMES = ("vision_feature_layer", "vision_feature_layers")
 #: Arguments that say how images are encoded; they go once images have become features.
 IMAGE_SIDE = (
-    *PIXELS, *LAYER_NAMES, "image_sizes", "batch_num_images", "vision_feature_select_strategy", "vision_aspect_ratio",
+    *PIXELS, *LAYER_NAMES, "image_sizes", "batch_num_images", STRATEGY, "vision_aspect_ratio",
     "interpolate_pos_encoding",
 )  # fmt: skip
 
@@ -38,24 +39,9 @@ def tower_of(model: Any) -> tuple[str, Any]:
     return name, getattr(model.model, name)
 
 
-def layers_of(model: Any, given: dict[str, Any] | None = None) -> list[int]:
-    """The hidden states that the projector reads, as the call or the configuration numbers them."""
-    named = [(given or {}).get(n) for n in LAYER_NAMES] + [getattr(model.config, n, None) for n in LAYER_NAMES]
-    value = next(v for v in named if v is not None)
-    return [value] if isinstance(value, int) else list(value)
-
-
 def feature_layer(model: Any, given: dict[str, Any] | None = None) -> int:
     """The block whose output the projector reads, -1 for the embeddings; of several layers the last one."""
-    states = int(tower_of(model)[1].config.num_hidden_layers) + 1
-    return max(v % states for v in layers_of(model, given)) - 1
-
-
-def drops_first(model: Any, given: dict[str, Any] | None = None) -> bool:
-    """Whether the first row that leaves the tower is thrown away: the class token, if there is one."""
-    name = "vision_feature_select_strategy"
-    strategy = (given or {}).get(name) or getattr(model.config, name, "default")  # ViP-LLaVA has no such setting
-    return bool(strategy == "default")
+    return last_read(model.config, int(tower_of(model)[1].config.num_hidden_layers), given)
 
 
 def image_arguments(model: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -73,14 +59,13 @@ def encode(model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: 
     """
     name, tower = tower_of(model)
     reads = needs.attention != "none" or "keys" in needs.features
-    last, wants_keys = feature_layer(model, given), "keys" in needs.features
-    rows = Watch(needs.layers, "cls" if needs.attention == "class" else "received", keys=wants_keys)
-    packing, seen = Packing(model.model), _Input(model.model.multi_modal_projector)
+    last = feature_layer(model, given)
+    rows, packing, seen = Watch.of(needs, last), Packing(model.model), list[Tensor]()
     if reads and not is_patched(tower):
         raise changed("the image tower", tower)
     parts: dict[str, Any] = {name: functools.partial(tower, vtoken_rows=rows)} if is_patched(tower) else {}
     if "before" in needs.features:
-        parts["multi_modal_projector"] = seen
+        parts["multi_modal_projector"] = Overheard(model.model.multi_modal_projector, before=seen.append)
     packs = hasattr(model.model, "pack_image_features")
     if packs:
         parts["pack_image_features"] = packing.watch
@@ -106,22 +91,10 @@ def encode(model: Any, given: dict[str, Any], visuals: Sequence[Visual], needs: 
         attention = [row.T for row in laid_out(stacked, -1.0)]
     if rows.keys is not None:
         keys = laid_out(rows.keys[:, first:].to(rows.keys), 0.0, fixed)
-    if seen.rows is not None:
-        before = laid_out(seen.rows, 0.0, fixed)
+    if seen:
+        before = laid_out(seen[0], 0.0, fixed)
     places = None if anchors is None else tuple((anchors[:, first:] - prefix).to(device))
     return Encoded({"image": output}, [features], attention, before, keys, places, first - prefix)
-
-
-class _Input:
-    """Stands where the projector stood, and keeps what it is given."""
-
-    def __init__(self, projector: Any) -> None:
-        self._projector = projector
-        self.rows: Tensor | None = None
-
-    def __call__(self, rows: Tensor) -> Any:
-        self.rows = rows
-        return self._projector(rows)
 
 
 class Packing:
@@ -152,7 +125,7 @@ def packed_visual(model: Any, patches: int, crops: int, size: Sequence[int], asp
     if patches != side * side:
         raise ShapeError(f"{patches} tokens of a crop cannot be packed on a grid of {side} x {side}")
     # The two classes name different options; what is not given has the default of the configuration.
-    options: dict[str, Any] = {"vision_feature_select_strategy": "full"}
+    options: dict[str, Any] = {STRATEGY: "full"}
     if hasattr(model.config, "vision_aspect_ratio"):
         options = {"vision_aspect_ratio": model.config.vision_aspect_ratio if aspect is None else aspect}
     packed, _ = model.model.pack_image_features(

@@ -24,11 +24,12 @@ from vtoken.core.trace import current_trace, tracing, unmerge
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, ShapeError
+from vtoken.hosts.exchanged import Overheard
+from vtoken.hosts.hidden_states import LAYER_NAMES, STRATEGY, drops_first, states_read
 from vtoken.hosts.llava.adapter import LlavaAdapter
-from vtoken.hosts.llava.features import LAYER_NAMES, drops_first, feature_layer, layers_of, tower_of
+from vtoken.hosts.llava.features import feature_layer, tower_of
 from vtoken.hosts.transformers.entry import will_remove
 from vtoken.hosts.transformers.families import num_prefix
-from vtoken.hosts.watch import Reader
 from vtoken.prompts.family import named_for
 
 
@@ -141,21 +142,22 @@ class LlavaVideo(LlavaAdapter):
         """Of frames [F, C, H, W] their "rows" [F, n, C], and what else was asked for by its name."""
         (name, tower), inner, first = tower_of(model), model.model, int(drops_first(model, given))
         native, before = list[Tensor](), list[Tensor]()
-        watch = Watch(needs.layers, "cls" if needs.attention == "class" else "received", keys="keys" in needs.features)
+        last = feature_layer(model, given)
+        watch = Watch.of(needs, last)
         reads = needs.attention != "none" or "keys" in needs.features
         if reads and not is_patched(tower):
             raise changed("the image tower", tower)
         run: Any = functools.partial(tower, vtoken_rows=watch) if reads else tower
         pooler = "vision_resampler" if self.pools_first else "apply_pooling"
         parts: dict[str, Any] = {
-            name: functools.partial(_dense, tower, run, layers_of(model, given)),
-            pooler: Reader(getattr(inner, pooler), before=native.append),
-            "multi_modal_projector": Reader(inner.multi_modal_projector, before=before.append),
+            name: functools.partial(_dense, tower, run, states_read(model.config, given) or [-1]),
+            pooler: Overheard(getattr(inner, pooler), before=native.append),
+            "multi_modal_projector": Overheard(inner.multi_modal_projector, before=before.append),
         }
         function = view(inner, **parts).get_video_features
         takes = inspect.signature(function).parameters
         pixels = "pixel_values_videos" if "pixel_values_videos" in takes else "pixel_values"  # in older releases
-        named = named_for(function, given, (*LAYER_NAMES, "vision_feature_select_strategy"))
+        named = named_for(function, given, (*LAYER_NAMES, STRATEGY))
         out = function(**{pixels: frames.unsqueeze(0)}, **named, return_dict=True)
         half = self.default_side(_side(model)) ** 2
         found = {"rows": out.pooler_output[0].flatten(0, -2)[: len(frames) * half].unflatten(0, (len(frames), half))}
@@ -164,7 +166,7 @@ class LlavaVideo(LlavaAdapter):
         if "before" in needs.features:
             found["before"] = before[0] if self.pools_first else self.pooled(model, before[0])
         if needs.attention != "none":
-            each = watch.each(feature_layer(model, given))[0]
+            each = watch.each(last)[0]
             found["attention"] = self.pooled(model, torch.stack(each, dim=-1)[:, first:])
         if watch.keys is not None:
             found["keys"] = self.pooled(model, watch.keys[:, first:])

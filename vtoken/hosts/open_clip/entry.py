@@ -13,10 +13,7 @@ from vtoken.core.forward import block_method, forward_of
 from vtoken.core.patch import base_of, forward_with, is_patched, view
 from vtoken.core.slots import Slot
 from vtoken.core.state import TokenState
-from vtoken.core.trace import DROPPED
-from vtoken.errors import ShapeError
 from vtoken.hosts.pooling import weighted_mean
-from vtoken.ops.rows import take_rows
 
 NUM_PREFIX = 1  # every built-in tower has exactly one class token
 
@@ -92,9 +89,8 @@ class BoundTransformer:
         x, found = inner.forward_intermediates(x, indices=indices, stop_early=stop_early)
         slots = [self._state.slots[layer + 1] for layer in layers]
         # The host reshapes what it gets to its patch grid, so it must get every patch.
-        hand_out = self._spread if self._dense else self._ordered
-        found = [hand_out(rows, slot) for rows, slot in zip(found, slots, strict=True)]
-        return self._finish(x), found
+        hand_out = Slot.spread if self._dense else self._ordered
+        return self._finish(x), [hand_out(slot, rows) for rows, slot in zip(found, slots, strict=True)]
 
     def _finish(self, x: Tensor) -> Tensor:
         self.slot = self._state.last
@@ -102,13 +98,8 @@ class BoundTransformer:
             x, self.slot = self.slot.in_raster_order(x)
         return x
 
-    def _ordered(self, rows: Tensor, slot: Slot) -> Tensor:
+    def _ordered(self, slot: Slot, rows: Tensor) -> Tensor:
         return slot.in_raster_order(rows)[0] if self._raster else rows
-
-    def _spread(self, rows: Tensor, slot: Slot) -> Tensor:
-        if slot.dropped:
-            raise ShapeError(DROPPED)
-        return rows if slot.dest is None else take_rows(rows, slot.dest)
 
 
 class TransformerMixin:

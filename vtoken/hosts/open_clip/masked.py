@@ -16,6 +16,7 @@ from vtoken.core.spec import PatchSpec
 from vtoken.core.watch import Watch
 from vtoken.hosts.open_clip.watched import watched_transformer
 from vtoken.hosts.timm import masked as trunk
+from vtoken.hosts.tower import PATCHED, patched_inside
 from vtoken.ops.rows import take_rows
 
 
@@ -24,7 +25,7 @@ def patch_spec(visual: Any) -> PatchSpec:
     if isinstance(visual, TimmModel):
         found = trunk.patch_spec(visual.trunk)
         return replace(found, embed=f"trunk.{found.embed}")
-    why = trunk.patched_inside(visual) or _problem(visual)
+    why = patched_inside(visual) or _problem(visual)
     if why:
         raise trunk.refused(visual, why)
     patch, size = ((int(pair[0]), int(pair[1])) for pair in (visual.patch_size, visual.image_size))
@@ -50,7 +51,7 @@ def run_masked(visual: Any, images: Tensor, rows: Tensor | None, watch: Watch | 
         out = call_with(visual, {"trunk": run}, images)
         return pooled[0], out
     if is_patched(visual):
-        raise trunk.refused(visual, trunk.PATCHED)
+        raise trunk.refused(visual, PATCHED)
     return _run_own(visual, images, rows, watch)
 
 

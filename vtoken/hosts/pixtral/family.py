@@ -20,9 +20,9 @@ from vtoken.core.patch import base_of
 from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, Visual
 from vtoken.errors import ConfigError, ShapeError
-from vtoken.hosts.llava.features import feature_layer
+from vtoken.hosts.exchanged import Exchanged, Overheard
+from vtoken.hosts.hidden_states import STRATEGY, drops_first
 from vtoken.hosts.tiles import Tiles
-from vtoken.hosts.watch import Exchanged, Reader
 from vtoken.prompts.family import linear_macs, need
 
 
@@ -46,10 +46,6 @@ class Mistral3(Tiles):
     def patches(self, model: Any) -> tuple[int, int]:
         """Not known before an image comes."""
         return 1, 1
-
-    def last(self, model: Any, given: dict[str, Any]) -> int:
-        """As the settings or the call say."""
-        return feature_layer(model, given)
 
     def layout(self, model: Any, given: dict[str, Any]) -> list[Visual]:
         """From the sizes of the images; they are filled up to one size."""
@@ -102,7 +98,7 @@ class Mistral3(Tiles):
         """Where the patches of a token lie side by side."""
         projector = model.model.multi_modal_projector
         merger = projector.patch_merger
-        read = Exchanged(merger, {"merging_layer": Reader(merger.merging_layer, before=take)})
+        read = Exchanged(merger, {"merging_layer": Overheard(merger.merging_layer, before=take)})
         return {"multi_modal_projector": Exchanged(projector, {"patch_merger": read})}
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
@@ -142,7 +138,7 @@ class LlavaPixtral(Mistral3):
 
     name = "transformers LLaVA over Pixtral"
     models = frozenset({("llava", "LlavaForConditionalGeneration")})
-    side = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    side = ("pixel_values", "image_sizes", "vision_feature_layer", STRATEGY)
 
     def matches(self, model: nn.Module) -> bool:
         """Whether it is a LLaVA with such a tower."""
@@ -160,13 +156,14 @@ class LlavaPixtral(Mistral3):
     def refuse(self, model: Any, given: dict[str, Any], needs: Needs) -> None:
         """There is no class token that could be dropped."""
         super().refuse(model, given, needs)
-        name = "vision_feature_select_strategy"
-        if (given.get(name) or getattr(model.config, name)) != "full":
-            raise ConfigError(f"{type(model).__name__} with {name}='default' drops the first patch; set it to 'full'")
+        if drops_first(model, given):
+            raise ConfigError(
+                f"{type(model).__name__} with {STRATEGY}='default' drops the first patch; set it to 'full'"
+            )
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """What goes into the projector."""
-        return {"multi_modal_projector": Reader(model.model.multi_modal_projector, before=take)}
+        return {"multi_modal_projector": Overheard(model.model.multi_modal_projector, before=take)}
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
         """By the projector."""

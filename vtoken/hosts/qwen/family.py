@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtoken.core.config import MethodConfig
 from vtoken.core.patch import base_of, view
 from vtoken.core.spec import HostSpec
-from vtoken.core.visual import Cell, Needs, TowerFacts, Visual
-from vtoken.errors import ConfigError, InputError, ShapeError
+from vtoken.core.visual import TowerFacts
+from vtoken.core.watch import Watch
+from vtoken.errors import InputError
+from vtoken.hosts.by_name import watched_by_name
+from vtoken.hosts.exchanged import Overheard
 from vtoken.hosts.grids import GridFamily
 from vtoken.hosts.qwen.positions import places
-from vtoken.hosts.watch import Reader, Watch
 from vtoken.prompts.calls import refuse_chunks
 from vtoken.prompts.family import linear_macs, takes_outputs
 
@@ -42,8 +43,9 @@ class QwenVL(GridFamily):
 
     def spec(self, model: nn.Module) -> HostSpec:
         """The measures of the tower; raises UnsupportedModelError if a part of it is not the family's own."""
-        attn = self.blocks_of(model)[0].attn
-        return self.measured(model, int(attn.qkv.in_features), int(attn.num_heads))
+        blocks = self.blocks_of(model)
+        attn = blocks[0].attn
+        return self.measured(model, blocks, int(attn.qkv.in_features), int(attn.num_heads))
 
     def facts(self, model: Any, given: dict[str, Any]) -> TowerFacts:
         """No class token; Qwen2.5-VL looks through windows in all but a few blocks."""
@@ -54,31 +56,14 @@ class QwenVL(GridFamily):
         last = max((i for i in range(depth) if i not in windowed), default=-1)
         return TowerFacts(depth=depth, last=last, windowed=windowed)
 
-    def refuse(self, model: Any, given: dict[str, Any], needs: Needs) -> None:
-        """Attention inside a window says nothing of the image."""
-        windowed = self.facts(model, {}).windowed
-        inside = [layer for layer in needs.layers if layer in windowed]
-        if inside:
-            whole = [i for i in range(len(self.tower(model).blocks)) if i not in windowed]
-            raise ConfigError(
-                f"block {inside[0]} of {type(model).__name__}'s tower attends inside windows, where tokens of small "
-                f"ones look better; only {whole} see the whole image: start_layer must leave out the others"
-            )
-        if needs.attention == "class":
-            raise ConfigError(f"the tower of {type(model).__name__} has no class token")
-
     def watched(self, model: Any, watch: Watch, parts: dict[str, Any]) -> Any:
         """The merger is a part of the tower."""
-        return view(model.model, visual=watch.over(self.tower(model), self.path, self.attention, self.keys, **parts))
+        tower = watched_by_name(watch, self.tower(model), self.path, self.attention, self.keys, **parts)
+        return view(model.model, visual=tower)
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """In front of the merger."""
-        return {"merger": Reader(self.tower(model).merger, before=take)}
-
-    def keys_in(self, model: Any, projected: Tensor) -> Tensor:
-        """One module makes queries, keys and values."""
-        heads = int(self.tower(model).blocks[0].attn.num_heads)
-        return projected.unflatten(1, (3, heads, -1))[:, 1].float().mean(1)
+        return {"merger": Overheard(self.tower(model).merger, before=take)}
 
     def order(self, model: Any, grids: Tensor) -> Tensor | None:
         """Where every token of the prompt is among those of the tower, which Qwen2.5-VL sorts by windows."""
@@ -124,43 +109,8 @@ class QwenVL(GridFamily):
             return encoded(model, call | {"mm_encoder_outputs": features}, self.token_ids(model))
         return super().hand_over(model, call, generating=generating)
 
-    def visual(self, model: Any, size: tuple[int, int], configs: Sequence[MethodConfig] = ()) -> Visual:
-        """One image of `size` pixels, rounded to whole tokens as the processor does within its limits."""
-        vision = model.config.vision_config
-        side = int(vision.patch_size) * int(vision.spatial_merge_size)
-        height, width = (max(1, round(s / side)) for s in size)
-        return Visual("image", (Cell((height, width)),))
-
-    def tower_macs(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
-        """From its measures: patch embedding, linear layers, and attention over the image or inside windows."""
-        tower, spec, windowed = self.tower(model), self.spec(model), self.facts(model, {}).windowed
-        merge = int(model.config.vision_config.spatial_merge_size)
-        rows, columns = (side * merge for side in self.visual(model, size).cells[0].grid)
-        patches, pairs = rows * columns, (rows * columns) ** 2
-        side = int(getattr(tower, "window_size", 0)) // int(model.config.vision_config.patch_size)
-        inside = _squares(rows, side) * _squares(columns, side) if windowed else pairs
-        total = patches * sum(p.numel() for n, p in tower.patch_embed.named_parameters() if n.endswith("weight"))
-        for i, block in enumerate(tower.blocks):
-            total += patches * linear_macs(block) + 2 * spec.width * (inside if i in windowed else pairs)
-        return total, total
-
     def projector_macs(self, model: Any) -> int:
         """Of the merger, and of those for deeper levels."""
         tower = self.tower(model)
         more = getattr(tower, "deepstack_merger_list", None)
         return linear_macs(tower.merger) + (0 if more is None else linear_macs(more))
-
-    def scoring_macs(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> int:
-        """All rows of attention in every layer that is read."""
-        needs = self.method(model, configs).needs(self.facts(model, {}))
-        merge = int(getattr(model.config, "vision_config").spatial_merge_size)  # noqa: B009
-        return len(needs.layers) * (self.visual(model, size).content * merge**2) ** 2 * self.spec(model).width
-
-    def image_size(self, model: nn.Module) -> tuple[int, int]:
-        """There is no size of its own."""
-        raise ShapeError(f"{type(model).__name__} takes images of any size: say which, in pixels")
-
-
-def _squares(length: int, side: int) -> int:
-    """Sum of the squares of the pieces of a line that is cut every `side`."""
-    return length // side * side**2 + (length % side) ** 2

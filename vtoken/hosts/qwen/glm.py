@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vtoken.hosts.exchanged import Overheard
 from vtoken.hosts.qwen.family import QwenVL
-from vtoken.hosts.watch import Reader
 from vtoken.prompts.family import linear_macs
 
 
@@ -30,7 +30,7 @@ class Glm4V(QwenVL):
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """Behind the norm, in front of the convolution."""
-        return {"post_layernorm": Reader(self.tower(model).post_layernorm, behind=take)}
+        return {"post_layernorm": Overheard(self.tower(model).post_layernorm, behind=take)}
 
     def projector_macs(self, model: Any) -> int:
         """Of the convolution and the merger."""

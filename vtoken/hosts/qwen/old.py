@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtoken.core.calling import call as call_as
 from vtoken.core.patch import view
-from vtoken.hosts.watch import Exchanged
+from vtoken.hosts.exchanged import Exchanged
 from vtoken.prompts.calls import fresh
 from vtoken.prompts.family import like, rows_of
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers.attention_pool import AttentionPoolLatent
-from torch import Tensor, nn
+from torch import nn
 
 from vtoken.core.host import HostAdapter, inner_hint
 from vtoken.core.method import AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import base_of, runs_as_known
-from vtoken.core.spec import HostSpec, PatchSpec
-from vtoken.core.watch import Watch
+from vtoken.core.spec import HostSpec
 from vtoken.errors import UnsupportedModelError
 from vtoken.hosts.pooling import SIZED_POOLS, pool_kind
 from vtoken.hosts.timm.blocks import ATTENTIONS, BLOCKS, parts
@@ -30,6 +29,11 @@ class TimmAdapter(HostAdapter):
     name = "timm VisionTransformer, Eva, NaFlexVit"
     package = "timm"
     serves = (BlockMethod, AttentionMethod)
+    grid = staticmethod(grid_of)
+    image_size = staticmethod(image_size)
+    run_watched = staticmethod(run_watched)
+    patch_spec = staticmethod(patch_spec)
+    masked = staticmethod(run_masked)
 
     def spec(self, model: nn.Module) -> HostSpec:
         """Check the structure block by block; raises UnsupportedModelError with the reason."""
@@ -38,7 +42,7 @@ class TimmAdapter(HostAdapter):
         if not isinstance(model, MODELS):
             raise UnsupportedModelError(_refusal(model, reason(model)))
         tower: Any = model
-        blocks = self.blocks(model)
+        blocks: list[tuple[str, Any]] = self.blocks(model)
         if not blocks:
             raise UnsupportedModelError(_refusal(model, "it has no blocks"))
         if len({id(block) for _, block in blocks}) < len(blocks):
@@ -46,11 +50,15 @@ class TimmAdapter(HostAdapter):
         own = [n for n in (*_ENTRIES, pool_name(tower)) if n in vars(model)]
         if own:
             raise UnsupportedModelError(_refusal(model, f"{own[0]} was replaced on the instance; subclass it instead"))
-        for name, block in blocks:
-            problem = _block_problem(block)
-            if problem:
-                raise UnsupportedModelError(_refusal(model, f"{name} is {problem}"))
-        problem = _pool_problem(tower)
+        other = [
+            (name, block)
+            for name, block in blocks
+            if not (runs_as_known(block, BLOCKS) and runs_as_known(block.attn, ATTENTIONS))
+        ]
+        if other:
+            raise UnsupportedModelError(_refusal(model, f"{other[0][0]} is {_block_problem(other[0][1])}"))
+        pooling = pool_kind(tower)
+        problem = _pool_problem(tower, pooling)
         if problem:
             raise UnsupportedModelError(_refusal(model, problem))
         attn: Any = blocks[0][1].attn
@@ -63,19 +71,11 @@ class TimmAdapter(HostAdapter):
             head_dim=int(attn.head_dim if hasattr(attn, "head_dim") else tower.embed_dim // attn.num_heads),
             num_prefix=int(tower.num_prefix_tokens),
             grid=grid_of(tower, image_size(tower)),
-            pooling=pool_kind(tower),
+            pooling=pooling,
             position="absolute" if rope is None else "rotary",
             fixed_size=fixed_size(tower),
             class_token=getattr(getattr(tower, "embeds", tower), "cls_token", None) is not None,
         )
-
-    def grid(self, model: nn.Module, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Patch rows and columns, padding of dynamic sizes included."""
-        return grid_of(model, img_size)
-
-    def image_size(self, model: nn.Module) -> tuple[int, int]:
-        """Height and width that the model was built for."""
-        return image_size(model)
 
     def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The flat `blocks` sequence."""
@@ -90,20 +90,6 @@ class TimmAdapter(HostAdapter):
         found = block_targets(methods, tower.blocks, parts, num_prefix=int(tower.num_prefix_tokens), sparse=ATTENTIONS)
         return [(model, TimmMixin, {}), *found]
 
-    def run_watched(self, model: nn.Module, watch: Watch, image: Any) -> None:
-        """Class attention behind the norms of queries and keys."""
-        run_watched(model, watch, image)
-
-    def patch_spec(self, model: nn.Module) -> PatchSpec:
-        """Of a `VisionTransformer` with patches that do not overlap."""
-        return patch_spec(model)
-
-    def masked(
-        self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Patches are left out in the slot of the tower's patch dropout."""
-        return run_masked(model, images, rows, watch)
-
 
 def _refusal(model: nn.Module, why: str) -> str:
     return (
@@ -113,9 +99,8 @@ def _refusal(model: nn.Module, why: str) -> str:
     )
 
 
-def _block_problem(block: Any) -> str | None:
-    if runs_as_known(block, BLOCKS) and runs_as_known(block.attn, ATTENTIONS):
-        return None
+def _block_problem(block: Any) -> str:
+    """What is wrong with a block that is not known, or has an attention that is not."""
     kind = base_of(type(block))
     known = next((cls for cls in kind.__mro__ if cls in BLOCKS), None)
     if known is None:
@@ -126,8 +111,7 @@ def _block_problem(block: Any) -> str | None:
     return f"a {kind.__qualname__} with {attn.__module__}.{attn.__qualname__}, {reason(block.attn)}"
 
 
-def _pool_problem(model: Any) -> str | None:
-    kind = pool_kind(model)
+def _pool_problem(model: Any, kind: str) -> str | None:
     if kind not in SIZED_POOLS:
         return None
     cls, name = base_of(type(model)), pool_name(model)

@@ -226,7 +226,7 @@ def _intermediate(model: Any, state: TokenState, grid: tuple[int, int] | None, l
 
 
 def grid_of(model: Any, img_size: tuple[int, int]) -> tuple[int, int]:
-    """Patch rows and columns of an image of `img_size` pixels."""
+    """Patch rows and columns of an image of `img_size` pixels, padding of dynamic sizes included."""
     embed = model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
     height, width = embed.dynamic_feat_size(img_size)
     return int(height), int(width)

@@ -18,25 +18,21 @@ from vtoken.core.spec import PatchSpec
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, UnsupportedModelError
 from vtoken.hosts.timm.watched import attend, read
+from vtoken.hosts.tower import PATCHED, patched_inside
 from vtoken.hosts.watched import watched
 from vtoken.ops.rows import take_rows
 
-PATCHED = (
-    "it carries a method of vtoken.apply, which would be bypassed; call vtoken.remove(model) while training, methods "
-    "work in eval mode"
-)
 
-
-def patch_spec(tower: Any) -> PatchSpec:
-    """What is known of its patches; see `HostAdapter.patch_spec`."""
-    why = patched_inside(tower) or _problem(tower)
+def patch_spec(model: Any) -> PatchSpec:
+    """What is known of the patches of a `VisionTransformer`, which do not overlap; see `HostAdapter.patch_spec`."""
+    why = patched_inside(model) or _problem(model)
     if why:
-        raise refused(tower, why)
-    height, width = tower.patch_embed.patch_size
-    own = tower.patch_embed.img_size
-    size = None if tower.dynamic_img_size else (int(own[0]), int(own[1]))
-    query = tower.cls_token is None and type(tower.attn_pool) is AttentionPoolLatent and tower.attn_pool.latent_len == 1
-    features = int(tower.num_features)
+        raise refused(model, why)
+    height, width = model.patch_embed.patch_size
+    own = model.patch_embed.img_size
+    size = None if model.dynamic_img_size else (int(own[0]), int(own[1]))
+    query = model.cls_token is None and type(model.attn_pool) is AttentionPoolLatent and model.attn_pool.latent_len == 1
+    features = int(model.num_features)
     return PatchSpec("patch_embed", (int(height), int(width)), size, features, pool_query=query)
 
 
@@ -53,11 +49,6 @@ def _problem(tower: Any) -> str | None:
         if not isinstance(block.attn, Attention) or type(block.attn.qkv) is not nn.Linear:
             return f"one of its attentions is a {type(block.attn).__qualname__} that is not plain"
     return None
-
-
-def patched_inside(tower: nn.Module) -> str | None:
-    """Why no patches are left out of a tower that carries a method; None if it does not."""
-    return PATCHED if any(is_patched(module) for module in tower.modules()) else None
 
 
 def refused(tower: nn.Module, why: str) -> UnsupportedModelError:
@@ -77,20 +68,25 @@ def own_dropout(where: str, setting: str) -> ConfigError:
     )
 
 
-def run_masked(tower: Any, images: Tensor, rows: Tensor | None, watch: Watch | None) -> tuple[Tensor, Tensor]:
-    """Pooled features and what the head makes of them; see `HostAdapter.masked`."""
-    if is_patched(tower):
-        raise refused(tower, PATCHED)
+def run_masked(
+    model: Any, images: Tensor, rows: Tensor | None, watch: Watch | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pooled features and what the head makes of them; see `HostAdapter.masked`.
+
+    Patches are left out in the slot of the tower's patch dropout.
+    """
+    if is_patched(model):
+        raise refused(model, PATCHED)
     pooled: list[Tensor] = []
-    parts: dict[str, Any] = {"head": functools.partial(_head, tower.head, pooled)}
+    parts: dict[str, Any] = {"head": functools.partial(_head, model.head, pooled)}
     if rows is not None:
         parts["patch_drop"] = functools.partial(take_rows, index=rows)  # behind the position embedding
     if watch is not None:
-        parts |= {"blocks": watched(tower.blocks, watch, read), "grad_checkpointing": False}
-        row = watch.row(len(tower.blocks))
+        parts |= {"blocks": watched(model.blocks, watch, read), "grad_checkpointing": False}
+        row = watch.row(len(model.blocks))
         if row is not None:
-            parts["attn_pool"] = functools.partial(attend, tower.attn_pool, row)
-    out = call_with(tower, parts | _fitted(tower, images), images)
+            parts["attn_pool"] = functools.partial(attend, model.attn_pool, row)
+    out = call_with(model, parts | _fitted(model, images), images)
     return pooled[0], out
 
 

@@ -14,7 +14,7 @@ from vtoken.hosts.watched import watched
 
 
 def run_watched(model: Any, watch: Watch, image: Any) -> None:
-    """The blocks of a model on [B, C, H, W]; no head."""
+    """The blocks of a model on [B, C, H, W], read behind the norms of queries and keys; no head."""
     cls: Any = base_of(type(model))
     cls.forward_features(view(model, blocks=watched(model.blocks, watch, read)), image)
 

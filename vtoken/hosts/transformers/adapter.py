@@ -13,6 +13,7 @@ from vtoken.core.patch import base_of, forward_is_replaced, is_patched
 from vtoken.core.spec import HostSpec, Pair, PatchSpec, Plan
 from vtoken.core.watch import Watch
 from vtoken.errors import ConfigError, UnsupportedModelError
+from vtoken.hosts.hidden_states import drops_first, states_read
 from vtoken.hosts.tower import block_targets
 from vtoken.hosts.transformers.blocks import (
     AttentionMixin,
@@ -48,6 +49,8 @@ class HFAdapter(HostAdapter):
     name = "transformers image towers"
     package = "transformers"
     serves = (BlockMethod, AttentionMethod)
+    masked = staticmethod(run_masked)
+    masked_tower = staticmethod(masked_tower)
 
     def supported(self) -> str:
         """Its towers by their class."""
@@ -177,16 +180,6 @@ class HFAdapter(HostAdapter):
         """Of a tower."""
         return super().patch_spec(model) if tower_known(type(model)) is None else patch_spec(model)
 
-    def masked(
-        self, model: nn.Module, images: Tensor, rows: Tensor | None, watch: Watch | None = None
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Patches are left out in front of the first layer; a projection is the holder's, so both are the same."""
-        return run_masked(model, images, rows, watch)
-
-    def masked_tower(self, model: nn.Module, rows: Tensor | None) -> Any:
-        """A tower whose call leaves out patches, to stand in the model around it; it returns what the tower returns."""
-        return masked_tower(model, rows)
-
     def check(self, model: nn.Module, methods: Methods) -> None:
         """A prompt must have a placeholder for every image token, so their number must be known before."""
         nested = next((a for _, b in self.blocks(model) if not hasattr(a := attention_of(b), "q_proj")), None)
@@ -197,7 +190,7 @@ class HFAdapter(HostAdapter):
                 "has q_proj, k_proj and v_proj. The model was left as it was."
             )
         method: BlockMethod | None = methods.get(BlockMethod)
-        if method is not None and not method.exact and hasattr(model.config, "vision_feature_layer"):
+        if method is not None and not method.exact and states_read(model.config) is not None:
             raise ConfigError(
                 f"{type(model).__name__} needs prompts with one placeholder per image token, and this method lets the "
                 "images decide how many there are; use one whose counts are known, such as vtoken.PiToMe or vtoken.ToMe"
@@ -205,13 +198,10 @@ class HFAdapter(HostAdapter):
 
     def num_tokens(self, model: nn.Module, plan: Plan) -> int:
         """For a LLaVA, the placeholders that one image needs."""
-        config: Any = model.config
-        layer = getattr(config, "vision_feature_layer", None)
-        if layer is None:
+        states = states_read(model.config)
+        if states is None:
             return plan.tokens[-1]
-        index = layer if isinstance(layer, int) else layer[0]
-        drops_class = config.vision_feature_select_strategy == "default"
-        return plan.tokens[index] - int(drops_class)
+        return plan.tokens[states[0]] - int(drops_first(model))
 
 
 #: What families call the norm behind their last layer.
@@ -281,10 +271,10 @@ def _wraps(cls: Any, known: Any) -> bool:
 
 
 def _check_feature_layer(model: Any) -> None:
-    layers = getattr(getattr(model, "config", None), "vision_feature_layer", None)
-    if isinstance(layers, (list, tuple)) and len(layers) > 1:
+    states = states_read(getattr(model, "config", None)) or []
+    if len(states) > 1:
         raise UnsupportedModelError(
-            _refusal(model, f"it joins the hidden states of layers {list(layers)}, which have different token counts")
+            _refusal(model, f"it joins the hidden states of layers {states}, which have different token counts")
         )
 
 

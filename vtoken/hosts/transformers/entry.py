@@ -19,7 +19,6 @@ from vtoken.core.state import TokenState
 from vtoken.core.watch import Watch
 from vtoken.errors import InputError
 from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, path_of, tower_known
-from vtoken.ops.rows import take_rows
 
 
 class TowerMixin(SavesSettings):
@@ -292,10 +291,6 @@ class _DenseEncoder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out, slots = self._bound(*args, **kwargs), self._state.slots
         out.hidden_states = tuple(
-            None if rows is None else _spread(rows, slots[layer]) for layer, rows in enumerate(out.hidden_states)
+            None if rows is None else slots[layer].spread(rows) for layer, rows in enumerate(out.hidden_states)
         )
         return out
-
-
-def _spread(rows: Tensor, slot: Slot) -> Tensor:
-    return rows if slot.dest is None else take_rows(rows, slot.dest)

@@ -10,6 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from vtoken.hosts.tower import pair
+
 Grid = tuple[int, int]
 
 
@@ -98,10 +100,6 @@ class Tubes(Pixels):
 
     resize: str | None = None
 
-    def grid(self, config: Any, arguments: dict[str, Any]) -> Grid | None:
-        """Rows of all frames and columns."""
-        return self.patches(config, (arguments["pixel_values"].shape[-2], arguments["pixel_values"].shape[-1]))
-
     def patches(self, config: Any, img_size: tuple[int, int]) -> Grid:
         """Rows of all frames and columns; the number of frames is the configuration's."""
         size = config.tubelet_size
@@ -144,9 +142,3 @@ def patches(config: Any, img_size: tuple[int, int]) -> Grid:
     """Patch rows and columns of an image of `img_size` (height, width) pixels."""
     patch = pair(config.patch_size)
     return img_size[0] // patch[0], img_size[1] // patch[1]
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """One side or (height, width) as a pair."""
-    height, width = (value, value) if isinstance(value, int) else value
-    return int(height), int(width)

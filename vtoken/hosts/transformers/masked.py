@@ -15,10 +15,12 @@ from vtoken.core.patch import is_patched
 from vtoken.core.spec import PatchSpec
 from vtoken.core.watch import Row, Watch
 from vtoken.errors import UnsupportedModelError
+from vtoken.hosts.exchanged import with_layers
+from vtoken.hosts.tower import PATCHED, pair, patched_inside
 from vtoken.hosts.transformers.entry import asked, install_hooks
 from vtoken.hosts.transformers.families import family_of, layers_of, num_prefix, path_of
-from vtoken.hosts.transformers.images import Pixels, pair
-from vtoken.hosts.transformers.watched import read, with_layers
+from vtoken.hosts.transformers.images import Pixels
+from vtoken.hosts.transformers.watched import read
 from vtoken.hosts.watched import watched
 from vtoken.ops.rows import take_rows
 
@@ -29,8 +31,9 @@ _EMBEDS = ("embeddings.patch_embedding", "embeddings.patch_embeddings")
 def patch_spec(tower: Any) -> PatchSpec:
     """What is known of its patches; see `HostAdapter.patch_spec`."""
     family, config = family_of(tower), tower.config
-    if any(is_patched(module) for module in tower.modules()):
-        raise _refused(tower, _PATCHED)
+    why = patched_inside(tower)
+    if why:
+        raise _refused(tower, why)
     names = dict(tower.named_modules())
     embed = next((name for name in _EMBEDS if name in names), None)
     if embed is None or family.rotary or type(family.images) is not Pixels or family.images.resize is None:
@@ -45,16 +48,10 @@ def patch_spec(tower: Any) -> PatchSpec:
     )  # fmt: skip
 
 
-_PATCHED = (
-    "it carries a method of vtoken.apply, which would be bypassed; call vtoken.remove(model) while training, methods "
-    "work in eval mode"
-)
-
-
 def masked_tower(tower: Any, rows: Tensor | None, watch: Watch | None = None) -> Callable[..., Any]:
     """The tower, to be called as itself, of whose tokens `rows` go on; see `HostAdapter.masked`."""
     if is_patched(tower):
-        raise _refused(tower, _PATCHED)
+        raise _refused(tower, PATCHED)
     if rows is None and watch is None:
         return tower  # type: ignore[no-any-return]
     parts = with_layers(tower, path_of(tower), functools.partial(_layers, rows, watch))
@@ -64,12 +61,17 @@ def masked_tower(tower: Any, rows: Tensor | None, watch: Watch | None = None) ->
     return functools.partial(_run, tower, parts)
 
 
-def run_masked(tower: Any, images: Tensor, rows: Tensor | None, watch: Watch | None) -> tuple[Tensor, Tensor]:
-    """Pooled features, twice: a projection, where there is one, belongs to the model around the tower."""
-    given = family_of(tower).images.arguments(tower.config, images)
+def run_masked(
+    model: Any, images: Tensor, rows: Tensor | None, watch: Watch | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pooled features, twice: a projection, where there is one, belongs to the model around the tower.
+
+    Patches are left out in front of the first layer.
+    """
+    given = family_of(model).images.arguments(model.config, images)
     if watch is not None:  # transformers would install its recording hooks on stand-ins
         given |= {"output_hidden_states": False, "output_attentions": False}
-    pooled: Tensor = masked_tower(tower, rows, watch)(**given, return_dict=True).pooler_output
+    pooled: Tensor = masked_tower(model, rows, watch)(**given, return_dict=True).pooler_output
     return pooled, pooled
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from vtoken.core.calling import call_with
 from vtoken.core.watch import Reader, Rotation, Row, Watch
 from vtoken.errors import UnsupportedModelError
+from vtoken.hosts.exchanged import with_layers
 from vtoken.hosts.transformers.blocks import attention_of
 from vtoken.hosts.watched import watched
 
@@ -25,15 +25,6 @@ def watched_tower(tower: Any, path: tuple[str, ...], watch: Watch) -> functools.
     options = {"output_hidden_states": False, "output_attentions": False}
     parts = with_layers(tower, path, lambda layers: watched(layers, watch, read))
     return functools.partial(call_with, tower, parts, **options)
-
-
-def with_layers(module: Any, path: tuple[str, ...], stand_in: Callable[[Any], Any]) -> dict[str, Any]:
-    """What stands in a module, for one call, while `stand_in(layers)` is in the place of the layers behind `path`."""
-    name, *rest = path
-    child = getattr(module, name)
-    if not rest:
-        return {name: stand_in(child)}
-    return {name: functools.partial(call_with, child, with_layers(child, tuple(rest), stand_in))}
 
 
 def read(layer: Any, row: Row) -> dict[str, Any]:

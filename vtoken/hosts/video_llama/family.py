@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtoken.core.config import MethodConfig
 from vtoken.core.patch import view
 from vtoken.core.spec import HostSpec
 from vtoken.core.visual import Cell, Encoded, Needs, TowerFacts, Visual
-from vtoken.errors import ConfigError, ShapeError
+from vtoken.core.watch import Watch
+from vtoken.errors import ShapeError
+from vtoken.hosts.by_name import watched_by_name
+from vtoken.hosts.exchanged import Overheard
 from vtoken.hosts.grids import GridFamily
-from vtoken.hosts.watch import Reader, Watch
 from vtoken.prompts.family import linear_macs, need
 
 
@@ -25,27 +26,27 @@ class VideoLlama3(GridFamily):
     models = frozenset({("video_llama_3", "VideoLlama3ForConditionalGeneration")})
     side = (*GridFamily.side, "image_merge_sizes", "video_merge_sizes", "video_compression_mask")
     tower_name, path, attention, keys = "vision_model", ("encoder", "layers"), "self_attn", "k_proj"
-    per_visual = ("merge_sizes",)
+    embedding, per_visual = "embeddings", ("merge_sizes",)
     apart = frozenset({"video_llama_3"})
 
     def spec(self, model: nn.Module) -> HostSpec:
         """The measures of the tower; raises UnsupportedModelError if a part of it is not the family's own."""
-        attn = self.blocks_of(model)[0].self_attn
-        return self.measured(model, int(attn.embed_dim), int(attn.num_heads))
+        blocks = self.blocks_of(model)
+        attn = blocks[0].self_attn
+        return self.measured(model, blocks, int(attn.embed_dim), int(attn.num_heads))
 
     def facts(self, model: Any, given: dict[str, Any]) -> TowerFacts:
         """No class token; the projector works token by token."""
         depth = len(self.tower(model).encoder.layers)
         return TowerFacts(depth=depth, last=depth - 1, per_token=True)
 
-    def refuse(self, model: Any, given: dict[str, Any], needs: Needs) -> None:
-        """There is no class token."""
-        if needs.attention == "class":
-            raise ConfigError(f"the tower of {type(model).__name__} has no class token")
-
     def merges(self, model: Any, given: dict[str, Any], kind: str) -> list[int]:
-        """As the processor says."""
+        """As the processor says, of every visual by itself."""
         return [int(size) for size in need(model, given, f"{kind}_merge_sizes")]
+
+    def side_of(self, model: Any) -> int:
+        """The processor's own merge size of images is 1."""
+        return 1
 
     def frames_per_cell(self, model: Any) -> int:
         """Frames are not merged in time."""
@@ -94,48 +95,21 @@ class VideoLlama3(GridFamily):
 
     def watched(self, model: Any, watch: Watch, parts: dict[str, Any]) -> Any:
         """The projector stands behind the tower."""
-        tower = watch.over(self.tower(model), self.path, self.attention, self.keys)
+        tower = watched_by_name(watch, self.tower(model), self.path, self.attention, self.keys)
         return view(model.model, vision_model=tower, **parts)
 
     def reading(self, model: Any, take: Callable[[Tensor], None]) -> dict[str, Any]:
         """Behind the mean over a block."""
-        return {"projector": Reader(model.model.projector, before=take)}
+        return {"projector": Overheard(model.model.projector, before=take)}
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
         """By the projector."""
         projected: Tensor = model.model.projector(rows)
         return projected
 
-    def keys_in(self, model: Any, projected: Tensor) -> Tensor:
-        """Mean over heads."""
-        heads = int(self.tower(model).encoder.layers[0].self_attn.num_heads)
-        return projected.unflatten(-1, (heads, -1)).float().mean(-2)
-
-    def visual(self, model: Any, size: tuple[int, int], configs: Sequence[MethodConfig] = ()) -> Visual:
-        """One image of `size` pixels; the processor's own merge size of images is 1."""
-        side = int(model.config.vision_config.patch_size)
-        return Visual("image", (Cell((max(1, round(size[0] / side)), max(1, round(size[1] / side)))),))
-
     def projector_macs(self, model: Any) -> int:
         """Of the projector."""
         return linear_macs(model.model.projector)
-
-    def tower_macs(self, model: Any, size: tuple[int, int]) -> tuple[int, int]:
-        """From its measures: patch embedding, linear layers, and attention over the image."""
-        tower, patches = self.tower(model), self.visual(model, size).content
-        total = patches * sum(p.numel() for n, p in tower.embeddings.named_parameters() if n.endswith("weight"))
-        for layer in tower.encoder.layers:
-            total += patches * linear_macs(layer) + 2 * self.spec(model).width * patches**2
-        return total, total
-
-    def scoring_macs(self, model: nn.Module, configs: Sequence[MethodConfig], size: tuple[int, int]) -> int:
-        """All rows of attention in every layer that is read."""
-        needs = self.method(model, configs).needs(self.facts(model, {}))
-        return len(needs.layers) * self.visual(model, size).content ** 2 * self.spec(model).width
-
-    def image_size(self, model: nn.Module) -> tuple[int, int]:
-        """There is no size of its own."""
-        raise ShapeError(f"{type(model).__name__} takes images of any size: say which, in pixels")
 
 
 def _cells(rows: Tensor, visual: Visual) -> tuple[Tensor, ...]:

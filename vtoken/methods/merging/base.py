@@ -135,6 +135,8 @@ class ScheduledMergeConfig(MergeConfig):
             which may be given as well.
     """
 
+    either = ("ratio", "r")
+
     ratio: Any = None
     r: Any = None
 
@@ -143,14 +145,6 @@ class ScheduledMergeConfig(MergeConfig):
         ratio, r = schedule.check_amount(type(self).__name__, self.ratio, self.r)
         object.__setattr__(self, "ratio", ratio)
         object.__setattr__(self, "r", r)
-
-    def replace(self, **changes: Any) -> Any:
-        """A copy with some settings changed; a new ratio replaces r and the other way round."""
-        if changes.get("ratio") is not None:
-            changes.setdefault("r", None)
-        elif changes.get("r") is not None:
-            changes.setdefault("ratio", None)
-        return super().replace(**changes)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; see `MethodConfig.to_dict`."""

@@ -12,7 +12,7 @@ from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
 from vtoken.ops import backend as _backend
 from vtoken.ops.backend import BACKENDS, dtype_reason, limits_of, use_triton
-from vtoken.ops.rows import flat_index, full_precision, take_rows
+from vtoken.ops.rows import add_rows, full_precision, take_rows
 
 REDUCTIONS = ("wavg", "mean", "amax", "prune")
 HALF = (torch.float16, torch.bfloat16)
@@ -340,21 +340,14 @@ def _merge_rows_forward(
         out[:, first:] = _add_by_product(out[:, first:].to(compute), step, slot - first)
     elif out.dtype != compute:
         # A new tensor, as `to` changes the dtype: adding in place is safe.
-        out[:, first:] = _add_by_index(out[:, first:].to(compute), step, slot - first)
+        out[:, first:] = add_rows(out[:, first:].to(compute), step, slot - first)
     else:
-        _add_by_index(out, step, slot)
+        add_rows(out, step, slot)
     return out
 
 
-def _add_by_index(rows: Tensor, step: Tensor, slot: Tensor) -> Tensor:
-    """Add `step` [B, r, C] to `rows` [B, D, C], in place, at `slot` [B, r]; deterministic on CPU only."""
-    flat = rows.view(-1, rows.shape[2])
-    flat.index_add_(0, flat_index(slot, rows.shape[1]), step.view(-1, rows.shape[2]))
-    return rows
-
-
 def _add_by_product(rows: Tensor, step: Tensor, slot: Tensor) -> Tensor:
-    """The same as a product with the one-hot [D, r] matrix; deterministic on every device.
+    """`add_rows` to a new tensor, as a product with the one-hot [D, r] matrix; deterministic on every device.
 
     Source: docs/methods/pitome.md 8.
     """

@@ -11,7 +11,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vtoken.core.visual import Encoded
-from vtoken.hosts.llava.features import drops_first
+from vtoken.hosts.hidden_states import drops_first
 from vtoken.serving.pruning import Pruning, settings_in
 from vtoken.serving.vllm.hooks import need
 from vtoken.serving.vllm.processing import ASKED, ROWS, PruningInfo, PruningProcessor, read
