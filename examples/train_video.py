@@ -19,7 +19,6 @@ import datetime
 import hashlib
 import json
 import random
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from torch import Tensor
 from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
 from vtoken import ops
+from vtoken.accounting import compare
 from vtoken.demo.clutter import DATA
 from vtoken.demo.frame_clip import PAD, UNKNOWN, FrameCLIP, captions, tokenize
 from vtoken.demo.questions import IMAGE, load_small_llava, side_by_side
@@ -367,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     about = json.loads((folder / "training.json").read_text()) if args.what == "scorer" else {}
     shared = {
-        "command": shlex.join(["python", "examples/train_video.py", *arguments]),
+        "command": compare.command("examples/train_video.py", arguments),
         "date": datetime.date.today().isoformat(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
