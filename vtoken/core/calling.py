@@ -29,14 +29,25 @@ def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: A
 
 def is_heard(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: hooks, also global ones, another forward or call."""
+    return _differs(module.__dict__) or _all_are_heard()
+
+
+def _differs(own: dict[str, Any]) -> bool:
+    """Whether what a module holds makes a call of it do more than its class says."""
     return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl
-        or _module._global_forward_hooks
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own.get("_compiled_call_impl")
+    )
+
+
+def _all_are_heard() -> bool:
+    """Whether there are hooks on every module."""
+    return bool(
+        _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
@@ -45,21 +56,31 @@ def is_heard(module: nn.Module) -> bool:
 
 def is_heard_within(block: nn.Module) -> bool:
     """Whether `is_heard` holds for a module inside `block`."""
+    if _all_are_heard():
+        return True
     left = [block]
     for module in left:  # which grows: asked at every call of a compiled block, so without recursion
         for child in module._modules.values():
             if child is not None:
-                if is_heard(child):
+                own = child.__dict__
+                if _differs(own):
                     return True
-                if child._modules:
+                if own["_modules"]:
                     left.append(child)
     return False
 
 
 def through(module: Any, x: Tensor) -> Tensor:
-    """`module(x)`, without the call where it is an identity, or dropout at rest, that nobody listens to."""
+    """`module(x)`, without the call where it is an identity, or dropout at rest, that nobody listens to.
+
+    In a graph the call costs nothing, and each question would be asked again at every call of the graph.
+    """
     kind = type(module)
-    if (kind is nn.Identity or (kind is nn.Dropout and not module.training)) and not is_heard(module):
+    if (
+        (kind is nn.Identity or (kind is nn.Dropout and not module.training))
+        and not torch.compiler.is_compiling()
+        and not is_heard(module)
+    ):
         return x
     result: Tensor = module(x)
     return result
