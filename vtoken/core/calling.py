@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as _module
 from torch.utils.hooks import BackwardHook
 
@@ -29,11 +30,7 @@ def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: A
 
 def is_heard(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: hooks, also global ones, another forward or call."""
-    return _differs(module.__dict__) or _all_are_heard()
-
-
-def _differs(own: dict[str, Any]) -> bool:
-    """Whether what a module holds makes a call of it do more than its class says."""
+    own = module.__dict__  # asked many times a block: its own entries are found faster than attributes
     return bool(
         "forward" in own
         or own["_forward_hooks"]
@@ -41,13 +38,7 @@ def _differs(own: dict[str, Any]) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or own.get("_compiled_call_impl")
-    )
-
-
-def _all_are_heard() -> bool:
-    """Whether there are hooks on every module."""
-    return bool(
-        _module._global_forward_hooks
+        or _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
@@ -56,16 +47,13 @@ def _all_are_heard() -> bool:
 
 def is_heard_within(block: nn.Module) -> bool:
     """Whether `is_heard` holds for a module inside `block`."""
-    if _all_are_heard():
-        return True
     left = [block]
     for module in left:  # which grows: asked at every call of a compiled block, so without recursion
-        for child in module._modules.values():
+        for child in module.__dict__["_modules"].values():
             if child is not None:
-                own = child.__dict__
-                if _differs(own):
+                if is_heard(child):
                     return True
-                if own["_modules"]:
+                if child.__dict__["_modules"]:
                     left.append(child)
     return False
 
@@ -73,12 +61,12 @@ def is_heard_within(block: nn.Module) -> bool:
 def through(module: Any, x: Tensor) -> Tensor:
     """`module(x)`, without the call where it is an identity, or dropout at rest, that nobody listens to.
 
-    In a graph the call costs nothing, and each question would be asked again at every call of the graph.
+    In a graph the call costs nothing, whereas the graph would ask again for each hook whenever it runs.
     """
     kind = type(module)
     if (
         (kind is nn.Identity or (kind is nn.Dropout and not module.training))
-        and not torch.compiler.is_compiling()
+        and not is_dynamo_compiling()
         and not is_heard(module)
     ):
         return x
