@@ -122,11 +122,52 @@ def test_one_graph_serves_every_ratio_margin_batch_and_size() -> None:
     vtoken.compile(model, backend=backend)
     changes: list[dict[str, Any]] = [
         {}, {"ratio": 0.8}, {"r": 5}, {"r": [7, 6, 5, 4]}, {"margin": 0.3}, {"margin": [0.9, 0.4, 0.2, 0.1]},
-        {"margin_schedule": "constant", "margin": 0.7}, {"batch": 5}, {"size": 112}, {"batch": 3, "size": 84},
+        {"margin_schedule": "constant", "margin": 0.7}, {"alpha": 0.5}, {"alpha": 0.0},
+        {"batch": 5}, {"size": 112}, {"batch": 3, "size": 84},
     ]  # fmt: skip
     assert _sweep(model, backend, changes) == [1] * len(changes)
     # What the docstring says has a graph of its own.
     assert _sweep(model, backend, [{"batch": 1}, {"batch": 1, "r": 4}, {"r": [4, 1, 0, 4]}]) == [2, 2, 4]
+
+
+def test_the_numbers_of_a_graph_are_those_of_its_settings() -> None:
+    eager, compiled = _two(host_row("vit_token"), vtoken.PiToMe(ratio=0.75))
+    x = host_row("vit_token").images(batch=2)
+    with torch.no_grad():
+        before = compiled(x)
+        for change in (
+            {"margin": 0.1}, {"alpha": 0.25}, {"alpha": 0.0, "margin": -0.2}, {"energy": "eq4", "alpha": 3.0},
+        ):  # fmt: skip
+            for model in (eager, compiled):
+                vtoken.configure(model, **change)
+            assert_close(str(change), eager(x), compiled(x), 1e-5)
+        assert not torch.allclose(compiled(x), before)
+
+
+def test_a_call_of_the_graph_makes_no_tensor_of_a_constant_and_asks_for_no_hook() -> None:
+    """Each would cost microseconds in each block at each call."""
+    graphs: list[torch.fx.GraphModule] = []
+    asked: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def keep(guards: Any) -> list[bool]:
+        asked.extend(g.name for g in guards if g.guard_type != "EMPTY_NN_MODULE_HOOKS_DICT")  # which torch skips
+        return [True] * len(guards)
+
+    model = vtoken.apply(host_row("vit_token").model(), vtoken.PiToMe(ratio=0.75, alpha=0.5))
+    vtoken.compile(model, backend=backend, options={"guard_filter_fn": keep})
+    with torch.no_grad():
+        model(host_row("vit_token").images())
+    numbers = [
+        n.name for n in graphs[0].graph.nodes
+        if n.op == "placeholder" and isinstance(n.meta["example_value"], Tensor) and n.meta["example_value"].dim() == 0
+    ]  # fmt: skip
+    assert [n for n in numbers if not n.startswith("l_block")] == ["l_settings_margin_", "l_settings_alpha_"]
+    assert asked
+    assert not [name for name in asked if name.startswith("block") and "_hooks" in name]
 
 
 @pytest.mark.slow
@@ -140,6 +181,7 @@ def test_models_do_not_share_graphs_or_use_up_each_others_limit() -> None:
 
 
 def test_gradients() -> None:
+    """Also of a model that ran in inference mode before, whose tensors autograd refuses."""
     host = host_row("vit_avg_prefix")
     x, grads = host.images(dtype=torch.float64), []
     config = method_row("pitome").reduces
@@ -147,6 +189,8 @@ def test_gradients() -> None:
         model = vtoken.apply(host.model(dtype=torch.float64), config).train()
         if compile_it:
             vtoken.compile(model, backend="aot_eager")
+            with torch.inference_mode():
+                model(x)
         model(x).square().sum().backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
@@ -200,6 +244,19 @@ def test_inside_a_larger_graph_the_blocks_are_part_of_it() -> None:
     assert backend.graphs == 1
 
 
+def test_a_hook_on_an_identity_is_part_of_a_larger_graph() -> None:
+    eager, compiled = _two(host_row("vit_token"), vtoken.PiToMe(ratio=0.75))
+    x = host_row("vit_token").images()
+    with torch.no_grad():
+        plain = eager(x)
+        for model in (eager, compiled):
+            for name in ("ls1", "attn.k_norm", "drop_path2"):
+                model.blocks[1].get_submodule(name).register_forward_hook(lambda m, i, out: out * 2)
+        whole = torch.compile(compiled, fullgraph=True, backend="eager")
+        assert_close("whole", eager(x), whole(x), 1e-5)
+        assert not torch.allclose(whole(x), plain)
+
+
 def test_features_and_unmerging() -> None:
     host = host_row("vit_avg_prefix")
     eager, compiled = _two(host, vtoken.PiToMe(ratio=0.75))
@@ -213,7 +270,7 @@ def test_features_and_unmerging() -> None:
         assert_close("map", one, other, 1e-5)
 
 
-@pytest.mark.parametrize("part", ["mlp", "attn", "norm1", "mlp.fc1", "attn.qkv", ""])
+@pytest.mark.parametrize("part", ["mlp", "attn", "norm1", "mlp.fc1", "attn.qkv", "ls1", "attn.k_norm", ""])
 def test_hooks_on_parts_are_called_for_their_own_block_and_may_change_what_it_gives(part: str) -> None:
     host = host_row("vit_token")
     eager, compiled = _two(host, vtoken.PiToMe(ratio=0.75))

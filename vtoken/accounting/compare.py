@@ -23,9 +23,8 @@ from vtoken.accounting.shadow import shared_copy
 from vtoken.accounting.timing import interleaved
 from vtoken.core.apply import applied, apply, is_applied, remove
 from vtoken.core.config import MethodConfig
-from vtoken.core.counts import chosen
+from vtoken.core.counts import chosen, removing
 from vtoken.core.host import host_of
-from vtoken.core.method import removing
 from vtoken.core.spec import Plan
 from vtoken.core.trace import tracing
 from vtoken.errors import ConfigError

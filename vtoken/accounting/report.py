@@ -15,9 +15,9 @@ from vtoken.accounting.meter import Meter, Repeats
 from vtoken.accounting.shadow import meta_copy
 from vtoken.core.apply import Config, build_methods, enter
 from vtoken.core.config import MethodConfig
-from vtoken.core.counts import chosen, plan_of
+from vtoken.core.counts import chosen, plan_of, removing
 from vtoken.core.host import Host
-from vtoken.core.method import AttentionMacs, AttentionMethod, BlockMethod, Methods, removing
+from vtoken.core.method import AttentionMacs, AttentionMethod, BlockMethod, Methods
 from vtoken.core.patch import PREDICTOR
 from vtoken.core.spec import HostSpec, Plan
 from vtoken.errors import ConfigError, ShapeError, VTokenError

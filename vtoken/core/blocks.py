@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -119,8 +118,7 @@ def compiled_block(
         result: Tensor = compiled(_kept, case, block, fixed, x, tensors, attention)
         return result
     # torch makes constants of the numbers 0 and 1, but not of an argument that is never one of them.
-    settings = {k: torch.tensor(v, dtype=torch.float64) if isinstance(v, float) else v
-                for k, v in settings.items()}  # fmt: skip
+    settings = {k: compiled.argument(v) if isinstance(v, float) else v for k, v in settings.items()}
     left = x.shape[1] - r
     x, *after = compiled(_reduced, case, block, fixed, x, tensors, attention, layer + 2, r + 2, settings)
     if x.shape[1] != left:  # nobody could look at the plan inside the graph
@@ -129,7 +127,9 @@ def compiled_block(
             "vtoken.plan would be wrong"
         )
     size, anchor, dest, protect = after
-    state.slots[layer + 1] = replace(slot, size=size, anchor=anchor, dest=dest, protect=protect)
+    state.slots[layer + 1] = Slot(
+        size, anchor, dest, protect, slot.embedded, slot.dropped, slot.track_anchor, slot.track_dest
+    )
     return x
 
 

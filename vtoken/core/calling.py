@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as _module
 from torch.utils.hooks import BackwardHook
 
@@ -29,13 +30,14 @@ def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: A
 
 def is_heard(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: hooks, also global ones, another forward or call."""
+    own = module.__dict__  # asked many times a block: its own entries are found faster than attributes
     return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own.get("_compiled_call_impl")
         or _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
@@ -47,19 +49,26 @@ def is_heard_within(block: nn.Module) -> bool:
     """Whether `is_heard` holds for a module inside `block`."""
     left = [block]
     for module in left:  # which grows: asked at every call of a compiled block, so without recursion
-        for child in module._modules.values():
+        for child in module.__dict__["_modules"].values():
             if child is not None:
                 if is_heard(child):
                     return True
-                if child._modules:
+                if child.__dict__["_modules"]:
                     left.append(child)
     return False
 
 
 def through(module: Any, x: Tensor) -> Tensor:
-    """`module(x)`, without the call where it is an identity, or dropout at rest, that nobody listens to."""
+    """`module(x)`, without the call where it is an identity, or dropout at rest, that nobody listens to.
+
+    In a graph the call costs nothing, whereas the graph would ask again for each hook whenever it runs.
+    """
     kind = type(module)
-    if (kind is nn.Identity or (kind is nn.Dropout and not module.training)) and not is_heard(module):
+    if (
+        (kind is nn.Identity or (kind is nn.Dropout and not module.training))
+        and not is_dynamo_compiling()
+        and not is_heard(module)
+    ):
         return x
     result: Tensor = module(x)
     return result

@@ -34,6 +34,7 @@ class CompiledBlocks:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         self._made: dict[Hashable, Callable[..., Any]] = {}
+        self._arguments: dict[float, torch.Tensor] = {}
 
     def __call__(self, function: Callable[..., Any], case: Hashable, *args: Any) -> Any:
         """`function(*args)`, compiled for each `case` by itself: cases would only recompile for each other."""
@@ -41,6 +42,15 @@ class CompiledBlocks:
         if made is None:  # of two threads one's function is kept; no lock, which an interrupt might leave locked
             made = self._made.setdefault((function, case), self._compile(function))
         return made(*args)
+
+    def argument(self, number: float) -> torch.Tensor:
+        """A number as torch passes it into a graph, [] float64; made once, as a block at batch 1 feels every call."""
+        made = self._arguments.get(number)
+        if made is None:
+            with torch.inference_mode(False):  # graphs that keep it for their gradients take it, too
+                made = torch.tensor(number, dtype=torch.float64, device="cpu")
+            made = self._arguments.setdefault(number, made)
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledBlocks, (self._options,)  # copies compile anew

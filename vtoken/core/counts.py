@@ -12,7 +12,7 @@ from vtoken.core.apply import Config, build_methods, carrier_of, given_or_carrie
 from vtoken.core.carried import unapplied
 from vtoken.core.config import MethodConfig
 from vtoken.core.host import Host, find_adapter, host_of
-from vtoken.core.method import BlockMethod, Methods, removing
+from vtoken.core.method import BlockMethod, KeepAll, Methods
 from vtoken.core.spec import Plan
 from vtoken.errors import ConfigError, ShapeError
 
@@ -89,6 +89,12 @@ def chosen(
         find_adapter(model, "prompt")  # or says why no prompt of the model can be shortened
     carried = None if config is not None else carrier_of(model, in_tower)
     return host, configs, build_methods(host, in_tower, None if carried is None else carried.depth)
+
+
+def removing(methods: Methods) -> BlockMethod:
+    """The one among the methods that removes tokens in the blocks."""
+    method: BlockMethod = methods.get(BlockMethod) or KeepAll()
+    return method
 
 
 def plan_of(host: Host, methods: Methods, size: tuple[int, int]) -> Plan:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from vtoken.core.method import AttentionMethod, BlockMethod, Methods, removing
+from vtoken.core.method import AttentionMethod, BlockMethod, KeepAll, Methods
 from vtoken.core.state import TokenState
 from vtoken.core.trace import Trace, current_trace
 
@@ -33,10 +33,11 @@ class forward_of:
     ) -> None:
         carried, methods = model.__dict__.get("_vtoken"), applied_methods(model)
         attention: AttentionMethod | None = methods.get(AttentionMethod)
+        method = block_method(model)
         self._trace: Trace | None = current_trace(model)
         traced = self._trace is not None
         self._state = TokenState(
-            removing(methods),
+            method,
             num_prefix,
             # A connectivity mask of fewer tokens must know which they were.
             track_anchor=anchor or traced or (attention is not None and BlockMethod in methods),
@@ -73,4 +74,5 @@ def masks_attention(model: Any, depth: int) -> bool:
 
 def block_method(model: Any) -> BlockMethod:
     """What removes tokens in a patched model."""
-    return removing(applied_methods(model))
+    method: BlockMethod = applied_methods(model).get(BlockMethod) or KeepAll()
+    return method

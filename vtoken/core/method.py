@@ -211,9 +211,3 @@ class KeepAll(BlockMethod):
     def matching_macs(self, layer: int, mergeable: int, head_dim: int, width: int) -> int:
         """Nothing is matched."""
         return 0
-
-
-def removing(methods: Methods) -> BlockMethod:
-    """The one among the methods that removes tokens in the blocks."""
-    method: BlockMethod = methods.get(BlockMethod) or KeepAll()
-    return method

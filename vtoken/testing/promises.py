@@ -20,9 +20,8 @@ from vtoken.accounting.ideal import Ideal
 from vtoken.accounting.report import report
 from vtoken.core.apply import applied, apply, remove
 from vtoken.core.config import MethodConfig
-from vtoken.core.counts import chosen, plan
+from vtoken.core.counts import chosen, plan, removing
 from vtoken.core.host import find_adapter
-from vtoken.core.method import removing
 from vtoken.core.trace import Trace, tracing
 from vtoken.errors import VTokenError
 from vtoken.testing.models import images_for

@@ -154,6 +154,7 @@ class PiToMe(ScheduledMergeConfig):
         num_prefix: int,
         protect: Tensor | None,
         margin: float | Tensor | None = None,
+        alpha: float | Tensor | None = None,
         variant: str | None = None,
     ) -> MergePlan:
         """The energy matching with this layer's margin and variant."""
@@ -162,7 +163,7 @@ class PiToMe(ScheduledMergeConfig):
             r,
             num_prefix,
             margin=self._margin(layer, depth) if margin is None else margin,
-            alpha=self.alpha,
+            alpha=self.alpha if alpha is None else alpha,
             variant=self._variant(layer, depth) if variant is None else variant,
             energy=self.energy,
             protect=protect,
@@ -177,8 +178,10 @@ class PiToMe(ScheduledMergeConfig):
         return (mergeable * mergeable + pairs) * channels
 
     def layer_settings(self, layer: int, depth: int) -> dict[str, Any]:
-        """Margin and variant of one layer."""
-        return {"margin": self._margin(layer, depth), "variant": self._variant(layer, depth)}
+        """Margin and variant of one layer, and alpha: a graph takes numbers among these as arguments."""
+        return {
+            "margin": self._margin(layer, depth), "alpha": self.alpha, "variant": self._variant(layer, depth)
+        }  # fmt: skip
 
     def _margin(self, layer: int, depth: int) -> float:
         if isinstance(self.margin, tuple):

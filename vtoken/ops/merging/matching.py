@@ -149,7 +149,7 @@ def energy_matching(
     num_prefix: int,
     *,
     margin: float | Tensor,
-    alpha: float,
+    alpha: float | Tensor,
     variant: str,
     energy: str,
     protect: Tensor | Sequence[int] | None = None,
@@ -448,7 +448,7 @@ def _exp2_(x: Tensor) -> Tensor:
     return x
 
 
-def _energies(unit: Tensor, margin: float | Tensor, alpha: float, energy: str) -> Tensor:
+def _energies(unit: Tensor, margin: float | Tensor, alpha: float | Tensor, energy: str) -> Tensor:
     """Energies [B, N]: the sum of f(cos_ij - margin) over all tokens j; high where many tokens are close.
 
     The paper's mean differs by the factor 1/N, and for "elu" by another factor and a constant; no order sees them.
@@ -459,11 +459,12 @@ def _energies(unit: Tensor, margin: float | Tensor, alpha: float, energy: str) -
 
     if isinstance(margin, Tensor):  # an argument of a graph, which fuses this whichever way it is written
         close = torch.bmm(unit, unit.transpose(1, 2)).clamp_max(top)
-        beyond = (close - margin) * _LOG2E
-        below = alpha * _LOG2E * beyond.clamp_max(0.0).exp2()
+        log2e = 1.4426950408889634  # written out: a graph would make an argument of a global number
+        beyond = (close - margin) * log2e
+        below = alpha * log2e * beyond.clamp_max(0.0).exp2()
         if energy == "elu":
             return (beyond.clamp_min(0.0) + below).sum(-1)
-        return torch.where(close >= margin.clamp_max(top), close, below / _LOG2E - alpha).sum(-1)
+        return torch.where(close >= margin.clamp_max(top), close, below / log2e - alpha).sum(-1)
 
     def eq4(similarity: Tensor) -> tuple[Tensor]:
         close = similarity.clamp_max_(top)
@@ -476,12 +477,12 @@ def _energies(unit: Tensor, margin: float | Tensor, alpha: float, energy: str) -
 
     # elu(z) + alpha = max(z, 0) + alpha * 2^(min(z, 0) log2 e): of expm1, exp and exp2 only the last is fast on every
     # CPU. The product itself makes z log2 e of the similarities.
-    highest = (top - margin) * _LOG2E
+    highest, weight = (top - margin) * _LOG2E, float(alpha) * _LOG2E  # a number, as the margin is
 
     def elu(scaled: Tensor) -> tuple[Tensor]:
         above = scaled.clamp(0.0, max(highest, 0.0)).sum(-1)  # exactly 0 where nobody is close: ties for alpha=0
         below = _exp2_(scaled.clamp_max_(min(highest, 0.0))).sum(-1)
-        return (above.add_(below, alpha=alpha * _LOG2E),)
+        return (above.add_(below, alpha=weight),)
 
     if energy in ("eq4", "text"):
         return _over_similarities(eq4 if energy == "eq4" else text, unit, unit)[0]
