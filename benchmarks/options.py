@@ -16,6 +16,8 @@ import torch
 from vtoken.accounting import compare
 from vtoken.errors import VTokenError
 
+ROOT = Path(__file__).parents[1]
+
 
 def parser(name: str, doc: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
     """The options of every script.
@@ -66,11 +68,16 @@ def begin(args: argparse.Namespace) -> torch.device:
 
 def frame(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What a result file says beside its rows: "command", "settings" (every option but --out) and "environment"."""
-    settings = {key: value for key, value in vars(args).items() if key not in ("benchmark", "command", "out")}
+    settings = {key: _told(value) for key, value in vars(args).items() if key not in ("benchmark", "command", "out")}
     return {
         "benchmark": args.benchmark, "command": args.command, "settings": settings,
         "environment": compare.environment(device),
     }  # fmt: skip
+
+
+def _told(value: Any) -> Any:
+    """A folder of the repository without what lies above that."""
+    return value.relative_to(ROOT) if isinstance(value, Path) and value.is_relative_to(ROOT) else value
 
 
 def write(args: argparse.Namespace, device: torch.device, rows: Sequence[Mapping[str, Any]]) -> Path:

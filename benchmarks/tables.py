@@ -225,6 +225,17 @@ def answers(tokens: int) -> Callable[[Result], str]:
     return table
 
 
+def answered(name: str, tokens: int, kind: str, positions: str = "original") -> Callable[[Result], str]:
+    """One share of right answers in per cent, for a sentence."""
+
+    def figure(result: Result) -> str:
+        wanted = (name, tokens, positions)
+        (row,) = [row for row in result["rows"] if (row["name"], row["budget"], row["positions"]) == wanted]
+        return f"{100 * row['kinds'][kind]['right']:.1f}"
+
+    return figure
+
+
 def quota_answers(result: Result) -> str:
     """Right answers about videos in percent, and by how many points more than with uniform tokens and frames."""
     whole = result["rows"][0]
@@ -501,6 +512,25 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "allocate-1000": ("video.json", video_milliseconds("exact", 1000)),
     "resample-frame": ("video.json", video_milliseconds("bilinear", 32, each=True)),
     **{f"answers-{tokens}": ("answers.json", answers(tokens)) for tokens in (98, 49, 22, 12)},
+    "answers-whole-place": ("answers.json", answered("whole image", 196, "place", "compact")),
+    "answers-vtc-place-98": ("answers.json", answered("VTC-CLS", 98, "place")),
+    "answers-vtc-place-98-compact": ("answers.json", answered("VTC-CLS", 98, "place", "compact")),
+    "answers-uniform-place-98-compact": ("answers.json", answered("uniform grid", 98, "place", "compact")),
+    "answers-vtc-object-12": ("answers.json", answered("VTC-CLS", 12, "object")),
+    "answers-uniform-object-12": ("answers.json", answered("uniform grid", 12, "object")),
+    "answers-tome-object-12": ("answers.json", answered("ToMe", 12, "object", "compact")),
+    "answers-vtc-count-49": ("answers.json", answered("VTC-CLS", 49, "count")),
+    "answers-uniform-count-49": ("answers.json", answered("uniform grid", 49, "count")),
+    "answers-vtc-digit-49": ("answers.json", answered("VTC-CLS", 49, "digit")),
+    "answers-uniform-digit-49": ("answers.json", answered("uniform grid", 49, "digit")),
+    "answers-vtc-digit-22": ("answers.json", answered("VTC-CLS", 22, "digit")),
+    "answers-vtc-colour-22": ("answers.json", answered("VTC-CLS", 22, "colour")),
+    "answers-uniform-digit-22": ("answers.json", answered("uniform grid", 22, "digit")),
+    "answers-uniform-colour-22": ("answers.json", answered("uniform grid", 22, "colour")),
+    "answers-div-digit-12": ("answers.json", answered("DivPrune", 12, "digit")),
+    "answers-div-colour-12": ("answers.json", answered("DivPrune", 12, "colour")),
+    "answers-tome-digit-49": ("answers.json", answered("ToMe", 49, "digit", "compact")),
+    "answers-pitome-digit-49": ("answers.json", answered("PiToMe", 49, "digit", "compact")),
     "quota-answers": ("quota_answers.json", quota_answers),
     "quota-cost": ("quota_answers.json", quota_cost),
     "quota-time": ("quota_answers.json", quota_time("QuoTA, rule", 49)),
