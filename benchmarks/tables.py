@@ -459,10 +459,10 @@ def sources(results: Path, problems: list[str]) -> str:
     rows = []
     for path in sorted(results.glob("*.json")):
         result = json.loads(path.read_text())
-        if missing := {"command", "environment"} - result.keys():
-            problems.append(f"{path} does not say its {' and '.join(sorted(missing))}")
+        where = result.get("environment", {})
+        if missing := {"command", "date", "torch", "threads"} - {*result, *where}:
+            problems.append(f"{path} does not say its {', '.join(sorted(missing))}")
             continue
-        where = result["environment"]
         threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
         rows.append([f"`{path.name}`", f"`{result['command']}`", where["date"],
                      f"torch {where['torch'].split('+')[0]}, {threads}"])  # fmt: skip
@@ -554,6 +554,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     },
     "sparsifiner": ("train_sparsifiner.json", sparsifiner),
     "clip": ("train_clip.json", clip),
+    "clip-fresh": ("train_clip_fresh.json", clip),
     "training": ("training.json", training),
     "tune": ("tune.json", tuned),
     "tune-dense": ("tune_dense.json", tuned),

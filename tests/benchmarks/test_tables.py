@@ -96,7 +96,7 @@ def test_unknown_names_missing_and_unused_files_are_found(
     assert tables.main(options, copy) == 1
     told = capsys.readouterr().err
     assert "stray.json is used on no page" in told
-    assert "stray.json does not say its command and environment" in told
+    assert "stray.json does not say its command, date, threads, torch" in told
     (results / "stray.json").unlink()
 
     page.write_text(good + "<!-- table: none -->\n<!-- end -->\n")

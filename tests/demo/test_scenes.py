@@ -23,6 +23,7 @@ from vtoken.demo.scenes import (
     Material,
     Scenes,
 )
+from vtoken.errors import ConfigError
 
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
@@ -57,6 +58,11 @@ def test_the_generator_decides_all(material: Material) -> None:
     assert torch.equal(first.boxes, again.boxes)
     assert all(torch.equal(first.facts[name], again.facts[name]) for name in first.facts)
     assert not torch.equal(first.pictures, other.pictures)
+
+
+def test_what_nobody_can_want_is_refused(material: Material) -> None:
+    with pytest.raises(ConfigError, match="garmnet"):
+        material.draw(2, seeded(0), wanted={"garmnet": torch.zeros(2, dtype=torch.long)})
 
 
 def test_training_and_test_share_nothing(material: Material) -> None:

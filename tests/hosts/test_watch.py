@@ -8,7 +8,8 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -19,7 +20,9 @@ from torch.nn.modules import module as every_module
 import vtoken
 from tests.helpers import assert_close, images, randomise_, vit
 from vtoken.core.host import find_adapter
+from vtoken.core.visual import Needs, Seen, TowerFacts
 from vtoken.core.watch import Watch
+from vtoken.methods.sharing import ShareConfig, Sharing
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -221,6 +224,46 @@ def test_hooks_of_a_llava_whose_prompt_is_shortened() -> None:
     for name in [*layers[:-1], *(f"{n}.self_attn" for n in layers[:-1]), "model.multi_modal_projector"]:
         assert seen["before", name] == seen["after", name] == 1
     assert seen["backward", "model.multi_modal_projector"] == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByKeys(ShareConfig):
+    """Keeps the first tokens, and the keys that it was shown; with or without the attention of their block."""
+
+    method: ClassVar[str] = "by_keys"
+    attention: bool = True
+
+    def build(self, depth: int) -> Sharing:
+        return _ByKeys(self)
+
+
+class _ByKeys(Sharing):
+    config: Any
+    shown: ClassVar[list[Tensor]] = []
+
+    def needs(self, tower: TowerFacts) -> Needs:
+        if self.config.attention:
+            return Needs("class", (tower.last,), frozenset({"keys"}))
+        return Needs(features=frozenset({"keys"}))
+
+    def choose(self, seen: Seen) -> Tensor:
+        assert seen.keys is not None
+        self.shown.append(seen.keys)
+        return torch.arange(seen.count)
+
+
+def test_keys_of_a_llava_are_shown_without_attention_too() -> None:
+    from tests.hosts.llavas import build, prompt
+    from tests.hosts.llavas import images as pictures
+
+    model, found = build("llava"), []
+    for attention in (True, False):
+        _ByKeys.shown.clear()
+        with vtoken.applied(model, ByKeys(num_tokens=4, attention=attention)), torch.no_grad():
+            model(**prompt([1, -36, 7]), pixel_values=pictures(1))
+        found.append(_ByKeys.shown[0])
+    assert found[0].shape[0] == 36
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("kind", ["packed", "own", "timm"])

@@ -103,3 +103,64 @@ def test_a_merging_that_calls_the_one_it_extends(model: Any, batch: int) -> None
     layer = vtoken.nn.MergeTokens(CountingToMe(r=6))
     assert isinstance(layer.config, MergeConfig)
     assert layer(torch.randn(batch, 20, 8), torch.randn(batch, 20, 4))[0].shape == (batch, 14, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfBefore(vtoken.PiToMe):
+    """A matching written when `match` was given neither margin nor alpha by name."""
+
+    method: ClassVar[str] = "of_before"
+
+    def match(
+        self, layer: int, depth: int, metric: Tensor, r: int, num_prefix: int, protect: Tensor | None
+    ) -> vtoken.MergePlan:
+        return super().match(layer, depth, metric, r, num_prefix, protect)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfLastWeek(vtoken.PiToMe):
+    """One that takes the margin and the variant, not alpha."""
+
+    method: ClassVar[str] = "of_last_week"
+
+    def match(self, *args: Any, margin: Any = None, variant: Any = None) -> vtoken.MergePlan:
+        return super().match(*args, margin=margin, variant=variant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfAnyKeyword(vtoken.PiToMe):
+    """One that passes on whatever there is."""
+
+    method: ClassVar[str] = "of_any_keyword"
+
+    def match(self, *args: Any, **settings: Any) -> vtoken.MergePlan:
+        assert set(settings) == {"margin", "alpha", "variant"}
+        return super().match(*args, **settings)
+
+
+@pytest.mark.parametrize("cls", [OfBefore, OfLastWeek, OfAnyKeyword])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_pitome_whose_match_takes_fewer_settings(cls: Any, compiled: bool) -> None:
+    x = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    model = timm.create_model("test_vit").eval()
+    with torch.no_grad():
+        vtoken.apply(model, vtoken.PiToMe(ratio=0.8, alpha=0.5))
+        expected = model(x)
+        vtoken.remove(model)
+        vtoken.apply(model, cls(ratio=0.8, alpha=0.5))
+        if compiled:
+            vtoken.compile(model, backend="eager")
+        torch.testing.assert_close(model(x), expected, atol=0 if not compiled else 1e-5, rtol=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneSided(vtoken.ToMe):
+    """A setting may have any name."""
+
+    method: ClassVar[str] = "one_sided"
+    either: str = "left"
+
+
+def test_a_setting_called_either() -> None:
+    assert OneSided(r=3).replace(either="right") == OneSided(r=3, either="right")
+    assert OneSided(r=3).replace(ratio=0.5) == OneSided(ratio=0.5)

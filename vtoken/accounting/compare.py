@@ -202,7 +202,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def command(program: str, arguments: Sequence[str]) -> str:
     """The line that runs a script again; where its files went (--out FOLDER) does not belong to what it did."""
-    kept = list(arguments)
+    kept = [argument for argument in arguments if not argument.startswith("--out=")]
     if "--out" in kept:
         at = kept.index("--out")
         del kept[at : at + 2]

@@ -76,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
         demo_views.frame_budgets(model, photographs, names),
     ]
     facts = {
-        "command": "demo", "about": about, "photographs": names, "batch": args.batch, "rounds": args.rounds,
+        "command": "python -m vtoken demo", "about": about,
+        "settings": {name: getattr(args, name) for name in ("ratios", "photos", "batch", "rounds", "threads", "small")},
+        "photographs": names, "batch": args.batch, "rounds": args.rounds,
         "environment": compare.environment(images.device), "views": [view.to_dict() for view in views],
     }  # fmt: skip
     written = compare.write(rows, args.out, "demo", facts)

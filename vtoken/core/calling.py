@@ -49,11 +49,11 @@ def is_heard_within(block: nn.Module) -> bool:
     """Whether `is_heard` holds for a module inside `block`."""
     left = [block]
     for module in left:  # which grows: asked at every call of a compiled block, so without recursion
-        for child in module.__dict__["_modules"].values():
+        for child in module._modules.values():
             if child is not None:
                 if is_heard(child):
                     return True
-                if child.__dict__["_modules"]:
+                if child._modules:
                     left.append(child)
     return False
 

@@ -26,7 +26,7 @@ class MethodConfig:
     #: verb such as `vtoken.apply` does, and `build` raises a ConfigError that says so.
     part: ClassVar[str] = "tower"
     #: Two settings of which one is given, if there are such: in `replace` one takes the other's place.
-    either: ClassVar[tuple[str, str] | None] = None
+    _either: ClassVar[tuple[str, str] | None] = None
 
     @classmethod
     def example(cls) -> Self:
@@ -45,7 +45,7 @@ class MethodConfig:
         """A copy with some settings changed; unknown names raise ConfigError."""
         names = [f.name for f in fields(self)]
         check_names(type(self).__name__, changes, names)
-        for new, old in (self.either, self.either[::-1]) if self.either else ():
+        for new, old in (self._either, self._either[::-1]) if self._either else ():
             if changes.get(new) is not None:
                 changes.setdefault(old, None)
         return type(self)(**{name: getattr(self, name) for name in names} | changes)

@@ -79,7 +79,7 @@ class Watch:
             state: of the forward, in a patched tower.
         """
         self._state = state
-        if layer not in self.layers or (layer in self._rows and not self._joined):
+        if layer not in {*self.layers, self.keys_of} or (layer in self._rows and not self._joined):
             return None
         sizes = None if state is None else state.bias(layer, torch.float32)
         return Row(self._scorer, None if sizes is None else sizes[:, 0], functools.partial(self._keep, layer))

@@ -142,7 +142,7 @@ def load_frame_clip(tower: Any, path: Path | None = None) -> FrameCLIP:
         path: of the safetensors file; None means the one in the repository.
 
     Raises:
-        ConfigError: if there is no such file.
+        ConfigError: if there is no such file, or if its names are not this class's.
     """
     from safetensors.torch import load_file
 
@@ -150,6 +150,7 @@ def load_frame_clip(tower: Any, path: Path | None = None) -> FrameCLIP:
     if not path.is_file():
         raise ConfigError(f"no {path}; it lies in the repository and comes from examples/train_video.py")
     clip = FrameCLIP(tower)
-    missing, _ = clip.load_state_dict({name: v.float() for name, v in load_file(path).items()}, strict=False)
-    assert all(name.startswith("tower.") for name in missing), missing
+    missing, stray = clip.load_state_dict({name: v.float() for name, v in load_file(path).items()}, strict=False)
+    if wrong := [name for name in missing if not name.startswith("tower.")] + stray:
+        raise ConfigError(f"{path} is not what examples/train_video.py writes: {', '.join(wrong)}")
     return clip.eval()

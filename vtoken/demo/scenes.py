@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtoken import checks
 from vtoken.demo.captions import DIGITS, read_digits
 from vtoken.demo.clutter import DATA, PATCH, SIDE, read_fashion_mnist
 from vtoken.demo.photos import load_photographs
@@ -106,6 +107,8 @@ class Material:
                 or no tag, and how many of each of `SMALL_KINDS`, at most `MOST`. What finds no room is left out.
         """
         wanted = {} if wanted is None else wanted
+        for fact in wanted:
+            checks.choice("Material.draw", "wanted", fact, ("garment", "colour", *SMALL_KINDS))
 
         def draw(high: int, *shape: int) -> Tensor:
             return torch.randint(high, (count, *shape), generator=generator)

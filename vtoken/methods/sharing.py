@@ -37,7 +37,7 @@ class ShareConfig(MethodConfig):
     """
 
     part: ClassVar[str] = "prompt"
-    either = ("num_tokens", "keep_ratio")
+    _either = ("num_tokens", "keep_ratio")
 
     num_tokens: int | None = None
     keep_ratio: float | None = None

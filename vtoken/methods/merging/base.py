@@ -135,7 +135,7 @@ class ScheduledMergeConfig(MergeConfig):
             which may be given as well.
     """
 
-    either = ("ratio", "r")
+    _either = ("ratio", "r")
 
     ratio: Any = None
     r: Any = None

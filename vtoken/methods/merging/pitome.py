@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -178,10 +179,17 @@ class PiToMe(ScheduledMergeConfig):
         return (mergeable * mergeable + pairs) * channels
 
     def layer_settings(self, layer: int, depth: int) -> dict[str, Any]:
-        """Margin and variant of one layer, and alpha: a graph takes numbers among these as arguments."""
-        return {
+        """Margin and variant of one layer, and alpha: a graph takes numbers among these as arguments.
+
+        Those that `match` takes: a subclass may have written its own before there were so many.
+        """
+        settings = {
             "margin": self._margin(layer, depth), "alpha": self.alpha, "variant": self._variant(layer, depth)
         }  # fmt: skip
+        taken = inspect.signature(self.match).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+            return settings
+        return {name: value for name, value in settings.items() if name in taken}
 
     def _margin(self, layer: int, depth: int) -> float:
         if isinstance(self.margin, tuple):
