@@ -60,10 +60,8 @@ MUON_RATE, ADAMW_RATE, WARM_UP = 0.003, 0.001, 50  # steps
 WHOLE = FRAMES * CELLS
 BUDGETS = {WHOLE: 1, WHOLE // 2: 2, WHOLE // 4: 4, WHOLE // 8: 4, WHOLE // 16: 3}  # tokens of a video, and how often
 AT_ONCE = 9000  # tokens of a batch
-FEW_SHARE, FEW = (
-    0.4,
-    (2, 5),
-)  # of the steps, those with so few frames, so that names are told apart before they are sought
+# Of the steps, those with so few frames with tokens, so that names are told apart before they are sought.
+FEW_SHARE, FEW = 0.4, (2, 5)
 ASKED = 4  # questions of every kind about a video, as far as there are so many names
 UNKNOWN_SHARE = 0.15  # of the words of a caption that the scorer's text encoder does not get to see
 SHARES = {"tagged": 0.55, "untagged": 0.15, "small": 0.15, "photograph": 0.15}  # of the stored frames
@@ -232,7 +230,7 @@ def train(args: argparse.Namespace, frames: Frames, test: Frames, llava: Any, ch
     rates = [opt.param_groups[0]["lr"] for opt in opts]
     first, spent = 0, 0.0
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, weights_only=False)  # our own; `random` has its state in tuples
+        saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
         for opt, state in zip(opts, saved["optimisers"], strict=True):
             opt.load_state_dict(state)

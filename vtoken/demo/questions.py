@@ -139,9 +139,13 @@ def load_small_llava(folder: Path | None = None) -> Any:
     Raises:
         ConfigError: if there is no such folder. ImportError: if transformers is missing.
     """
-    from transformers import LlavaForConditionalGeneration
+    return load_trained("LlavaForConditionalGeneration", folder or WEIGHTS, "examples/train_llava.py")
 
-    folder = WEIGHTS if folder is None else folder
+
+def load_trained(name: str, folder: Path, script: str) -> Any:
+    """The model of transformers' class `name` that lies in `folder` and that `script` made; see `load_small_llava`."""
+    import transformers
+
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"no model in {folder}; it lies in the repository and comes from examples/train_llava.py")
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        raise ConfigError(f"no model in {folder}; it lies in the repository and comes from {script}")
+    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()

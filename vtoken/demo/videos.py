@@ -20,7 +20,6 @@ from torch import Tensor
 from vtoken.demo import questions
 from vtoken.demo.questions import ANSWERS, BEGIN, COUNTS, END, IGNORED
 from vtoken.demo.scenes import CLOTHES, COLOURS, MOST, SMALL_KINDS, Material, Scenes
-from vtoken.errors import ConfigError
 from vtoken.ops import assign
 
 WEIGHTS = Path(__file__).parents[2] / "examples" / "weights" / "small_video"
@@ -179,9 +178,5 @@ def load_small_video(folder: Path | None = None) -> Any:
     Raises:
         ConfigError: if there is no such folder. ImportError: if transformers is missing.
     """
-    from transformers import LlavaNextVideoForConditionalGeneration
-
-    folder = WEIGHTS if folder is None else folder
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"no model in {folder}; it lies in the repository and comes from examples/train_video.py")
-    return LlavaNextVideoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    name, script = "LlavaNextVideoForConditionalGeneration", "examples/train_video.py"
+    return questions.load_trained(name, folder or WEIGHTS, script)
