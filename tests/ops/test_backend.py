@@ -47,7 +47,7 @@ CALLS: dict[str, Callable[[str], Any]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_on_the_cpu_auto_is_torch_and_triton_says_why_not(name: str) -> None:
+def test_on_the_cpu_auto_gives_what_torch_does_and_triton_says_why_not(name: str) -> None:
     call = CALLS[name]
     assert torch.equal(call("auto"), call("torch"))
     with pytest.raises(ConfigError, match=r"backend='triton' cannot serve this call: .*on 'cpu'.*need a GPU"):
@@ -81,6 +81,9 @@ def test_explain_knows_every_op_that_has_a_backend() -> None:
 def test_explain() -> None:
     for op, tensors in TENSORS.items():
         choice = explain(op, *tensors)
+        if op in ("plan_pitome", "plan_tome", "key_metric", "apply"):  # tests/ops/test_native.py has more of these
+            assert choice.backend == "native" or "C functions" in choice.reason
+            continue
         assert choice == ("torch", "the tensors are on 'cpu'; kernels need a GPU")
         assert str(choice) == f"torch: {choice.reason}"
     assert str(backend.Choice("triton", "")) == "triton"
@@ -107,14 +110,15 @@ def test_explain_names_every_way_of_sparse_attention() -> None:
         explain("sparse_attention", q, q, q, connections, dropout_p=2)
 
 
-def test_the_cpu_path_never_touches_the_kernels() -> None:
+def test_the_cpu_path_never_touches_the_kernels_of_triton() -> None:
     code = (
         "import sys, torch, vtoken.ops as o\n"
         "m = torch.randn(2, 12, 6, requires_grad=True)\n"
         "p = o.plan_pitome(m, 3, margin=0.5)\n"
         "o.add_merge_norm(p, m, m)[0].sum().backward()\n"
         "o.attention_with_sizes(*[torch.randn(2, 3, 12, 16)] * 3, torch.ones(2, 12))\n"
-        "assert not [n for n in sys.modules if n.startswith('vtoken_kernels')]\n"
+        "found = {n for n in sys.modules if n.startswith('vtoken_kernels')}\n"
+        "assert found <= {'vtoken_kernels', 'vtoken_kernels.native'}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

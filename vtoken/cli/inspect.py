@@ -20,7 +20,7 @@ from vtoken.ops import explain
 
 
 def _kernels_on(device: str) -> str:
-    return str(explain("apply", torch.empty(1, 1, 1, device=device)))
+    return str(explain("plan_tome", torch.empty(1, 1, 1, device=device)))
 
 
 def show_info(args: argparse.Namespace) -> int:

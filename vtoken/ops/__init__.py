@@ -1,7 +1,7 @@
 """Tensor functions behind the methods: which tokens go together (plans) and how their rows are combined.
 
-Everything here is plain torch, which runs on any device, compiles and exports; on a GPU, Triton kernels take over where
-they can (`explain` says where). Nothing here knows a model.
+Everything here is plain torch, which runs on any device, compiles and exports; where they can, Triton kernels take over
+on a GPU and C on a CPU (`explain` says where). Nothing here knows a model.
 `vtoken.ops.reference` holds slow, obviously right versions of the same functions; the tests compare the two.
 """
 

@@ -1,4 +1,4 @@
-"""Which implementation serves a call: Triton kernels where they can, plain torch everywhere else."""
+"""Which implementation serves a call: Triton kernels on a GPU, C functions on a CPU, plain torch everywhere else."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Choice(NamedTuple):
-    """Which backend serves a call ("torch" or "triton"; of `sparse_attention` any of its ways), and why.
+    """Which backend serves a call ("torch", "native" or "triton"; of `sparse_attention` any of its ways), and why.
 
-    Where there are only two, the reason is what the kernels lack: empty for "triton".
+    "native" is C on a CPU, which "auto" takes where it can. The reason is what the others lack: empty unless "torch".
     """
 
     backend: str
@@ -65,17 +65,25 @@ def use_triton(backend: str, on: Tensor, reason: Callable[[], str]) -> bool:
     return True
 
 
-def limits_of(*ops: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+def limits_of(
+    *ops: str, native: Callable[..., str] | None = None
+) -> Callable[[Callable[..., str]], Callable[..., str]]:
     """Register a function as the limits of the kernels of these ops: this is how `explain` knows them.
 
     It takes the tensors of a call in the order of its op, then options that decide, and says what the kernels lack
     for them, "" if nothing. It stands in the file of its op, which asks it by `use_triton`.
+
+    Args:
+        native: says in the same way what C functions lack, where there are some.
     """
 
     def register(limits: Callable[..., str]) -> Callable[..., str]:
         @functools.wraps(limits)
         def choose(*tensors: Tensor, **options: Any) -> Choice:
             on = tensors[0]
+            if native is not None and on.is_cpu and not FORCED:
+                why = native(*tensors, **options)
+                return Choice("torch", why) if why else Choice("native", "")
             if not on.is_cuda and not FORCED:
                 return Choice("torch", f"the tensors are on {on.device.type!r}; kernels need a GPU")
             why = _no_device(on) or limits(*tensors, **options)
@@ -106,8 +114,8 @@ def explain(op: str, *tensors: Any, **options: Any) -> Choice:
             "key_metric", (x,) for "apply", (x, branch) for "add_merge_norm", (q, k, v, bias or size) for
             "attention_with_bias" and "attention_with_sizes", (coefficients, basis) for "select_topk" and
             "select_grouped", (q, k, v, connections) for "sparse_attention".
-        options: options that decide: reduction of "apply"; variant and protect of "plan_pitome"; key_bias, attn_mask
-            and dropout_p of "sparse_attention".
+        options: options that decide: reduction of "apply"; variant, energy and protect of "plan_pitome"; key_bias,
+            attn_mask and dropout_p of "sparse_attention".
 
     Raises:
         ConfigError: if the op is unknown.
@@ -115,7 +123,7 @@ def explain(op: str, *tensors: Any, **options: Any) -> Choice:
 
     Example:
         >>> import torch, vtoken
-        >>> print(vtoken.ops.explain("plan_pitome", torch.rand(1, 197, 64)))
+        >>> print(vtoken.ops.explain("attention_with_bias", *torch.rand(3, 1, 6, 197, 64)))
         torch: the tensors are on 'cpu'; kernels need a GPU
     """
     checks.choice("explain", "op", op, tuple(_CHOICES))

@@ -17,6 +17,7 @@ from vtoken import checks
 from vtoken.errors import ConfigError, ShapeError
 from vtoken.ops import backend as _backend
 from vtoken.ops.backend import BACKENDS, limits_of, use_triton, width_reason
+from vtoken.ops.merging import native
 from vtoken.ops.merging.plan import HALF, MergePlan
 from vtoken.ops.rows import full_precision, take_rows
 
@@ -29,8 +30,19 @@ _LOG2E = math.log2(math.e)
 _CACHED, _HELD, _LEAST_ROWS = 1 << 17, 1 << 28, 32
 
 
-@limits_of("plan_pitome", "plan_tome")
-def metric_reason(metric: Tensor, *, variant: str = "pitome", protect: object = None) -> str:
+def _in_c(
+    metric: Tensor, *, variant: str = "pitome", energy: str = "elu", protect: object = None
+) -> str:  # fmt: skip
+    """Why C cannot match by this metric [B, T, d]."""
+    if variant == "text" or (energy != "elu" and variant != "tome") or protect is not None:
+        return 'C functions have no variant "text", no energy "eq4" and no protect'
+    return native.matching_lacks(metric)
+
+
+@limits_of("plan_pitome", "plan_tome", native=_in_c)
+def metric_reason(
+    metric: Tensor, *, variant: str = "pitome", energy: str = "elu", protect: object = None
+) -> str:  # fmt: skip
     """Why the kernels cannot match by this metric [B, T, d]."""
     if variant == "text":
         return 'the variant "text"'
@@ -39,7 +51,7 @@ def metric_reason(metric: Tensor, *, variant: str = "pitome", protect: object = 
     return width_reason("metric", metric, 8192)
 
 
-@limits_of("key_metric")
+@limits_of("key_metric", native=native.lacks)
 def keys_reason(keys: Tensor) -> str:
     """Why the kernels cannot add up the heads of keys [B, H, T, D]."""
     return width_reason("keys", keys, 8192)
@@ -65,6 +77,8 @@ def key_metric(keys: Tensor, *, backend: str = "auto") -> Tensor:
 
 def summed_keys(keys: Tensor, backend: str = "auto") -> Tensor:
     """`key_metric` of checked arguments."""
+    if backend == "auto" and keys.is_cpu and not native.lacks(keys):
+        return native.sum_heads(keys)
     # The kernels are asked for only where they may be: a block at batch 1 feels every call.
     if (backend != "auto" or keys.is_cuda or _backend.FORCED) and use_triton(backend, keys, lambda: keys_reason(keys)):
         from vtoken_kernels.library import sum_heads
@@ -164,17 +178,19 @@ def energy_matching(
         r = min(r, (mergeable - most) // 2)
     if r <= 0:
         return MergePlan.identity(metric.shape[0], metric.shape[1], metric.device)
-    # kernels take the margin as a number
-    if (
-        (backend != "auto" or metric.is_cuda or _backend.FORCED)
-        and not isinstance(margin, Tensor)
-        and use_triton(backend, metric, lambda: metric_reason(metric, variant=variant, protect=protect))
-    ):
-        from vtoken_kernels import library
-
+    if not (isinstance(margin, Tensor) or isinstance(alpha, Tensor)):  # C and kernels take them as numbers
         pairs = variant == "pitome_pairs"
-        parts = library.plan_pitome(metric.detach(), guard, r, num_prefix, margin, alpha, energy == "eq4", pairs)
-        return _from_kernels(parts, metric.shape[1], mergeable // 2 if pairs else r)
+        num_dest = mergeable // 2 if pairs else r
+        if backend == "auto" and metric.is_cpu and not _in_c(metric, variant=variant, energy=energy, protect=protect):
+            rows, slot = native.pitome(metric, r, num_prefix, margin, alpha, pairs)
+            return MergePlan.laid_out(rows, slot, num_dest)
+        if (backend != "auto" or metric.is_cuda or _backend.FORCED) and use_triton(
+            backend, metric, lambda: metric_reason(metric, variant=variant, protect=protect)
+        ):
+            from vtoken_kernels import library
+
+            parts = library.plan_pitome(metric.detach(), guard, r, num_prefix, margin, alpha, energy == "eq4", pairs)
+            return _from_kernels(parts, metric.shape[1], num_dest)
     with full_precision(metric):
         unit = _unit_rows(metric)
         energies = _energies(unit[:, num_prefix:], margin, alpha, "text" if variant == "text" else energy)
@@ -228,6 +244,9 @@ def bipartite_matching(metric: Tensor, r: int, num_prefix: int, backend: str = "
     batch, num_tokens, _ = metric.shape
     if r <= 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
+    if backend == "auto" and metric.is_cpu and not _in_c(metric, variant="tome"):
+        rows, slot = native.tome(metric, r, num_prefix)
+        return MergePlan.laid_out(rows, slot, (num_tokens - num_prefix + num_prefix % 2) // 2)
     if (backend != "auto" or metric.is_cuda or _backend.FORCED) and use_triton(
         backend, metric, lambda: metric_reason(metric)
     ):

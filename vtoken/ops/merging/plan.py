@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,13 +12,21 @@ from vtoken import checks
 from vtoken.errors import ConfigError, InputError, ShapeError
 from vtoken.ops import backend as _backend
 from vtoken.ops.backend import BACKENDS, dtype_reason, limits_of, use_triton
+from vtoken.ops.merging import native
 from vtoken.ops.rows import add_rows, full_precision, take_rows
 
 REDUCTIONS = ("wavg", "mean", "amax", "prune")
 HALF = (torch.float16, torch.bfloat16)
 
 
-@limits_of("apply")
+def _in_c(x: Tensor, *, reduction: str = "wavg") -> str:
+    """Why C cannot merge rows x [B, T, C]."""
+    if reduction != "wavg":
+        return f"C functions merge by 'wavg', not {reduction!r}"
+    return native.merging_lacks(x)
+
+
+@limits_of("apply", native=_in_c)
 def rows_reason(x: Tensor, *, reduction: str = "wavg") -> str:
     """Why the kernels cannot merge rows x [B, T, C]."""
     return dtype_reason("x", x)
@@ -73,7 +81,7 @@ class MergePlan:
         num_dest: how many trailing output rows may receive others; the rows before them are copied untouched.
         groups: what kernels made along the way: `dest`, and the sources of every destination (start, member; see
             `vtoken_kernels.layout.group_sources`). None from torch.
-        rows: `keep` and `src` side by side, [B, T], where they are parts of one tensor. None from kernels.
+        rows: no argument: `keep` and `src` side by side, [B, T], of plans that `of` or `laid_out` has made.
 
     Example:
         >>> import torch, vtoken
@@ -93,16 +101,21 @@ class MergePlan:
     num_tokens_in: int
     num_dest: int
     groups: tuple[Tensor, Tensor, Tensor] | None = None
-    rows: Tensor | None = None
+    rows: Tensor | None = field(default=None, init=False)
 
     @classmethod
     def of(cls, parts: list[Tensor], src: Tensor, partner: Tensor) -> MergePlan:
         """From the parts of `keep`, the last of which are the destinations that `partner` counts among."""
-        rows = torch.cat([*parts, src], dim=1)
-        num_in, num_dest = rows.shape[1], parts[-1].shape[1]
-        num_out = num_in - src.shape[1]
-        slot = partner + (num_out - num_dest)
-        return cls(rows[:, :num_out], rows[:, num_out:], slot, num_in, num_dest, rows=rows)
+        rows, num_dest = torch.cat([*parts, src], dim=1), parts[-1].shape[1]
+        return cls.laid_out(rows, partner + (rows.shape[1] - src.shape[1] - num_dest), num_dest)
+
+    @classmethod
+    def laid_out(cls, rows: Tensor, slot: Tensor, num_dest: int) -> MergePlan:
+        """From `keep` and `src` side by side, [B, T] int64, and `slot` [B, r]."""
+        num_in, num_out = rows.shape[1], rows.shape[1] - slot.shape[1]
+        plan = cls(rows[:, :num_out], rows[:, num_out:], slot, num_in, num_dest)
+        object.__setattr__(plan, "rows", rows)
+        return plan
 
     @classmethod
     def identity(cls, batch: int, num_tokens: int, device: torch.device) -> MergePlan:
@@ -173,12 +186,14 @@ class MergePlan:
 
             merged, new_size = merge(x, *kernel_arguments(self, size, x), reduction)
             return merged, like_size(new_size, size)
-        if self.rows is not None and reduction == "wavg" and _is_one_image(x, size):
-            return _merge_one_image(self.rows[0], self.slot[0], x[0], size)
         flat = size
         if flat is not None and (flat.dim() == 3 or flat.dtype != torch.float32):
             flat = flat.reshape(x.shape[:2]).to(torch.float32)
         src_share = None
+        in_c = self._rows_for_c(x, flat) if backend == "auto" and reduction == "wavg" and x.is_cpu else None
+        if in_c is not None:
+            rows, new_size = native.merge(x, in_c, self.slot, flat)
+            return rows, new_size if size is None else new_size.reshape(*new_size.shape, *size.shape[2:])
         if reduction == "prune":
             new_size = _ones(self.keep) if flat is None else flat.gather(1, self.keep)
         else:
@@ -229,6 +244,16 @@ class MergePlan:
             num_dest=next_plan.num_tokens,
         )
 
+    def _rows_for_c(self, x: Tensor, size: Tensor | None) -> Tensor | None:
+        """`rows` if C can apply this plan: what it reads must lie there as it expects."""
+        rows = self.rows
+        if rows is None or native.merging_lacks(x) or not rows.is_cpu or rows.shape != x.shape[:2]:
+            return None
+        if not (rows.is_contiguous() and self.slot.is_contiguous()):
+            return None
+        fits = size is None or (size.shape == rows.shape and size.is_contiguous() and not size.requires_grad)
+        return rows if fits else None
+
     def _sizes_and_shares(self, size: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor]:
         """New sizes [B, T'] (float32) and the share [B, r] that each source has in the row it goes to."""
         # Sizes are whole numbers, exact in float32, so the order of these additions does not matter on any device.
@@ -267,30 +292,6 @@ def like_size(new_size: Tensor, size: Tensor | None) -> Tensor:
     """Sizes are constants (docs/methods/pitome.md 8), in the shape they came in."""
     flat = new_size.detach()
     return flat if size is None else flat.reshape(*flat.shape, *size.shape[2:])
-
-
-def _is_one_image(x: Tensor, size: Tensor | None) -> bool:
-    """Whether `_merge_one_image` may merge x [B, T, C]: plain numbers, nothing that watches them."""
-    if x.shape[0] != 1 or not x.is_cpu or x.dtype != torch.float32 or x.requires_grad or torch.compiler.is_compiling():
-        return False
-    if size is not None and (size.dim() != 2 or size.dtype != torch.float32 or size.requires_grad):
-        return False
-    return not torch._C._are_functorch_transforms_active()
-
-
-def _merge_one_image(rows: Tensor, slot: Tensor, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `MergePlan.apply` makes of one image, x [T, C] and sizes [1, T], by "wavg".
-
-    So few rows cost less than the operations on them: one gather serves those that stay and those that go.
-    """
-    num_out = rows.shape[0] - slot.shape[0]
-    sizes = _ones(rows) if size is None else size[0].index_select(0, rows)
-    moved = x.index_select(0, rows)
-    new_size, added, out, src = sizes[:num_out], sizes[num_out:], moved[:num_out], moved[num_out:]
-    new_size.index_add_(0, slot, added)
-    share = added / new_size.index_select(0, slot)
-    out.index_add_(0, slot, src.sub_(out.index_select(0, slot)).mul_(share.unsqueeze(1)))
-    return out.unsqueeze(0), new_size.unsqueeze(0)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
