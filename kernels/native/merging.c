@@ -184,6 +184,17 @@ static void pitome(struct work *w, struct plan p, const float *metric, int64_t d
     lay_out(p, n, w->key, w->src, w->best, into);
 }
 
+#if defined(__clang__)
+#define UNFUSED
+#define FUSE_NOTHING _Pragma("STDC FP_CONTRACT OFF")
+#elif defined(__GNUC__)
+#define UNFUSED __attribute__((optimize("fp-contract=off")))
+#define FUSE_NOTHING
+#else
+#define UNFUSED
+#define FUSE_NOTHING
+#endif
+
 static int fits(struct plan p) {
     for (int64_t i = 0; i < p.num_tokens; i++)
         if (p.rows[i] < 0 || p.rows[i] >= p.num_tokens) return 0;
@@ -193,9 +204,11 @@ static int fits(struct plan p) {
 }
 
 /* Rows x [T, width], `step` floats apart, and sizes [T] (or none) by a plan: out [T - r, width] and new_size [T - r].
-   In plain instructions, as torch adds: an addition fused with its product would round once less. */
-static void merge(struct plan p, const float *x, int64_t width, int64_t step, const float *size, float *out,
+   As torch adds: an addition fused with its product, which compilers like where a processor has that, would round once
+   less. */
+static UNFUSED void merge(struct plan p, const float *x, int64_t width, int64_t step, const float *size, float *out,
                   float *new_size) {
+    FUSE_NOTHING
     int64_t num_out = p.num_tokens - p.r;
     const int64_t *src = p.rows + num_out;
     for (int64_t i = 0; i < num_out; i++) {
@@ -253,6 +266,8 @@ static PyObject *match(const int64_t *a, int by_energy, float margin, float alph
     struct plan p = {a[2], a[6], a[7], AT(int64_t, a[8]), AT(int64_t, a[9])};
     struct work w;
     if (!arithmetic) return PyErr_Format(PyExc_RuntimeError, "this processor has no instructions for it");
+    if (p.num_prefix < 0 || p.num_prefix > p.num_tokens || p.r < 0 || p.r > (p.num_tokens - p.num_prefix) / 2)
+        return PyErr_Format(PyExc_ValueError, "more rows to merge than half of those behind the prefix");
     if (!take_memory(&w, p.num_tokens, d)) return PyErr_NoMemory();
     void *memory = w.unit;
     Py_BEGIN_ALLOW_THREADS
@@ -273,7 +288,8 @@ static PyObject *call_tome(PyObject *self, PyObject *const *args, Py_ssize_t giv
 
 static PyObject *call_pitome(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     int64_t a[11];
-    if (!take(args, given - 2, 11, a)) return NULL;
+    if (given != 13) return PyErr_Format(PyExc_TypeError, "takes 13 numbers, got %zd", given);
+    if (!take(args, 11, 11, a)) return NULL;
     double margin = PyFloat_AsDouble(args[11]), alpha = PyFloat_AsDouble(args[12]);
     if (PyErr_Occurred()) return NULL;
     return match(a, 1, (float)margin, (float)alpha, (int)a[10]);

@@ -116,6 +116,13 @@ def test_apply_is_exact_where_the_arithmetic_is(reduction: str) -> None:
     assert (y.flatten().tolist(), new_size.flatten().tolist()) == expected
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rows_may_have_no_channels(batch: int) -> None:
+    rows, size = plan_tome(torch.randn(batch, 20, 8), 4).apply(torch.empty(batch, 20, 0))
+    assert rows.shape == (batch, 16, 0)
+    assert (size.sum(1) == 20).all()
+
+
 def test_size_defaults_to_ones_and_reduction_to_wavg() -> None:
     plan, x = plan_tome(draw(1, 2, 11, 4), 4, num_prefix=1), draw(2, 2, 11, 3)
     for got, expected in zip(plan.apply(x), plan.apply(x, torch.ones(2, 11), "wavg"), strict=True):

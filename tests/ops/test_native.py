@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,11 +17,16 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtoken
+from vtoken.errors import VTokenError
 from vtoken.ops import MergePlan, explain, key_metric, plan_pitome, plan_tome
 from vtoken.ops.merging import native
 
@@ -164,8 +171,82 @@ def test_plans_that_name_missing_rows_raise() -> None:
     plan.apply(draw(1, 1, 20, 8))
 
 
+@pytest.mark.parametrize("part", ["rows", "slot"])
+def test_plans_of_other_whole_numbers_or_shapes_are_torchs(part: str) -> None:
+    rows, slot = torch.arange(20).repeat(3, 1), torch.full((3, 4), 15)
+    plan = MergePlan.laid_out(rows.int() if part == "rows" else rows, slot.int() if part == "slot" else slot, 4)
+    x = draw(0, 3, 20, 8)
+    assert torch.equal(plan.apply(x)[0], MergePlan.laid_out(rows, slot, 4).apply(x)[0])
+    with pytest.raises(RuntimeError):  # slots of one image for three, behind which C would read
+        MergePlan.laid_out(rows, slot[:1].clone(), 4).apply(x)
+
+
+def test_sizes_that_are_no_numbers_in_memory_are_torchs() -> None:
+    plan, x = plan_tome(draw(0, 1, 20, 8), 4), draw(1, 1, 20, 8)
+    with pytest.raises(RuntimeError, match="meta"):
+        plan.apply(x, torch.full((1, 20), 3.0, device="meta"))
+    sizes = TwoTensor(torch.full((1, 20), 3.0), torch.full((1, 20), 3.0))
+    assert torch.equal(plan.apply(x, sizes)[1].a, 3 * plan.apply(x)[1])
+    with FakeTensorMode():
+        size, imagined = torch.ones(1, 20), plan_tome(torch.randn(1, 20, 8), 4)
+    for one, given in ((plan, size), (imagined, None)):
+        with pytest.raises(AssertionError, match="FakeTensor"):
+            one.apply(x, given)
+
+
+@pytest.mark.parametrize("base", [vtoken.ToMe, vtoken.PiToMe])
+def test_methods_that_ask_for_more_than_half_are_told(base: type[Any]) -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Greedy(base):
+        method = "greedy"
+
+        def removed(self, amount: Any, mergeable: int) -> int:
+            return mergeable * 3 // 4
+
+    model = vtoken.apply(timm.create_model("test_vit").eval(), Greedy(r=4))
+    with pytest.raises(VTokenError, match="`removed` said 75"):
+        model(torch.randn(1, 3, 160, 160))
+
+
+def test_c_refuses_numbers_that_lead_outside() -> None:
+    x, rows, slot = draw(0, 1, 20, 8), torch.empty(1, 20, dtype=torch.int64), torch.empty(1, 15, dtype=torch.int64)
+    for num_prefix, r in ((0, 11), (21, 0), (19, 1), (-1, 1), (0, -1)):
+        arguments = (x.data_ptr(), 1, 20, 8, 160, 8, num_prefix, r, rows.data_ptr(), slot.data_ptr())
+        with pytest.raises(ValueError, match="more rows"):
+            native.native.tome(*arguments)
+        with pytest.raises(ValueError, match="more rows"):
+            native.native.pitome(*arguments, True, 0.5, 1.0)
+    for call in (native.native.tome, native.native.pitome, native.native.merge, native.native.sum_heads):
+        with pytest.raises(TypeError, match="got 0"):
+            call()
+
+
+def test_rows_keep_their_bits_where_the_compiler_may_fuse(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build"), "build_ext", "--build-lib",
+         str(tmp_path)], cwd=root, env=os.environ | {"CFLAGS": "-march=native"}, capture_output=True, text=True,
+    )  # fmt: skip
+    library = next(tmp_path.glob("vtoken_kernels/native*"), None)
+    if library is None:
+        pytest.skip(f"no compiler that takes -march=native: {built.stderr}")
+    spec = importlib.util.spec_from_file_location("vtoken_kernels.native", library)
+    assert spec is not None
+    assert spec.loader is not None
+    fused = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fused)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "native", fused)
+        test_rows_are_the_bits_of_torch()
+
+
 class _Sub(Tensor):
     pass
+
+
+class _Watcher(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -180,6 +261,10 @@ REFUSED: dict[str, tuple[Tensor, Callable[[], AbstractContextManager[Any]]]] = {
     "empty": (draw(0, 0, 20, 8), contextlib.nullcontext),
     "meta": (torch.empty(1, 20, 8, device="meta"), contextlib.nullcontext),
     "subclass": (draw(0, 1, 20, 8).as_subclass(_Sub), contextlib.nullcontext),
+    "negated": (torch._neg_view(draw(0, 1, 20, 8)), contextlib.nullcontext),
+    "imaginary": (torch.view_as_complex(draw(0, 1, 20, 2)).conj().imag.unsqueeze(2), contextlib.nullcontext),
+    "zeros that are only noted": (torch._efficientzerotensor(1, 20, 8), contextlib.nullcontext),
+    "a watcher": (draw(0, 1, 20, 8), _Watcher),
     "a counter": (draw(0, 1, 20, 8), lambda: FlopCounterMode(display=False)),
 }
 
@@ -190,7 +275,21 @@ def test_what_c_does_not_read(name: str) -> None:
     with around():
         assert explain("plan_tome", x).backend == explain("apply", x).backend == "torch"
         assert native.lacks(x)
-        plan_tome(x, 3).apply(x)
+        plan = plan_tome(x, 3)
+        rows = plan.apply(x)[0]
+    if x.device.type == "cpu" and x.numel():
+        assert torch.equal(rows, plan.apply(x, backend="torch")[0])
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_graphs_of_make_fx_hold_what_they_do(early: bool) -> None:
+    x, other = draw(0, 1, 20, 8), draw(1, 1, 20, 8)
+
+    def merged(x: Tensor) -> Tensor:
+        plan = plan_pitome(key_metric(x.unsqueeze(1)), 4, margin=0.2)
+        return plan.apply(x)[0]
+
+    assert torch.equal(make_fx(merged, pre_dispatch=early)(x)(other), merged(other))
 
 
 def test_transforms_gradients_and_counters_see_torchs_operators() -> None:
@@ -220,6 +319,19 @@ def test_variants_that_stay_with_torch() -> None:
     assert explain("apply", x, reduction="amax").backend == "torch"
 
 
+def test_a_library_of_another_system_is_left_out(tmp_path: Path) -> None:
+    ours = Path(native.native.__file__)
+    (tmp_path / "vtoken_kernels").mkdir()
+    (tmp_path / "vtoken_kernels" / "__init__.py").touch()
+    (tmp_path / "vtoken_kernels" / ours.name).write_bytes(b"\xcf\xfa\xed\xfe" * 64)
+    code = "import torch, vtoken.ops as o; print(o.explain('plan_tome', torch.rand(1, 9, 4)))"
+    path = os.pathsep.join([str(tmp_path), str(Path(vtoken.__file__).parents[1])])
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert run.stdout.startswith("torch: vtoken's C functions do not load"), run.stderr
+
+
 def test_several_threads_share_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = torch.rand(4, 197, 64), torch.rand(1, 197, 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
@@ -242,7 +354,7 @@ def test_a_model_gives_what_it_gives_without(method: str, batch: int, monkeypatc
     with torch.inference_mode():
         found = model(x)
         assert len(used) == 3 * 6
-        monkeypatch.setattr(native, "COMPILED", False)
+        monkeypatch.setattr(native, "MISSING", "left out")
         torch.testing.assert_close(found, model(x))
     assert len(used) == 3 * 6
 

@@ -29,8 +29,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 def add_rows(rows: Tensor, step: Tensor, slot: Tensor) -> Tensor:
     """Add `step` [B, r, C] to `rows` [B, D, C], in place, at `slot` [B, r]; deterministic on CPU only."""
-    flat = rows.view(-1, rows.shape[2])
-    flat.index_add_(0, _flat_index(slot, rows.shape[1]), step.view(-1, rows.shape[2]))
+    rows.flatten(0, 1).index_add_(0, _flat_index(slot, rows.shape[1]), step.flatten(0, 1))
     return rows
 
 

@@ -181,7 +181,12 @@ def energy_matching(
     if not (isinstance(margin, Tensor) or isinstance(alpha, Tensor)):  # C and kernels take them as numbers
         pairs = variant == "pitome_pairs"
         num_dest = mergeable // 2 if pairs else r
-        if backend == "auto" and metric.is_cpu and not _in_c(metric, variant=variant, energy=energy, protect=protect):
+        if (
+            backend == "auto"
+            and metric.is_cpu
+            and not _in_c(metric, variant=variant, energy=energy, protect=protect)
+            and 2 * r <= mergeable  # a method may have asked for more, and is told so by what comes out
+        ):
             rows, slot = native.pitome(metric, r, num_prefix, margin, alpha, pairs)
             return MergePlan.laid_out(rows, slot, num_dest)
         if (backend != "auto" or metric.is_cuda or _backend.FORCED) and use_triton(
@@ -244,7 +249,12 @@ def bipartite_matching(metric: Tensor, r: int, num_prefix: int, backend: str = "
     batch, num_tokens, _ = metric.shape
     if r <= 0:
         return MergePlan.identity(batch, num_tokens, metric.device)
-    if backend == "auto" and metric.is_cpu and not _in_c(metric, variant="tome"):
+    if (
+        backend == "auto"
+        and metric.is_cpu
+        and not _in_c(metric, variant="tome")
+        and 2 * r <= num_tokens - num_prefix  # see energy_matching
+    ):
         rows, slot = native.tome(metric, r, num_prefix)
         return MergePlan.laid_out(rows, slot, (num_tokens - num_prefix + num_prefix % 2) // 2)
     if (backend != "auto" or metric.is_cuda or _backend.FORCED) and use_triton(

@@ -5,18 +5,21 @@ matching.py and plan.py ask here first, and hold the same in torch: for all othe
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from vtoken.ops import backend as _backend
 
-#: Whether it was compiled, which installing vtoken does where there is a C compiler.
-COMPILED = importlib.util.find_spec("vtoken_kernels.native") is not None
-if COMPILED:
-    from vtoken_kernels import native
+#: Why the C functions are not there, "" if they are: installing vtoken compiles them where there is a C compiler, and
+#: a folder that two systems share may hold those of the other one.
+MISSING = ""
+try:
+    import vtoken_kernels.native as native
+except ModuleNotFoundError:
+    MISSING = "vtoken's C functions are not compiled: there was no compiler when it was installed"
+except ImportError as error:
+    MISSING = f"vtoken's C functions do not load, so install it anew on this system ({error})"
 
 #: Multiply-adds of a call that torch, where it has several threads, shares among them.
 _SHARED = 1 << 23
@@ -28,19 +31,27 @@ def lacks(x: Tensor) -> str:
         return "a compiler makes its own code of torch's operators"
     if not x.is_cpu or _backend.FORCED:
         return f"the tensors are on {x.device.type!r}; kernels need a GPU"
-    if not COMPILED:
-        return "vtoken's C functions are not compiled: there was no compiler when it was installed"
+    if MISSING:
+        return MISSING
     if x.dtype != torch.float32:
         return f"on a CPU, C functions take float32, not {x.dtype}"
-    if type(x) is not Tensor or not x.numel() or x.stride(-1) != 1:
-        return f"C functions take plain tensors whose channels lie side by side, not this {type(x).__name__}"
     if (
         torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     ):
         return "something watches torch's operators, a counter, a transform or a tracer, which sees no C function"
+    # No address: no numbers, or none in memory (zeros that torch only notes, a storage given back).
+    if type(x) is not Tensor or x.stride(-1) != 1 or x.is_neg() or not x.data_ptr():
+        return f"C functions take plain tensors whose channels lie side by side, not this {type(x).__name__}"
     return ""
+
+
+def reads(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether C can read all of x, number after number of this dtype."""
+    plain = type(x) is Tensor and x.is_cpu and x.dtype == dtype and not x.is_neg()
+    return plain and x.is_contiguous() and x.data_ptr() != 0
 
 
 def matching_lacks(metric: Tensor) -> str:

@@ -247,11 +247,13 @@ class MergePlan:
     def _rows_for_c(self, x: Tensor, size: Tensor | None) -> Tensor | None:
         """`rows` if C can apply this plan: what it reads must lie there as it expects."""
         rows = self.rows
-        if rows is None or native.merging_lacks(x) or not rows.is_cpu or rows.shape != x.shape[:2]:
+        if rows is None or native.merging_lacks(x) or rows.shape != x.shape[:2] or len(self.slot) != len(rows):
             return None
-        if not (rows.is_contiguous() and self.slot.is_contiguous()):
+        if not (native.reads(rows, torch.int64) and native.reads(self.slot, torch.int64)):
             return None
-        fits = size is None or (size.shape == rows.shape and size.is_contiguous() and not size.requires_grad)
+        fits = size is None or (
+            size.shape == rows.shape and native.reads(size, torch.float32) and not size.requires_grad
+        )
         return rows if fits else None
 
     def _sizes_and_shares(self, size: Tensor | None, compute: torch.dtype) -> tuple[Tensor, Tensor]:
