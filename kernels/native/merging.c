@@ -87,14 +87,15 @@ static int take_memory(struct work *w, int64_t n, int64_t d) {
     return 1;
 }
 
-/* w->order: the numbers of n values, the largest first, equals by number, NaN in front; a radix sort of their bits. */
+/* w->order: the numbers of n values, the largest first, equals by number; a radix sort of their bits. None is NaN:
+   `energies` takes that for the highest similarity, `nearest` for none. */
 static void sort_by_value(struct work *w, int64_t n) {
     uint32_t count[4][256] = {{0}};
     for (int64_t i = 0; i < n; i++) {
         float value = w->value[i] + 0.0f; /* -0 is 0 */
         uint32_t bits;
         memcpy(&bits, &value, sizeof bits);
-        bits = value != value ? 0 : bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
+        bits = bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
         w->key[i] = bits;
         for (int digit = 0; digit < 4; digit++) count[digit][bits >> 8 * digit & 255]++;
     }

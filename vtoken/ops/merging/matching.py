@@ -121,7 +121,7 @@ def plan_pitome(
         energy: "elu" (continuous at the margin) or "eq4" (the paper's equation 4, which jumps there); unused by "text".
         protect: more tokens that must not merge: a mask [B, N], or row numbers [B, p] or [p] among the N = T - P
             (in a tensor they must be distinct and in range: checking would synchronise a GPU).
-        backend: "auto" (kernels on a GPU where they can, else torch), "torch" or "triton".
+        backend: "auto" (kernels on a GPU and C on a CPU where they can, else torch), "torch" or "triton".
 
     Raises:
         ShapeError: if `metric` is not 3-D or `protect` does not fit it.

@@ -21,7 +21,7 @@ except ModuleNotFoundError:
 except ImportError as error:
     MISSING = f"vtoken's C functions do not load, so install it anew on this system ({error})"
 
-#: Multiply-adds of a call that torch, where it has several threads, shares among them.
+#: B * T * T * d, at least the multiply-adds, of the calls that torch, where it has several threads, shares among them.
 _SHARED = 1 << 23
 
 

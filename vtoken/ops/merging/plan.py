@@ -161,7 +161,7 @@ class MergePlan:
             size: patches per row, [B, T] or [B, T, 1]; None means ones.
             reduction: "wavg" (mean weighted by size), "mean" (plain mean of a destination and its sources),
                 "amax", or "prune" (sources are dropped, destinations and sizes stay as they are).
-            backend: "auto" (kernels on a GPU where they can, else torch), "torch" or "triton".
+            backend: "auto" (kernels on a GPU and C on a CPU where they can, else torch), "torch" or "triton".
 
         Returns:
             Rows [B, T', C] in the dtype of `x` (half precision accumulates in float32) and float32 sizes in the shape
