@@ -18,8 +18,8 @@ COMPILED = importlib.util.find_spec("vtoken_kernels.native") is not None
 if COMPILED:
     from vtoken_kernels import native
 
-#: Multiply-adds of a call that torch, where it has several threads, shares among them.
-_SHARED = 1 << 23
+#: Where torch has several threads, the numbers and the multiply-adds of a call from which on it shares them out.
+_MANY_NUMBERS, _MANY_PRODUCTS = 1 << 20, 1 << 23
 
 
 def lacks(x: Tensor) -> str:
@@ -40,6 +40,8 @@ def lacks(x: Tensor) -> str:
         or torch._C._get_tracing_state() is not None
     ):
         return "something watches torch's operators, a counter, a transform or a tracer, which sees no C function"
+    if x.numel() > _MANY_NUMBERS and torch.get_num_threads() > 1:
+        return "torch shares so much among its threads"
     return ""
 
 
@@ -51,8 +53,8 @@ def matching_lacks(metric: Tensor) -> str:
     if not native.INSTRUCTIONS:
         return "C functions that match take a processor with AVX2"
     batch, num_tokens, width = metric.shape
-    if batch * num_tokens * num_tokens * width > _SHARED and torch.get_num_threads() > 1:
-        return "torch shares so many similarities among its threads"
+    if batch * num_tokens * num_tokens * width > _MANY_PRODUCTS and torch.get_num_threads() > 1:
+        return "torch shares so much among its threads"
     return ""
 
 
