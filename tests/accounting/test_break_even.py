@@ -16,6 +16,7 @@ from vtoken.__main__ import main
 from vtoken.accounting import break_even as part
 from vtoken.accounting import compare
 from vtoken.accounting.timing import Timing
+from vtoken.ops.merging import native
 
 PITOME = vtoken.PiToMe(ratio=0.8)
 
@@ -101,17 +102,22 @@ def test_a_real_run_and_the_command(
     assert values["break_even"] == {"tome ratio=0.8": {"tried": [[4, 1.5]], "batch": 4}}
 
 
-def test_a_report_tells_small_models_by_what_a_block_saves() -> None:
-    small = vtoken.report(timm.create_model("test_vit"), PITOME)
+def test_a_report_tells_small_models_by_what_a_block_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = vtoken.report(timm.create_model("test_vit"), vtoken.PiToMe(ratio=0.95))
     narrowed = [layer for layer in small.layers if layer.tokens_out < layer.tokens_in]
     each = (small.macs_before - small.macs_after) / len(narrowed) / 1e6
-    assert 0 < each < 8
+    assert 0 < each < 2
     assert small.note.startswith(f"small: a block that loses tokens saves {each:.1f} MMACs an image")
     assert small.note in str(small)
     assert small.to_dict()["note"] == small.note
     large = vtoken.report(timm.create_model("deit_tiny_patch16_224"), PITOME)
     assert large.note == ""
     assert "small" not in str(large)
+    between = vtoken.report(timm.create_model("test_vit"), PITOME)
+    if not native.MISSING and native.native.INSTRUCTIONS:
+        assert between.note == ""
+    monkeypatch.setattr(native, "MISSING", "left out")  # a step by torch takes four times as long
+    assert "below about 8" in between.note
 
 
 def test_a_report_tells_where_nothing_can_be_won() -> None:

@@ -335,8 +335,10 @@ def test_a_library_of_another_system_is_left_out(tmp_path: Path) -> None:
 def test_several_threads_share_what_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = torch.rand(4, 197, 64), torch.rand(1, 197, 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert explain("plan_tome", large).reason == "torch shares so many similarities among its threads"
+    assert explain("plan_tome", large).reason == "torch shares so much among its threads"
     assert explain("plan_tome", small).backend == "native"
+    assert explain("apply", torch.rand(8, 197, 768)).reason == "torch shares so much among its threads"
+    assert explain("apply", large).backend == "native"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert explain("plan_tome", large).backend == "native"
 

@@ -21,10 +21,11 @@ from vtoken.core.method import AttentionMacs, AttentionMethod, BlockMethod, Meth
 from vtoken.core.patch import PREDICTOR
 from vtoken.core.spec import HostSpec, Plan
 from vtoken.errors import ConfigError, ShapeError, VTokenError
+from vtoken.ops import explain
 
 #: Multiply-adds that a CPU core does in the time of one merge step of one image, whatever the model: its small
-#: operations take about 0.2 ms there (docs/performance.md 3.7).
-STEP_MACS = 8_000_000
+#: operations take about 0.2 ms there by torch, 0.05 by C (docs/performance.md 3.7).
+STEP_MACS = {"torch": 8_000_000, "native": 2_000_000}
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,11 @@ class Report:
         saved = self.macs_before - self.macs_after
         if saved <= 0 and (narrowed or self.attention is not None):
             return "nothing can be won: the method spends as many multiply-adds as it saves, or more"
-        if narrowed and saved < narrowed * STEP_MACS:
+        step = STEP_MACS.get(explain("plan_tome", torch.empty(1, 1, 1, device="cpu")).backend, 0)
+        if narrowed and saved < narrowed * step:
             return (
                 f"small: a block that loses tokens saves {saved / narrowed / 1e6:.1f} MMACs an image; below about "
-                f"{STEP_MACS / 1e6:.0f}, a single image is likely to take longer with the method than without. This is "
+                f"{step / 1e6:.0f}, a single image is likely to take longer with the method than without. This is "
                 "told by counts: `python -m vtoken bench` measures from which batch on time is won"
             )
         return ""

@@ -21,8 +21,8 @@ except ModuleNotFoundError:
 except ImportError as error:
     MISSING = f"vtoken's C functions do not load, so install it anew on this system ({error})"
 
-#: B * T * T * d, at least the multiply-adds, of the calls that torch, where it has several threads, shares among them.
-_SHARED = 1 << 23
+#: Where torch has several threads, the numbers and the multiply-adds of a call from which on it shares them out.
+_MANY_NUMBERS, _MANY_PRODUCTS = 1 << 20, 1 << 23
 
 
 def lacks(x: Tensor) -> str:
@@ -45,6 +45,8 @@ def lacks(x: Tensor) -> str:
     # No address: no numbers, or none in memory (zeros that torch only notes, a storage given back).
     if type(x) is not Tensor or x.stride(-1) != 1 or x.is_neg() or not x.data_ptr():
         return f"C functions take plain tensors whose channels lie side by side, not this {type(x).__name__}"
+    if x.numel() > _MANY_NUMBERS and torch.get_num_threads() > 1:
+        return "torch shares so much among its threads"
     return ""
 
 
@@ -62,8 +64,8 @@ def matching_lacks(metric: Tensor) -> str:
     if not native.INSTRUCTIONS:
         return "C functions that match take a processor with AVX2"
     batch, num_tokens, width = metric.shape
-    if batch * num_tokens * num_tokens * width > _SHARED and torch.get_num_threads() > 1:
-        return "torch shares so many similarities among its threads"
+    if batch * num_tokens * num_tokens * width > _MANY_PRODUCTS and torch.get_num_threads() > 1:
+        return "torch shares so much among its threads"
     return ""
 
 
