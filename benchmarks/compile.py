@@ -1,4 +1,4 @@
-"""What compiling costs and gives: stock as a whole, patched as a whole, and patched by `vtoken.compile`.
+"""What compiling costs and gives: stock as a whole, patched as a whole, patched by `vtoken.compile`, and not at all.
 
 Seconds of CPU of the first call, the compiler's own processes included, without caches and with one compiler thread;
 then speed beside compiled stock, paired within rounds. The exit code is 1 if a target is missed.
@@ -54,20 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = random_images(model, args.batch, torch.empty(0, device=device))
     compiled = functools.partial(torch.compile, fullgraph=True, backend=args.backend)
     networks: dict[str, Any] = {"stock": compiled(model)}
+    eager: dict[str, Any] = {"stock, eager": model}
     for name in args.method:
         networks[f"{name}, whole model"] = compiled(vtoken.apply(shared_copy(model), METHODS[name]))
         patched = vtoken.apply(shared_copy(model), METHODS[name])
         networks[f"{name}, vtoken.compile"] = vtoken.compile(patched, backend=args.backend)
+        eager[f"{name}, eager"] = vtoken.apply(shared_copy(model), METHODS[name])
     with torch.inference_mode():
         cost = {name: first_call(network, images) for name, network in networks.items()}
-        runs = {name: functools.partial(network, images) for name, network in networks.items()}
-        runs["stock, eager"] = functools.partial(model, images)
+        cost |= dict.fromkeys(eager, 0.0)
+        runs = {name: functools.partial(network, images) for name, network in (networks | eager).items()}
         seconds = time_in_rounds(runs, args.rounds, device, random.Random(args.seed))
     rows, missed = [], False
     print(
         f"{'':<28} {'compile s':>9} {'of stock':>8} {'speed x compiled stock':>22} {'x eager stock':>13} {'FLOPs x':>8}"
     )
-    for name in networks:
+    for name in cost:
         method = name.partition(",")[0]
         row: dict[str, Any] = {
             "model": args.model, "batch": args.batch, "name": name, "compile_seconds": cost[name],
