@@ -52,6 +52,8 @@ def parse(
     if "--small" in arguments:
         top.set_defaults(**small)
     args = top.parse_args(arguments)
+    if args.out.is_dir():  # found by writing it would be minutes later
+        top.error(f"--out {args.out} is a folder; name a file, such as {args.out / args.benchmark}.json")
     args.command = compare.command(top.prog, arguments)
     return args
 

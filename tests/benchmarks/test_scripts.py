@@ -159,6 +159,12 @@ def test_merge_step_exits_with_1_when_a_target_is_missed(
     assert merge_step.main(["--small", "--rounds", "1", "--out", str(out)]) == 0
 
 
+def test_a_folder_for_the_result_file_is_refused_before_anything_runs(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script("small").main(["--out", str(tmp_path)])
+    assert f"is a folder; name a file, such as {tmp_path / 'small'}.json" in capsys.readouterr().err
+
+
 def test_sliced_model_is_the_stock_one_with_fewer_rows() -> None:
     small, model = script("small"), timm.create_model("test_vit", global_pool="token").eval()
     images = torch.randn(2, 3, 160, 160)
