@@ -134,6 +134,9 @@ class BoundBlocks:
     def __len__(self) -> int:
         return len(self._calls)
 
+    def __bool__(self) -> bool:
+        return bool(self.__dict__.get("_calls", True))  # torch 2.11's compiler asks one that it has not filled yet
+
     def __iter__(self) -> Iterator[BoundBlock]:
         return iter([BoundBlock(*each) for each in zip(self._blocks, self._calls, strict=True)])
 

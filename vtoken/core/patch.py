@@ -9,12 +9,15 @@ import weakref
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 #: Name of the child module that holds a learned part; the only child that patching ever adds.
 PREDICTOR = "predictor"
 #: Attribute of every patched module; see `parts_of`.
 _PARTS = "_vtoken_parts"
+#: Whether graphs can hold what is done to a module's `__dict__`, which compilers before torch 2.13 only look up by name.
+_GRAPHS_KNOW_DICTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 _derived: dict[tuple[type, type], type] = {}
 _stripped: dict[type, type] = {}
@@ -109,6 +112,12 @@ def view_as(cls: type, module: nn.Module, **parts: Any) -> Any:
     """A view of another class, one whose `forward` serves in place of the module's."""
     stand_in: Any = object.__new__(cls)
     own = stand_in.__dict__
+    if torch.compiler.is_compiling() and not _GRAPHS_KNOW_DICTS:
+        for name in module._vtoken_names:
+            own[name] = module.__dict__[name]
+        for name, part in parts.items():
+            own[name] = part
+        return stand_in
     own.update(module.__dict__)
     own.pop("_compiled_call_impl", None)  # it would run the module
     if "forward" in own:
@@ -185,6 +194,9 @@ def patch(targets: Iterable[tuple[nn.Module, type, dict[str, Any]]], part: str =
             parts = {**parts_of(module), part: (mixin, tuple(attributes))}
             _serve(module, parts)
             _add(module, {**attributes, _PARTS: parts})
+            if not _GRAPHS_KNOW_DICTS:
+                names = [name for name in module.__dict__ if name not in ("forward", "_compiled_call_impl")]
+                _add(module, {"_vtoken_names": (*names, "_vtoken_names")})
     except BaseException:
         restore(before)
         raise
