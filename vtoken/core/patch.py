@@ -16,7 +16,7 @@ from torch import nn
 PREDICTOR = "predictor"
 #: Attribute of every patched module; see `parts_of`.
 _PARTS = "_vtoken_parts"
-#: Whether graphs can hold what is done to a module's `__dict__`, which compilers before torch 2.13 only look up by name.
+#: Whether graphs can hold what is done to a module's `__dict__`: compilers before torch 2.13 look it up by name only.
 _GRAPHS_KNOW_DICTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 _derived: dict[tuple[type, type], type] = {}
@@ -113,7 +113,7 @@ def view_as(cls: type, module: nn.Module, **parts: Any) -> Any:
     stand_in: Any = object.__new__(cls)
     own = stand_in.__dict__
     if torch.compiler.is_compiling() and not _GRAPHS_KNOW_DICTS:
-        for name in module._vtoken_names:
+        for name in module.__dict__["_vtoken_names"]:
             own[name] = module.__dict__[name]
         for name, part in parts.items():
             own[name] = part
