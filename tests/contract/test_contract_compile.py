@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vtoken
 from tests.contract.table import METHODS, MethodRow, arguments, call, installed, main, slow_but
 from tests.contract.table import host as host_row
 from tests.contract.table import method as method_row
 from tests.helpers import Host, assert_close, vit
+from vtoken.core import patch
+from vtoken.core.bound import BoundBlocks
 
 _HOSTS = ("vit_token", "vit_avg_prefix", "vit_map", "vit_prr_token", "eva02", "eva_mixed", "naflex_rope")
 _OTHERS = installed("oc_map", "hf_siglip", "hf_dino_reg")
@@ -71,6 +73,29 @@ def test_static_shapes_compile_once() -> None:
             x = host.images(seed=seed)
             assert_close("compiled", model(x), compiled(x), 1e-5)
     assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("name", ["vit_avg_prefix", "hf_siglip"])
+def test_the_form_for_compilers_that_do_not_list_dicts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch, "_GRAPHS_KNOW_DICTS", False)  # as on torch 2.11, on which all tests here run by it
+    host = host_row(name)
+    model = host.model()
+    before = {module: list(module.__dict__) for module in model.modules()}
+    vtoken.apply(model, method_row("pitome").reduces)
+    assert any("_vtoken_names" in module.__dict__ for module in model.modules())
+    compiled = torch.compile(model, fullgraph=True, backend=Counting())
+    with torch.no_grad():
+        x = host.images()
+        assert_close("compiled", call(model, x), _call_like(compiled, model, x), 1e-5)
+    vtoken.remove(model)
+    assert {module: list(module.__dict__) for module in model.modules()} == before
+
+
+def test_bound_blocks_are_true_before_they_are_filled_and_false_if_empty() -> None:
+    # torch 2.11's compiler asks the truth of an object that it has made and not yet filled.
+    assert BoundBlocks.__new__(BoundBlocks)
+    assert not BoundBlocks(nn.Sequential(), [], [])
+    assert BoundBlocks(nn.Sequential(), [nn.Identity()], [nn.Identity()])
 
 
 @pytest.mark.parametrize("name", ["vit_avg_prefix", "eva02"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import importlib.util
@@ -378,7 +379,10 @@ def test_training_takes_the_plans_alone(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_stub_names_what_the_module_has() -> None:
     import vtoken_kernels
 
-    stub = (Path(vtoken_kernels.__file__).parent / "native.pyi").read_text()
+    stub = ast.parse((Path(vtoken_kernels.__file__).parent / "native.pyi").read_text())
+    functions = {each.name: len(each.args.posonlyargs) for each in stub.body if isinstance(each, ast.FunctionDef)}
     public = {name for name in dir(native.native) if not name.startswith("_")}
-    assert public == {"INSTRUCTIONS", "sum_heads", "tome", "pitome", "merge"}
-    assert all(name in stub for name in public)
+    assert public == {"INSTRUCTIONS", *functions}
+    for name, count in functions.items():
+        with pytest.raises(TypeError, match=f"takes {count} numbers, got 1"):
+            getattr(native.native, name)(0)
