@@ -88,7 +88,9 @@ def test_the_form_for_compilers_that_do_not_list_dicts(name: str, monkeypatch: p
         x = host.images()
         assert_close("compiled", call(model, x), _call_like(compiled, model, x), 1e-5)
     vtoken.remove(model)
-    assert {module: list(module.__dict__) for module in model.modules()} == before
+    # torch leaves a mark of its own on what it compiled
+    after = {m: [entry for entry in m.__dict__ if entry != "_is_torch_compile"] for m in model.modules()}
+    assert after == before
 
 
 def test_bound_blocks_are_true_before_they_are_filled_and_false_if_empty() -> None:
